@@ -1,0 +1,1 @@
+"""The KV handle and its memory: layout, life cycle, lease, shared segment. No torch."""

@@ -1,0 +1,45 @@
+"""The KV handle: what a prefill instance hands out so that a decode instance can fetch a sequence's KV."""
+
+from __future__ import annotations
+
+import msgspec
+
+from dskv.layout import KvLayout
+
+
+class KvKey(msgspec.Struct, frozen=True, array_like=True):
+    """Name of one handle. A retry of the same sequence has a higher epoch, so that stale messages match nothing."""
+
+    #: ``request_id/choice``
+    sequence: str
+    #: attempt number, from 0
+    epoch: int
+
+    def __str__(self) -> str:
+        return f"{self.sequence}#{self.epoch}"
+
+
+class KvHandle(msgspec.Struct, frozen=True):
+    """Everything the decode side needs to fetch the KV and to know that it is the right KV."""
+
+    key: KvKey
+    #: instance whose pool holds the blocks
+    owner: str
+    #: node of the owner; its relay keeps the handle's life cycle
+    node: str
+    layout: KvLayout
+    #: tokens whose KV is in the blocks; the last block may be partly filled
+    tokens: int
+    #: blocks of the owner's pool, in token order; ``len(blocks) == layout.blocks_for(tokens)``
+    blocks: tuple[int, ...]
+    #: file of the owner's pool, for those who can map it
+    segment: str
+    #: blocks in the owner's pool
+    segment_blocks: int
+    #: xxh3_64 over the bytes of ``blocks`` in order
+    checksum: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks together."""
+        return len(self.blocks) * self.layout.block_nbytes

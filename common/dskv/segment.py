@@ -1,0 +1,111 @@
+"""A mapped file that the processes of one host share: a KV pool, or a relay's staging slots.
+
+Invariants: the creator owns the file and unlinks it on ``close``; whoever opened it only unmaps. A file whose
+creator was killed stays behind: the next creator of the same path replaces it, and the supervisor removes the
+run's directory. The file is sparse until written, and its size is exactly ``slots * slot_nbytes``.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import xxhash
+
+from dswire.errors import OutOfMemory, TransferFailed
+
+
+class Segment:
+    """``slots`` slots of ``slot_nbytes`` bytes each, mapped into this process."""
+
+    def __init__(self, path: Path, slots: int, slot_nbytes: int, mapped: mmap.mmap, *, owner: bool) -> None:
+        self.path = path
+        self.slots = slots
+        self.slot_nbytes = slot_nbytes
+        self._map = mapped
+        self._view = memoryview(mapped)
+        self._owner = owner
+
+    @classmethod
+    def create(cls, path: Path, slots: int, slot_nbytes: int) -> Segment:
+        """Make the file, replacing one that a killed process left. Raises :class:`OutOfMemory`."""
+        nbytes = slots * slot_nbytes
+        path.parent.mkdir(parents=True, exist_ok=True)
+        room = os.statvfs(path.parent)
+        if nbytes > room.f_bavail * room.f_frsize:
+            raise OutOfMemory(
+                f"{path}: {nbytes} bytes of shared memory are wanted, {room.f_bavail * room.f_frsize} are free",
+                remedy="lower kv.memory or relay.staging in the topology, or enlarge the shared-memory mount",
+            )
+        path.unlink(missing_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.ftruncate(fd, nbytes)
+            mapped = mmap.mmap(fd, nbytes)
+        finally:
+            os.close(fd)
+        return cls(path, slots, slot_nbytes, mapped, owner=True)
+
+    @classmethod
+    def open(cls, path: Path, slots: int, slot_nbytes: int, *, writable: bool = False) -> Segment:
+        """Map another process's file, read-only unless ``writable``. Raises :class:`TransferFailed`."""
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        try:
+            fd = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+        except OSError as error:
+            raise TransferFailed(f"{path}: cannot be mapped: {error.strerror}") from error
+        try:
+            size = os.fstat(fd).st_size
+            if size != slots * slot_nbytes:
+                raise TransferFailed(
+                    f"{path}: has {size} bytes, {slots} slots of {slot_nbytes} were announced"
+                )
+            mapped = mmap.mmap(fd, size, access=access)
+        finally:
+            os.close(fd)
+        return cls(path, slots, slot_nbytes, mapped, owner=False)
+
+    @property
+    def buffer(self) -> mmap.mmap:
+        """The whole mapping, for ``torch.frombuffer``."""
+        return self._map
+
+    def slot(self, index: int) -> memoryview:
+        """The bytes of slot ``index``. Raises :class:`TransferFailed` outside ``0 <= index < slots``."""
+        if not 0 <= index < self.slots:
+            raise TransferFailed(f"{self.path}: slot {index} of {self.slots} does not exist")
+        start = index * self.slot_nbytes
+        return self._view[start : start + self.slot_nbytes]
+
+    def checksum(self, slots: Iterable[int]) -> int:
+        """xxh3_64 over the bytes of ``slots`` in order."""
+        digest = xxhash.xxh3_64()
+        for index in slots:
+            digest.update(self.slot(index))
+        return digest.intdigest()
+
+    def copy_from(self, source: Segment, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole slots, ``(source slot, own slot)`` each; the slot sizes must be equal."""
+        if source.slot_nbytes != self.slot_nbytes:
+            raise TransferFailed(
+                f"blocks of {source.slot_nbytes} bytes cannot go into blocks of {self.slot_nbytes} bytes"
+            )
+        for theirs, mine in pairs:
+            self.slot(mine)[:] = source.slot(theirs)
+
+    def close(self) -> None:
+        """Unmap; the owner also removes the file. Doing it twice is harmless.
+
+        A tensor that still looks at the mapping keeps the pages (not the file) until it is gone.
+        """
+        self._view.release()
+        if self._owner:
+            self.path.unlink(missing_ok=True)
+            self._owner = False
+        try:
+            self._map.close()
+        except BufferError:
+            # somebody (a tensor) still looks at the pages; they go with that object
+            return

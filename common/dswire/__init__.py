@@ -1,0 +1,1 @@
+"""How the processes talk: errors, typed messages, codec, sockets, keys and the actor shell."""

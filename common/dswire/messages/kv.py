@@ -1,0 +1,214 @@
+"""Prefill, decode <-> the relay of their node, and relay <-> relay.
+
+Same host: the decode instance copies straight from the owner's mapped pool; the relay only grants and ends it.
+Else the blocks go in chunks: owner -> its relay's staging slot -> TCP -> the other relay's slot -> decode's
+pool. A chunk is ``count`` whole blocks beginning with the ``first`` of the handle's list, one slot at most.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from dskv.handle import KvHandle, KvKey
+from dswire.errors import ErrorInfo
+from dswire.messages.worker import HelloWanted
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """A run of a handle's blocks."""
+
+    #: from 0, in order
+    index: int
+    #: position of its first block in ``KvHandle.blocks``
+    first: int
+    #: whole blocks
+    count: int
+
+
+# worker -> its relay
+
+
+class KvHello(msgspec.Struct, frozen=True, tag=True):
+    """Asks to be registered; a relay that was restarted gets the live offers again after it."""
+
+    protocol: int
+    name: str
+    incarnation: str
+
+
+class KvPong(msgspec.Struct, frozen=True, tag=True):
+    """Answer to :class:`KvPing`."""
+
+
+class KvOffer(msgspec.Struct, frozen=True, tag=True):
+    """Prefill: this KV is ready; the blocks stay until ``KvRelease``."""
+
+    handle: KvHandle
+
+
+class KvWithdraw(msgspec.Struct, frozen=True, tag=True):
+    """Prefill: the sequence was aborted; release it as soon as nobody reads the blocks."""
+
+    key: KvKey
+
+
+class KvStaged(msgspec.Struct, frozen=True, tag=True):
+    """Prefill: the chunk is in the slot."""
+
+    key: KvKey
+    chunk: Chunk
+
+
+class KvPull(msgspec.Struct, frozen=True, tag=True):
+    """Decode: blocks are reserved, bring the KV."""
+
+    handle: KvHandle
+
+
+class KvTaken(msgspec.Struct, frozen=True, tag=True):
+    """Decode: the chunk is in the pool, the slot is free."""
+
+    key: KvKey
+    chunk: Chunk
+
+
+class KvPulled(msgspec.Struct, frozen=True, tag=True):
+    """Decode: all is there and verified; or, with ``error``, is not."""
+
+    key: KvKey
+    error: ErrorInfo | None = None
+
+
+class KvAbort(msgspec.Struct, frozen=True, tag=True):
+    """Decode: the sequence was aborted; nothing of it is read or written here any more."""
+
+    key: KvKey
+
+
+class KvExtend(msgspec.Struct, frozen=True, tag=True):
+    """Decode, and relay -> owner's relay: these handles are still wanted; their leases begin anew."""
+
+    #: (handle, node of its owner)
+    wanted: tuple[tuple[KvKey, str], ...]
+
+
+# relay -> worker
+
+
+class KvWelcome(msgspec.Struct, frozen=True, tag=True):
+    """Registered. The staging slots are for chunks only."""
+
+    relay: str
+    incarnation: str
+    lease_s: float
+    staging: str
+    slots: int
+    slot_nbytes: int
+
+
+class KvRefused(msgspec.Struct, frozen=True, tag=True):
+    """Not registered."""
+
+    error: ErrorInfo
+
+
+class KvPing(msgspec.Struct, frozen=True, tag=True):
+    """Every second to each registered worker."""
+
+
+class KvRelease(msgspec.Struct, frozen=True, tag=True):
+    """To the owner: the blocks are free. ``reason``: "pulled", "withdrawn", "aborted", "expired" or "lost"."""
+
+    key: KvKey
+    reason: str
+
+
+class KvStage(msgspec.Struct, frozen=True, tag=True):
+    """To the owner: copy this chunk into that staging slot."""
+
+    key: KvKey
+    chunk: Chunk
+    slot: int
+
+
+class KvGrant(msgspec.Struct, frozen=True, tag=True):
+    """To decode: copy straight from the owner's segment."""
+
+    key: KvKey
+
+
+class KvChunkReady(msgspec.Struct, frozen=True, tag=True):
+    """To decode: the chunk is in that staging slot."""
+
+    key: KvKey
+    chunk: Chunk
+    slot: int
+
+
+class KvFailed(msgspec.Struct, frozen=True, tag=True):
+    """To decode: the pull has ended without the KV."""
+
+    key: KvKey
+    error: ErrorInfo
+
+
+# fetching relay -> owner's relay
+
+
+class RelayHello(msgspec.Struct, frozen=True, tag=True):
+    """First message of a connection between relays."""
+
+    protocol: int
+    name: str
+    incarnation: str
+
+
+class KvFetch(msgspec.Struct, frozen=True, tag=True):
+    """Send this handle's chunks, ``credits`` of them for now."""
+
+    key: KvKey
+    credits: int
+    #: largest chunk, in bytes, that the fetching side takes
+    slot_nbytes: int
+
+
+class KvCredit(msgspec.Struct, frozen=True, tag=True):
+    """One more chunk may be sent."""
+
+    key: KvKey
+
+
+class KvFetched(msgspec.Struct, frozen=True, tag=True):
+    """The fetch has ended: well, with ``error``, or aborted (``error.code == "cancelled"``)."""
+
+    key: KvKey
+    error: ErrorInfo | None = None
+
+
+# owner's relay -> fetching relay
+
+
+class KvChunk(msgspec.Struct, frozen=True, tag=True):
+    """One chunk; its bytes are the one raw frame that follows."""
+
+    key: KvKey
+    chunk: Chunk
+
+
+class KvFetchFailed(msgspec.Struct, frozen=True, tag=True):
+    """The fetch cannot go on."""
+
+    key: KvKey
+    error: ErrorInfo
+
+
+FromKvWorker: TypeAlias = (
+    KvHello | KvPong | KvOffer | KvWithdraw | KvStaged | KvPull | KvTaken | KvPulled | KvAbort | KvExtend
+)
+ToKvWorker: TypeAlias = (
+    KvWelcome | KvRefused | HelloWanted | KvPing | KvRelease | KvStage | KvGrant | KvChunkReady | KvFailed
+)
+FromFetcher: TypeAlias = RelayHello | KvFetch | KvCredit | KvFetched | KvExtend
+ToFetcher: TypeAlias = HelloWanted | KvChunk | KvFetchFailed

@@ -1,0 +1,187 @@
+"""Prefill, decode, relay <-> router."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from dskv.handle import KvHandle, KvKey
+from dskv.layout import KvLayout
+from dswire.errors import ErrorInfo
+from dswire.messages.client import Sampling
+
+
+class ModelIdentity(msgspec.Struct, frozen=True):
+    """Which weights a process serves; router and workers must agree in all three."""
+
+    name: str
+    #: digest over config, tokenizer and weight headers
+    fingerprint: str
+    dtype: str
+
+
+class Capacity(msgspec.Struct, frozen=True):
+    """KV pool of an instance."""
+
+    blocks: int
+    layout: KvLayout
+
+
+class Load(msgspec.Struct, frozen=True):
+    """What a worker holds right now."""
+
+    waiting: int = 0
+    running: int = 0
+    blocks_held: int = 0
+    #: live handles by state (relays)
+    handles: dict[str, int] = {}
+
+
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of a drawn token and of the likeliest ones: (id, log-probability), likeliest first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+# worker -> router
+
+
+class WorkerHello(msgspec.Struct, frozen=True, tag=True):
+    """Asks to be registered."""
+
+    protocol: int
+    name: str
+    #: "prefill", "decode" or "relay"
+    role: str
+    node: str
+    #: unique for each start of the process
+    incarnation: str
+    #: None for relays
+    model: ModelIdentity | None = None
+    #: None for relays
+    capacity: Capacity | None = None
+
+
+class WorkerReport(msgspec.Struct, frozen=True, tag=True):
+    """Answer to a :class:`RouterPing`."""
+
+    load: Load
+
+
+class WorkerBye(msgspec.Struct, frozen=True, tag=True):
+    """Orderly leave: what the worker still holds is to be taken for lost."""
+
+
+class PrefillDone(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Prefill -> router: the first token, and the handle of the KV unless the sequence ended with it."""
+
+    key: KvKey
+    token: int
+    queue_s: float
+    prefill_s: float
+    logprobs: Logprobs | None = None
+    #: "" while the sequence goes on, else "stop" or "length"
+    finish_reason: str = ""
+    handle: KvHandle | None = None
+
+
+class DecodeStages(msgspec.Struct, frozen=True):
+    """Times of a sequence on a decode instance up to its first step there, in seconds."""
+
+    transfer_wait_s: float
+    transfer_s: float
+    decode_queue_s: float
+    first_step_s: float
+
+
+class TokenMade(msgspec.Struct, frozen=True, array_like=True):
+    """One token of one sequence in a step."""
+
+    key: KvKey
+    #: index in the output, 0 is the token that prefill made
+    position: int
+    token: int
+    logprobs: Logprobs | None = None
+    finish_reason: str = ""
+    #: with the first token only
+    stages: DecodeStages | None = None
+
+
+class StepDone(msgspec.Struct, frozen=True, tag=True):
+    """Decode -> router: all tokens of one step."""
+
+    tokens: tuple[TokenMade, ...]
+
+
+class Preempted(msgspec.Struct, frozen=True, tag=True):
+    """Decode -> router: out of blocks; the sequence was dropped and is to be prefilled again with its output."""
+
+    key: KvKey
+
+
+class SequenceFailed(msgspec.Struct, frozen=True, tag=True):
+    """Worker -> router: the worker has dropped the sequence."""
+
+    key: KvKey
+    error: ErrorInfo
+
+
+# router -> worker
+
+
+class WorkerWelcome(msgspec.Struct, frozen=True, tag=True):
+    """Registered."""
+
+    router: str
+    incarnation: str
+    #: a router silent for longer is taken for dead: the worker drops what it holds and says hello again
+    lease_s: float
+
+
+class WorkerRefused(msgspec.Struct, frozen=True, tag=True):
+    """Not registered; the worker ends with this error."""
+
+    error: ErrorInfo
+
+
+class HelloWanted(msgspec.Struct, frozen=True, tag=True):
+    """The receiver is not known here (a restart): drop what belongs to this connection and say hello again."""
+
+
+class RouterPing(msgspec.Struct, frozen=True, tag=True):
+    """Every second to each worker."""
+
+
+class PrefillWork(msgspec.Struct, frozen=True, tag=True):
+    """Router -> prefill: run over prompt and output so far, make the next token."""
+
+    key: KvKey
+    prompt_ids: tuple[int, ...]
+    #: tokens of an earlier attempt; the next one continues them
+    output_ids: tuple[int, ...]
+    sampling: Sampling
+
+
+class DecodeWork(msgspec.Struct, frozen=True, tag=True):
+    """Router -> decode: fetch the KV and go on. ``output_ids`` ends with the token that prefill made."""
+
+    handle: KvHandle
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    sampling: Sampling
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Router -> prefill, decode: drop the sequence. Not knowing it is no error."""
+
+    key: KvKey
+
+
+FromWorker: TypeAlias = (
+    WorkerHello | WorkerReport | WorkerBye | PrefillDone | StepDone | Preempted | SequenceFailed
+)
+ToWorker: TypeAlias = (
+    WorkerWelcome | WorkerRefused | HelloWanted | RouterPing | PrefillWork | DecodeWork | Abort
+)
