@@ -119,7 +119,10 @@ class KvPing(msgspec.Struct, frozen=True, tag=True):
 
 
 class KvRelease(msgspec.Struct, frozen=True, tag=True):
-    """To the owner: the blocks are free. ``reason``: "pulled", "withdrawn", "aborted", "expired" or "lost"."""
+    """To the owner: the blocks are free.
+
+    ``reason``: "pulled", "withdrawn", "aborted", "expired" or "lost".
+    """
 
     key: KvKey
     reason: str

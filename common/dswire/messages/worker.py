@@ -116,7 +116,7 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
 
 
 class Preempted(msgspec.Struct, frozen=True, tag=True):
-    """Decode -> router: out of blocks; the sequence was dropped and is to be prefilled again with its output."""
+    """Decode -> router: out of blocks; the sequence was dropped, prefill it again with its output."""
 
     key: KvKey
 
@@ -147,7 +147,7 @@ class WorkerRefused(msgspec.Struct, frozen=True, tag=True):
 
 
 class HelloWanted(msgspec.Struct, frozen=True, tag=True):
-    """The receiver is not known here (a restart): drop what belongs to this connection and say hello again."""
+    """The receiver is not known here (a restart): drop what this connection holds, say hello again."""
 
 
 class RouterPing(msgspec.Struct, frozen=True, tag=True):
