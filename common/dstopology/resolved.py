@@ -1,0 +1,242 @@
+"""The resolved topology: everything that a process needs to know, nothing left to look up.
+
+Made by :func:`dstopology.load.load`; all references are checked before one of these exists, so that
+:meth:`Topology.instance` and its like fail only for a name that did not come from the same topology.
+Times are seconds, sizes are bytes, addresses are ZeroMQ endpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dswire.errors import TopologyError
+
+Role = Literal["router", "prefill", "decode", "relay", "gateway"]
+Transport = Literal["shm", "tcp"]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Which model is served, and how."""
+
+    #: as written: a known name, a directory, a ``.gguf`` file or a Hub id
+    path: str
+    #: what clients call it: the known name, or the last part of the path
+    name: str
+    #: ``float32``, ``bfloat16`` or ``float16``
+    dtype: str
+    #: prompt and output tokens together
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """The objectives of a request; ``attainment`` is the share of requests that must meet both."""
+
+    ttft_s: float
+    tpot_s: float
+    attainment: float
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A host. Others reach it at ``host``; its own sockets bind on ``bind_host``."""
+
+    name: str
+    host: str
+    bind_host: str
+    #: ``cpu:N`` or ``cuda:N``
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """The one router: clients at the frontend, workers at the backend."""
+
+    name: str
+    node: str
+    frontend_bind: str
+    frontend_connect: str
+    backend_bind: str
+    backend_connect: str
+    #: requests in the system at once; more are refused as overloaded
+    max_requests: int
+    #: the longest deadline that a client may ask for
+    max_deadline_s: float
+    #: a client silent for longer is gone, and its requests are cancelled
+    client_lease_s: float
+    #: a worker silent for longer is lost, and its requests are retried
+    worker_lease_s: float
+    #: attempts after the first
+    retries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One prefill or decode instance: ``tp * pp`` ranks, one device each, stage-major."""
+
+    name: str
+    role: Literal["prefill", "decode"]
+    node: str
+    #: one per rank, ``cpu:N`` or ``cuda:N`` of the instance's node
+    devices: tuple[str, ...]
+    tp: int
+    pp: int
+    #: tokens in a KV block
+    block_size: int
+    #: bytes of KV over all ranks; counts only when ``kv_blocks`` is None
+    kv_memory_nbytes: int
+    kv_blocks: int | None
+    #: torch threads of each rank
+    threads: int
+    #: file under the shared-memory directory that holds the KV pool of a CPU instance
+    segment: Path
+    #: sequences that wait
+    max_queue: int
+    #: sequences of one batch
+    max_batch: int
+    #: tokens of one prefill batch, the paper's Lm; of no meaning for decode
+    max_batch_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Relay:
+    """The KV relay of a node."""
+
+    name: str
+    node: str
+    #: ``ipc://`` endpoint for the instances of the node
+    local: str
+    #: ``tcp://`` endpoints for other relays; None when no KV ever goes over TCP
+    data_bind: str | None
+    data_connect: str | None
+    staging_nbytes: int
+    #: one piece of staging memory, the unit of a TCP transfer
+    slot_nbytes: int
+    staging: Path
+    #: how long an offered handle waits for its puller
+    lease_s: float
+    transfer_timeout_s: float
+    #: in order of preference
+    transports: tuple[Transport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """The OpenAI-compatible HTTP front."""
+
+    name: str
+    node: str
+    #: ``host:port`` without a scheme
+    bind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Security:
+    """CURVE, decided: ``auto`` has become yes or no."""
+
+    encrypted: bool
+    keys_dir: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """A whole system."""
+
+    path: Path
+    #: twelve hex digits of content and absolute path: names what belongs to this topology on a host
+    digest: str
+    run_dir: Path
+    shm_dir: Path
+    #: ``disaggregated``, ``colocated`` or ``conditional``
+    mode: str
+    #: use this transport even where a better one could be used
+    force_transport: Transport | None
+    model: Model
+    slo: Slo
+    nodes: tuple[Node, ...]
+    router: Router
+    #: prefill first, then decode
+    instances: tuple[Instance, ...]
+    #: one per node that has an instance
+    relays: tuple[Relay, ...]
+    gateway: Gateway | None
+    security: Security
+
+    def _entries(self) -> Iterator[tuple[str, Role, str]]:
+        """Name, role and node of every process, in starting order."""
+        for relay in self.relays:
+            yield relay.name, "relay", relay.node
+        for instance in self.instances:
+            yield instance.name, instance.role, instance.node
+        yield self.router.name, "router", self.router.node
+        if self.gateway is not None:
+            yield self.gateway.name, "gateway", self.gateway.node
+
+    def _entry(self, name: str) -> tuple[str, Role, str]:
+        for entry in self._entries():
+            if entry[0] == name:
+                return entry
+        raise self._unknown("process", name, self.process_names())
+
+    def _unknown(self, what: str, name: str, known: tuple[str, ...]) -> TopologyError:
+        return TopologyError(
+            f"{self.path}: there is no {what} named {name!r}", remedy=f"use one of {', '.join(known)}"
+        )
+
+    def process_names(self) -> tuple[str, ...]:
+        """Every process, in the order to start them: relays, prefill, decode, router, gateway."""
+        return tuple(name for name, _, _ in self._entries())
+
+    def role_of(self, name: str) -> Role:
+        """What the process ``name`` is. Raises TopologyError for an unknown name."""
+        return self._entry(name)[1]
+
+    def node_of(self, name: str) -> Node:
+        """The node that runs the process ``name``. Raises TopologyError for an unknown name."""
+        return self.node(self._entry(name)[2])
+
+    def node(self, name: str) -> Node:
+        """The node ``name``. Raises TopologyError for an unknown one."""
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise self._unknown("node", name, tuple(node.name for node in self.nodes))
+
+    def instance(self, name: str) -> Instance:
+        """The instance ``name``. Raises TopologyError for an unknown one."""
+        for instance in self.instances:
+            if instance.name == name:
+                return instance
+        raise self._unknown("instance", name, tuple(one.name for one in self.instances))
+
+    def role(self, role: Role) -> tuple[Instance, ...]:
+        """The instances of a role, in order."""
+        return tuple(instance for instance in self.instances if instance.role == role)
+
+    def relay(self, name: str) -> Relay:
+        """The relay ``name``. Raises TopologyError for an unknown one."""
+        for relay in self.relays:
+            if relay.name == name:
+                return relay
+        raise self._unknown("relay", name, tuple(one.name for one in self.relays))
+
+    def relay_of(self, node: str) -> Relay:
+        """The relay of the node ``node``. Raises TopologyError when the node has none."""
+        for relay in self.relays:
+            if relay.node == node:
+                return relay
+        raise self._unknown("relay on a node", node, tuple(one.node for one in self.relays))
+
+    def transport(self, owner_node: str, puller_node: str) -> Transport:
+        """How KV goes from ``owner_node`` to ``puller_node``.
+
+        Shared memory on one node, unless TCP is forced or shared memory is not among its relay's transports.
+        """
+        same = owner_node == puller_node
+        if same and self.force_transport != "tcp" and "shm" in self.relay_of(owner_node).transports:
+            return "shm"
+        return "tcp"
