@@ -59,9 +59,7 @@ class Segment:
         try:
             size = os.fstat(fd).st_size
             if size != slots * slot_nbytes:
-                raise TransferFailed(
-                    f"{path}: has {size} bytes, {slots} slots of {slot_nbytes} were announced"
-                )
+                raise TransferFailed(f"{path}: has {size} bytes, {slots} slots of {slot_nbytes} were announced")
             mapped = mmap.mmap(fd, size, access=access)
         finally:
             os.close(fd)

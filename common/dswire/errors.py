@@ -253,9 +253,7 @@ class KvCorrupt(Failed):
 
     code = "kv_corrupt"
     retryable = True
-    default_remedy = (
-        "send the request again; if it repeats, suspect the memory or the link of the instances named"
-    )
+    default_remedy = "send the request again; if it repeats, suspect the memory or the link of the instances named"
 
 
 class EngineFailed(Failed):

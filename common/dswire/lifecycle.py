@@ -22,9 +22,7 @@ class Lifecycle(Generic[PhaseT]):
 
     __slots__ = ("_name", "_table", "phase", "since", "story")
 
-    def __init__(
-        self, name: str, table: Mapping[PhaseT, frozenset[PhaseT]], start: PhaseT, now: float
-    ) -> None:
+    def __init__(self, name: str, table: Mapping[PhaseT, frozenset[PhaseT]], start: PhaseT, now: float) -> None:
         self._name = name
         self._table = table
         self.phase = start

@@ -179,9 +179,5 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     key: KvKey
 
 
-FromWorker: TypeAlias = (
-    WorkerHello | WorkerReport | WorkerBye | PrefillDone | StepDone | Preempted | SequenceFailed
-)
-ToWorker: TypeAlias = (
-    WorkerWelcome | WorkerRefused | HelloWanted | RouterPing | PrefillWork | DecodeWork | Abort
-)
+FromWorker: TypeAlias = WorkerHello | WorkerReport | WorkerBye | PrefillDone | StepDone | Preempted | SequenceFailed
+ToWorker: TypeAlias = WorkerWelcome | WorkerRefused | HelloWanted | RouterPing | PrefillWork | DecodeWork | Abort
