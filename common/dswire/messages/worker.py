@@ -75,7 +75,7 @@ class WorkerBye(msgspec.Struct, frozen=True, tag=True):
 
 
 class PrefillDone(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """Prefill -> router: the first token, and the handle of the KV unless the sequence ended with it."""
+    """Prefill -> router: the next token. Unless it is the last one, :class:`KvSealed` follows."""
 
     key: KvKey
     token: int
@@ -84,7 +84,12 @@ class PrefillDone(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     logprobs: Logprobs | None = None
     #: "" while the sequence goes on, else "stop" or "length"
     finish_reason: str = ""
-    handle: KvHandle | None = None
+
+
+class KvSealed(msgspec.Struct, frozen=True, tag=True):
+    """Prefill -> router: the KV is complete, checksummed and offered to the relay."""
+
+    handle: KvHandle
 
 
 class DecodeStages(msgspec.Struct, frozen=True):
@@ -179,5 +184,7 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     key: KvKey
 
 
-FromWorker: TypeAlias = WorkerHello | WorkerReport | WorkerBye | PrefillDone | StepDone | Preempted | SequenceFailed
+FromWorker: TypeAlias = (
+    WorkerHello | WorkerReport | WorkerBye | PrefillDone | KvSealed | StepDone | Preempted | SequenceFailed
+)
 ToWorker: TypeAlias = WorkerWelcome | WorkerRefused | HelloWanted | RouterPing | PrefillWork | DecodeWork | Abort

@@ -1,0 +1,50 @@
+"""Named deadlines of a machine, earliest first, in O(log n)."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+NameT = TypeVar("NameT", bound=Hashable)
+
+
+class Timers(Generic[NameT]):
+    """At most one deadline for each name."""
+
+    def __init__(self) -> None:
+        self._at: dict[NameT, float] = {}
+        #: may hold entries that were moved or cancelled; ``_at`` is the truth
+        self._heap: list[tuple[float, int, NameT]] = []
+        self._serial = 0
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __contains__(self, name: NameT) -> bool:
+        return name in self._at
+
+    def set(self, name: NameT, at: float) -> None:
+        """Set or move a deadline."""
+        self._at[name] = at
+        self._serial += 1
+        heapq.heappush(self._heap, (at, self._serial, name))
+
+    def cancel(self, name: NameT) -> None:
+        """Forget a deadline; an unknown one is no error."""
+        self._at.pop(name, None)
+
+    def next(self) -> float | None:
+        """The earliest deadline."""
+        while self._heap and self._at.get(self._heap[0][2]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def due(self, now: float) -> list[NameT]:
+        """Remove and return the names whose deadline has come, in order."""
+        names: list[NameT] = []
+        while (at := self.next()) is not None and at <= now:
+            name = heapq.heappop(self._heap)[2]
+            del self._at[name]
+            names.append(name)
+        return names
