@@ -1,7 +1,7 @@
 """A worker's side of being registered: with the router, and with the relay of its node.
 
-Pure: messages in, messages out. The hello needs no retry while the connection is being made, since a connected
-socket queues it; it is said again when the other side forgot us or was silent for its lease.
+Pure: messages in, messages out. The hello is said again when the other side forgot us or was silent for its
+lease, and every ``HELLO_RETRY_S`` until it is answered, since a connection that breaks takes what was sent with it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from collections.abc import Callable
 import msgspec
 
 from dswire.machine import Send
+
+#: seconds between hellos while none was answered
+HELLO_RETRY_S = 2.0
 
 
 class Membership:
@@ -43,11 +46,10 @@ class Membership:
         """Any message came from the other side."""
         self._heard_at = now
 
-    def deadline(self) -> float | None:
-        """When silence means loss."""
-        return None if self.lease_s is None else self._heard_at + self.lease_s
+    def deadline(self) -> float:
+        """When silence calls for another hello."""
+        return self._heard_at + (HELLO_RETRY_S if self.lease_s is None else self.lease_s)
 
     def silent(self, now: float) -> bool:
-        """Whether the other side has been silent for its lease."""
-        deadline = self.deadline()
-        return deadline is not None and now >= deadline
+        """Whether the other side has been silent for too long."""
+        return now >= self.deadline()
