@@ -18,6 +18,8 @@ from dswire.messages import kv, worker
 
 ROUTER = "router"
 RELAY = "relay"
+#: a relay pings every second; silent for this long, in seconds, it is lost
+RELAY_SILENCE_S = 5.0
 
 
 class Link(Enum):
@@ -70,7 +72,7 @@ class Links:
                 return [], [Link.ROUTER_JOINED]
             case kv.KvWelcome():
                 self.staging = message
-                side.welcomed(now, message.lease_s)
+                side.welcomed(now, RELAY_SILENCE_S)
                 return [], [Link.RELAY_JOINED]
             case worker.WorkerRefused(error=error) | kv.KvRefused(error=error):
                 self.refused = error
