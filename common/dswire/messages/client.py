@@ -36,6 +36,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
     ignore_eos: bool = False
     #: end-of-text and stop tokens cannot be drawn before this many tokens
     min_tokens: int = 0
+    #: output tokens at most; fewer where prompt and output would not fit the model
     max_tokens: int = 256
     #: log-probabilities of the drawn token and of this many likeliest ones; None is off
     logprobs: int | None = None
@@ -70,11 +71,11 @@ class Usage(msgspec.Struct, frozen=True):
 class Ledger(msgspec.Struct, frozen=True, omit_defaults=True):
     """Where the time of a request went, in seconds, by the router's clock.
 
-    The first group adds up to ``ttft_s``, all stages together to ``total_s``. For ``n > 1`` it tells of the
-    first choice. After a retry each stage sums over the attempts.
+    All stages together add up to ``total_s``, and without retries those of the first group to ``ttft_s``. For
+    ``n > 1`` it tells of the choice that ended last.
     """
 
-    #: waiting at the router for a prefill instance, tokenising included
+    #: at the router: tokenising, and waiting for a prefill instance
     router_queue_s: float = 0.0
     #: waiting at the prefill instance
     prefill_queue_s: float = 0.0
@@ -82,7 +83,8 @@ class Ledger(msgspec.Struct, frozen=True, omit_defaults=True):
     prefill_s: float = 0.0
     #: messages between router and prefill instance
     prefill_wire_s: float = 0.0
-    #: from first token to the request being sent to a decode instance
+
+    #: from the first token to the request being sent to a decode instance, the KV's checksum included
     placement_s: float = 0.0
     #: waiting at the decode instance for free blocks
     transfer_wait_s: float = 0.0
@@ -96,6 +98,9 @@ class Ledger(msgspec.Struct, frozen=True, omit_defaults=True):
     decode_wire_s: float = 0.0
     #: from the second token to the end
     decode_s: float = 0.0
+    #: attempts that were lost, and prefilling again after them
+    retry_s: float = 0.0
+
     #: from the router receiving the request to its first token being sent
     ttft_s: float = 0.0
     #: from the router receiving the request to its end being sent
@@ -236,7 +241,7 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     name: str
     role: str
     node: str
-    #: "up" or "lost"
+    #: "up", "lost", or "missing" while it has never been up
     state: str
     waiting: int
     running: int

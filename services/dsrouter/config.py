@@ -1,0 +1,27 @@
+"""What the router machine must know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dswire.messages.worker import ModelIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Fixed for the life of the process."""
+
+    name: str
+    incarnation: str
+    model: ModelIdentity
+    vocab_size: int
+    max_model_len: int
+    #: role of each worker of the topology, by name
+    workers: Mapping[str, str]
+    max_requests: int
+    max_prefill_queue: int
+    max_deadline_s: float
+    client_lease_s: float
+    worker_lease_s: float
+    retries: int

@@ -1,0 +1,251 @@
+"""How a choice goes through prefill and decode, and what happens when an attempt is lost. Pure.
+
+Exactly once: a token counts only when its key is that of the current attempt and its position is the next one,
+so late messages of earlier attempts and repeated ones change nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from dskv.handle import KvHandle, KvKey
+from dsrouter.request import Choice, Phase, Request
+from dsrouter.workers import Worker, Workers
+from dswire.errors import DsError, ErrorInfo, NoInstance, WorkerLost, from_info
+from dswire.messages import worker
+from dswire.messages.client import Output, TokenLogprob
+from dswire.messages.worker import Logprobs
+
+#: how long a choice waits while no instance of the role that it needs is up, in seconds
+INSTANCE_WAIT_S = 30.0
+
+
+class Sink(Protocol):
+    """What the flow tells the rest of the router."""
+
+    def send(self, peer: str, message: msgspec.Struct) -> None:
+        """Send a message."""
+
+    def emit(self, request: Request, event: msgspec.Struct) -> None:
+        """An event of the request, for its client."""
+
+    def choice_done(self, request: Request, choice: Choice, now: float) -> None:
+        """The choice is complete."""
+
+    def fail(self, request: Request, error: DsError, now: float) -> None:
+        """The request has failed."""
+
+
+class Flow:
+    """Moves choices along."""
+
+    def __init__(self, workers: Workers, sink: Sink, *, retries: int, max_prefill_queue: int) -> None:
+        self.workers = workers
+        self._sink = sink
+        self._retries = retries
+        #: sequences that one prefill instance is given ahead; the rest waits here, first come first served
+        self._max_prefill_queue = max_prefill_queue
+        #: every choice that is not DONE, by sequence id, with its request
+        self.choices: dict[str, tuple[Request, Choice]] = {}
+        self._queued: deque[str] = deque()
+        self._unplaced: deque[str] = deque()
+
+    def validate(self) -> None:
+        """Phases, queues and registry agree."""
+        for sequence, (request, choice) in self.choices.items():
+            phase = choice.life.phase
+            assert request.live
+            assert phase is not Phase.DONE
+            assert (sequence in self._queued) == (phase is Phase.QUEUED)
+            assert (sequence in self._unplaced) == (phase is Phase.PLACING and choice.handle is not None)
+            assert (phase is Phase.DECODING) == (choice.decode is not None)
+        for one in self.workers:
+            assert set(one.sequences) <= set(self.choices)
+            assert one.tokens == sum(one.sequences.values())
+
+    # forward
+
+    def add(self, request: Request, choice: Choice) -> None:
+        """A new choice waits for prefill."""
+        self.choices[choice.key.sequence] = (request, choice)
+        self._queued.append(choice.key.sequence)
+
+    def pump(self, now: float) -> None:
+        """Send what can be sent."""
+        while self._queued:
+            target = self.workers.choose("prefill", self._max_prefill_queue)
+            if target is None:
+                break
+            request, choice = self.choices[self._queued.popleft()]
+            self._send_prefill(now, target, request, choice)
+        while self._unplaced:
+            target = self.workers.choose("decode")
+            if target is None:
+                break
+            request, choice = self.choices[self._unplaced.popleft()]
+            self._send_decode(now, target, request, choice)
+
+    def _send_prefill(self, now: float, target: Worker, request: Request, choice: Choice) -> None:
+        choice.account.spend("router_queue_s", now)
+        choice.life.move(Phase.PREFILLING, now, target.hello.name)
+        choice.prefill = target.hello.name
+        target.add(choice.key.sequence, len(request.prompt_ids) + len(choice.output_ids))
+        work = worker.PrefillWork(choice.key, request.prompt_ids, tuple(choice.output_ids), choice.sampling)
+        self._sink.send(target.peer, work)
+
+    def _send_decode(self, now: float, target: Worker, request: Request, choice: Choice) -> None:
+        assert choice.handle is not None
+        choice.account.spend("placement_s", now)
+        choice.life.move(Phase.DECODING, now, target.hello.name)
+        choice.decode = target.hello.name
+        target.add(choice.key.sequence, len(request.prompt_ids) + len(choice.output_ids))
+        work = worker.DecodeWork(choice.handle, request.prompt_ids, tuple(choice.output_ids), choice.sampling)
+        self._sink.send(target.peer, work)
+
+    def prefilled(self, now: float, done: worker.PrefillDone) -> None:
+        """A prefill instance made the next token."""
+        found = self._current(done.key, Phase.PREFILLING)
+        if found is None:
+            return
+        request, choice = found
+        self._leave(choice.prefill, choice)
+        choice.account.prefilled(now, done.queue_s, done.prefill_s)
+        choice.life.move(Phase.PLACING, now, "token made")
+        self._token(now, request, choice, done.token, done.logprobs, done.finish_reason)
+
+    def sealed(self, handle: KvHandle) -> None:
+        """The KV of a prompt can be fetched."""
+        found = self._current(handle.key, Phase.PLACING)
+        if found is not None and found[1].handle is None:
+            found[1].handle = handle
+            self._unplaced.append(handle.key.sequence)
+
+    def stepped(self, now: float, tokens: tuple[worker.TokenMade, ...]) -> None:
+        """A decode instance made a token for each of its sequences."""
+        for made in tokens:
+            found = self._current(made.key, Phase.DECODING)
+            if found is None or made.position != len(found[1].output_ids):
+                continue
+            request, choice = found
+            if made.stages is not None:
+                choice.account.decoding(now, made.stages)
+            holder = self.workers.get(choice.decode)
+            if holder is not None:
+                holder.grow(made.key.sequence)
+            self._token(now, request, choice, made.token, made.logprobs, made.finish_reason)
+
+    def _token(
+        self, now: float, request: Request, choice: Choice, token: int, logprobs: Logprobs | None, reason: str
+    ) -> None:
+        choice.output_ids.append(token)
+        text, stopped = ("", False) if reason == "stop" else choice.writer.push(token)
+        finish = "stop" if stopped else reason
+        if finish and not stopped:
+            text += choice.writer.flush()
+        told = (_tell(choice, token, logprobs),) if logprobs is not None else ()
+        number = len(request.events)
+        self._sink.emit(request, Output(request.id, number, choice.number, (token,), text, told, finish))
+        if finish:
+            choice.finish_reason = finish
+            self.stop(choice, now, f"finished: {finish}", abort=not reason)
+            self._sink.choice_done(request, choice, now)
+
+    # back
+
+    def failed(self, now: float, key: KvKey, error: ErrorInfo) -> None:
+        """A worker has dropped the sequence."""
+        found = self._current(key, Phase.PREFILLING, Phase.PLACING, Phase.DECODING)
+        if found is None:
+            return
+        request, choice = found
+        cause = from_info(error)
+        if cause.retryable:
+            self._retry(now, request, choice, cause)
+        else:
+            self._sink.fail(request, cause, now)
+
+    def preempted(self, now: float, key: KvKey) -> None:
+        """A decode instance ran out of blocks; no fault of the request, so it costs no retry."""
+        found = self._current(key, Phase.DECODING)
+        if found is not None:
+            self._again(now, found[1], "preempted")
+
+    def worker_lost(self, now: float, lost: Worker) -> None:
+        """A worker died: whatever it held is tried again elsewhere."""
+        name = lost.hello.name
+        for request, choice in list(self.choices.values()):
+            held = choice.decode == name or (choice.prefill == name and choice.life.phase is not Phase.DECODING)
+            if held and request.live:
+                self._retry(now, request, choice, WorkerLost(f"{name} died while it held the request"))
+
+    def _retry(self, now: float, request: Request, choice: Choice, cause: DsError) -> None:
+        choice.account.retries += 1
+        if choice.account.retries > self._retries:
+            self._sink.fail(request, cause, now)
+        else:
+            self._again(now, choice, f"retry: {cause.code}")
+
+    def _again(self, now: float, choice: Choice, why: str) -> None:
+        self._withdraw(choice, abort=True)
+        choice.account.spend("retry_s", now)
+        choice.life.move(Phase.QUEUED, now, why)
+        choice.key = KvKey(choice.key.sequence, choice.key.epoch + 1)
+        # it has waited before: it goes first
+        self._queued.appendleft(choice.key.sequence)
+
+    def starve(self, now: float, down_since: Callable[[str], float | None]) -> None:
+        """Fail what has waited too long for a role of which no instance is up."""
+        for role, queue in (("prefill", self._queued), ("decode", self._unplaced)):
+            since = down_since(role)
+            if since is None:
+                continue
+            for sequence in list(queue):
+                request, choice = self.choices.get(sequence, (None, None))
+                if request is None or choice is None:
+                    continue
+                if now - max(since, choice.life.since) >= INSTANCE_WAIT_S:
+                    error = NoInstance(f"no {role} instance was up for {INSTANCE_WAIT_S:.0f} s")
+                    self._sink.fail(request, error, now)
+
+    # ends
+
+    def stop(self, choice: Choice, now: float, why: str, *, abort: bool = True) -> None:
+        """The choice is over; ``abort`` tells the workers to drop it."""
+        self._withdraw(choice, abort=abort)
+        choice.life.move(Phase.DONE, now, why)
+        del self.choices[choice.key.sequence]
+
+    def _withdraw(self, choice: Choice, *, abort: bool) -> None:
+        """Take the choice from wherever it is."""
+        sequence = choice.key.sequence
+        for queue in (self._queued, self._unplaced):
+            if sequence in queue:
+                queue.remove(sequence)
+        for name in (choice.prefill, choice.decode):
+            self._leave(name, choice)
+            holder = self.workers.get(name)
+            if abort and holder is not None:
+                self._sink.send(holder.peer, worker.Abort(choice.key))
+        choice.prefill = choice.decode = choice.handle = None
+
+    def _leave(self, name: str | None, choice: Choice) -> None:
+        holder = self.workers.get(name)
+        if holder is not None:
+            holder.remove(choice.key.sequence)
+
+    def _current(self, key: KvKey, *phases: Phase) -> tuple[Request, Choice] | None:
+        """The choice if ``key`` names its current attempt and it stands in one of ``phases``."""
+        found = self.choices.get(key.sequence)
+        if found is None or found[1].key != key or found[1].life.phase not in phases:
+            return None
+        return found
+
+
+def _tell(choice: Choice, token: int, logprobs: Logprobs) -> TokenLogprob:
+    text = choice.writer.token_text
+    top = tuple((other, text(other), logprob) for other, logprob in logprobs.top)
+    return TokenLogprob(token, text(token), logprobs.logprob, top)

@@ -1,0 +1,101 @@
+"""A request at the router, its choices, and the life of a choice::
+
+    QUEUED ──> PREFILLING ──> PLACING ──> DECODING ──> DONE
+      ^  │         │             │            │          ^
+      │  └─────────┼─────────────┼────────────┼──────────┘
+      └────────────┴─────────────┴────────────┘            an attempt was lost: next epoch
+
+A choice is one sequence; its output survives a lost attempt, the next one continues it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+import msgspec
+
+from dskv.handle import KvHandle, KvKey
+from dsrouter.ledger import Account
+from dswire.lifecycle import Lifecycle
+from dswire.messages.client import Sampling, Submit
+
+
+class Phase(Enum):
+    """Where a choice stands."""
+
+    #: at the router, waiting for a prefill instance
+    QUEUED = 0
+    #: at a prefill instance
+    PREFILLING = 1
+    #: has a token; waiting for its handle or for a decode instance
+    PLACING = 2
+    #: at a decode instance
+    DECODING = 3
+    DONE = 4
+
+
+_ENDS = frozenset({Phase.QUEUED, Phase.DONE})
+
+TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
+    Phase.QUEUED: frozenset({Phase.PREFILLING, Phase.DONE}),
+    Phase.PREFILLING: _ENDS | {Phase.PLACING},
+    Phase.PLACING: _ENDS | {Phase.DECODING},
+    Phase.DECODING: _ENDS,
+    Phase.DONE: frozenset(),
+}
+
+
+class Writer(Protocol):
+    """Makes text of tokens, and finds stop strings in it."""
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """Text that is safe to send now, and whether a stop string was met."""
+
+    def flush(self) -> str:
+        """The rest, at the end."""
+
+    def token_text(self, token: int) -> str:
+        """Text of a single token, for log-probabilities."""
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer of a request."""
+
+    number: int
+    sampling: Sampling
+    writer: Writer
+    life: Lifecycle[Phase]
+    account: Account
+    key: KvKey
+    #: where the prompt was or is prefilled; it may hold KV of ours
+    prefill: str | None = None
+    decode: str | None = None
+    handle: KvHandle | None = None
+    output_ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+
+
+@dataclass(slots=True)
+class Request:
+    """One request, from submission until its end is forgotten."""
+
+    id: str
+    #: the machine's name of the client it belongs to
+    client: str
+    submit: Submit
+    arrived: float
+    prompt_ids: tuple[int, ...] = ()
+    choices: list[Choice] = field(default_factory=list)
+    #: all events so far, for a client that reconnects; the number of an event is its place
+    events: list[msgspec.Struct] = field(default_factory=list)
+    #: how it ended: "finished" or an error's code; "" while it lives
+    ended: str = ""
+
+    @property
+    def live(self) -> bool:
+        """Whether its end is still to come."""
+        return not self.ended
