@@ -1,0 +1,144 @@
+"""The copies of a hand-off, staged and direct, and what verification catches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dskv.handle import KvHandle
+from dskv.receive import Receiver
+from dskv.segment import Segment
+from dskv.send import plan, stage
+from dswire.errors import KvCorrupt, TransferFailed
+from dswire.messages.kv import Chunk
+from support.handles import LAYOUT, make_handle, make_pool, offered
+
+SIZE = LAYOUT.block_nbytes
+BLOCKS = (5, 2, 9, 0, 7)
+OWN = (1, 3, 5, 7, 9)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[Segment]:
+    pool = make_pool(tmp_path / "source.kv")
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Iterator[Segment]:
+    made = Segment.create(tmp_path / "own.kv", 12, SIZE)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def handle(source: Segment) -> KvHandle:
+    return offered(source, "r1/0", BLOCKS, owner="prefill-0", node="n0")
+
+
+def assert_arrived(source: Segment, pool: Segment) -> None:
+    for theirs, mine in zip(BLOCKS, OWN, strict=True):
+        assert bytes(pool.slot(mine)) == bytes(source.slot(theirs))
+
+
+def test_a_direct_copy_arrives_and_verifies(source: Segment, pool: Segment, handle: KvHandle) -> None:
+    receiver = Receiver(handle, pool, OWN)
+    receiver.copy_direct(source)
+    receiver.verify()
+    assert receiver.complete
+    assert_arrived(source, pool)
+
+
+@pytest.mark.parametrize("slot_blocks", [1, 2, 5, 8])
+def test_staged_chunks_arrive_and_verify(
+    source: Segment, pool: Segment, handle: KvHandle, slot_blocks: int
+) -> None:
+    receiver = Receiver(handle, pool, OWN)
+    slot = memoryview(bytearray(slot_blocks * SIZE + 17))
+    for chunk in plan(len(BLOCKS), SIZE, len(slot)):
+        assert stage(source, handle, chunk, slot) == chunk.count * SIZE
+        receiver.take(chunk, slot)
+    receiver.verify()
+    assert_arrived(source, pool)
+
+
+def test_a_flipped_bit_is_told(source: Segment, pool: Segment, handle: KvHandle) -> None:
+    receiver = Receiver(handle, pool, OWN)
+    slot = memoryview(bytearray(5 * SIZE))
+    stage(source, handle, Chunk(0, 0, 5), slot)
+    slot[3 * SIZE] ^= 4
+    receiver.take(Chunk(0, 0, 5), slot)
+    with pytest.raises(KvCorrupt, match=r"r1/0#0: the KV from prefill-0 has checksum"):
+        receiver.verify()
+
+
+def test_missing_blocks_are_told(source: Segment, pool: Segment, handle: KvHandle) -> None:
+    receiver = Receiver(handle, pool, OWN)
+    slot = memoryview(bytearray(2 * SIZE))
+    stage(source, handle, Chunk(0, 0, 2), slot)
+    receiver.take(Chunk(0, 0, 2), slot)
+    with pytest.raises(TransferFailed, match="2 of 5 blocks"):
+        receiver.verify()
+    with pytest.raises(TransferFailed, match="another way"):
+        receiver.copy_direct(source)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [Chunk(1, 0, 2), Chunk(0, 1, 2), Chunk(0, 0, 0), Chunk(0, 0, -1), Chunk(0, 0, 6), Chunk(0, 0, 5)],
+    ids=["index", "gap", "empty", "negative", "too many", "more than the data"],
+)
+def test_a_wrong_chunk_changes_nothing(pool: Segment, handle: KvHandle, chunk: Chunk) -> None:
+    receiver = Receiver(handle, pool, OWN)
+    with pytest.raises(TransferFailed):
+        receiver.take(chunk, memoryview(bytes(4 * SIZE)))
+    assert receiver.taken == 0
+    assert all(not any(pool.slot(block)) for block in OWN)
+
+
+def test_a_duplicate_chunk_is_refused(pool: Segment, handle: KvHandle) -> None:
+    receiver = Receiver(handle, pool, OWN)
+    data = memoryview(bytes(2 * SIZE))
+    receiver.take(Chunk(0, 0, 2), data)
+    with pytest.raises(TransferFailed, match="chunk 0 at block 0 came where chunk 1 at block 2 is due"):
+        receiver.take(Chunk(0, 0, 2), data)
+
+
+def test_another_layout_or_number_of_blocks_is_refused(pool: Segment, handle: KvHandle) -> None:
+    with pytest.raises(KvCorrupt, match="4 were reserved"):
+        Receiver(handle, pool, OWN[:4])
+    wide = msgspec.structs.replace(handle, layout=msgspec.structs.replace(LAYOUT, dtype="float32"))
+    with pytest.raises(KvCorrupt, match="do not fit a pool"):
+        Receiver(wide, pool, OWN)
+
+
+@pytest.mark.parametrize("chunk", [Chunk(0, 4, 2), Chunk(0, -1, 1), Chunk(0, 0, 0), Chunk(0, 0, 3)])
+def test_the_owner_stages_no_chunk_that_is_not_there(source: Segment, handle: KvHandle, chunk: Chunk) -> None:
+    with pytest.raises(TransferFailed):
+        stage(source, handle, chunk, memoryview(bytearray(2 * SIZE)))
+
+
+def test_a_block_larger_than_a_slot_is_refused() -> None:
+    with pytest.raises(TransferFailed) as caught:
+        plan(3, 1000, 999)
+    assert "relay.slot" in caught.value.remedy
+
+
+@given(st.integers(1, 300), st.integers(1, 64), st.integers(0, 63))
+def test_a_plan_covers_every_block_once_in_order(blocks: int, each: int, rest: int) -> None:
+    chunks = plan(blocks, 64, each * 64 + rest)
+    assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
+    covered = [at for chunk in chunks for at in range(chunk.first, chunk.first + chunk.count)]
+    assert covered == list(range(blocks))
+    assert all(chunk.count == each for chunk in chunks[:-1])
+
+
+def test_a_plan_of_an_empty_handle_is_empty() -> None:
+    assert plan(0, 64, 64) == ()
+    assert make_handle(blocks=(3,)).nbytes == SIZE
