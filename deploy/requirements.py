@@ -1,7 +1,7 @@
 """Print what ``pyproject.toml`` requires, one a line, so that dependencies can be installed before the code.
 
-``python requirements.py PYPROJECT [build | EXTRA]...``: the dependencies, then those of each extra; ``build`` stands
-for the build system's. Standard library only.
+``python requirements.py PYPROJECT [build | EXTRA]...``: the dependencies, then those of each extra; ``build``
+stands for the build system's. Standard library only.
 """
 
 from __future__ import annotations

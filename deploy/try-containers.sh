@@ -47,6 +47,11 @@ wait_healthy() {
     done
 }
 
+if ! (ulimit -l unlimited) 2>/dev/null; then
+    DS_MEMLOCK=$(($(ulimit -H -l) * 1024))
+    export DS_MEMLOCK
+    echo "this host may not raise the limit on pinned memory: $DS_MEMLOCK bytes"
+fi
 if [ "${DS_OFFLINE:-0}" = 1 ]; then
     step "collecting wheels"
     deploy/fill-wheelhouse.sh "$python" 2>/dev/null
