@@ -82,30 +82,32 @@ class _Placer:
         """Instances of a section that has ``place``."""
         assert group.place is not None
         at: Key = (role, "place")
-        if len(group.place) != group.replicas:
-            reason = f"{len(group.place)} replicas are placed, but replicas is {group.replicas}"
-            self._problems.add(at, reason, "give one list of places for each replica")
-        found = []
-        for index, item in enumerate(group.place):
-            places = (item,) if isinstance(item, str) else item
-            keys: list[Key] = (
-                [(*at, index)] if isinstance(item, str) else [(*at, index, rank) for rank in range(len(item))]
-            )
-            self._check_ranks(group, len(places), (*at, index))
-            pairs = [self._take(one, key, f"{role}-{index}") for one, key in zip(places, keys, strict=True)]
-            known = [pair for pair in pairs if pair is not None]
-            if len({node for node, _ in known}) > 1:
-                reason = "the ranks of one instance are on several nodes"
-                self._problems.add((*at, index), reason, "place all ranks of an instance on one node")
-            if known:
-                found.append(Placed(role, index, known[0][0], tuple(device for _, device in known)))
-        return found
+        if len(group.place) != (group.replicas or len(group.place)):
+            reason = f"place has {len(group.place)} entries, but replicas is {group.replicas}"
+            self._problems.add(at, reason, "give one list of places for each replica, or leave replicas out")
+        placed = [self._placed(role, index, item, group, (*at, index)) for index, item in enumerate(group.place)]
+        return [one for one in placed if one is not None]
+
+    def _placed(
+        self, role: WorkerRole, index: int, item: str | tuple[str, ...], group: GroupSection, at: Key
+    ) -> Placed | None:
+        """One instance; None after a problem with all its places."""
+        places = (item,) if isinstance(item, str) else item
+        self._check_ranks(group, len(places), at)
+        owner = f"{role}-{index}"
+        keys = [at] if isinstance(item, str) else [(*at, rank) for rank in range(len(item))]
+        pairs = [self._take(place, key, owner) for place, key in zip(places, keys, strict=True)]
+        known = [pair for pair in pairs if pair is not None]
+        if len({node for node, _ in known}) > 1:
+            reason = "the ranks of one instance are on several nodes"
+            self._problems.add(at, reason, "place all ranks of an instance on one node")
+        return Placed(role, index, known[0][0], tuple(device for _, device in known)) if known else None
 
     def _check_ranks(self, group: GroupSection, count: int, at: Key) -> None:
         ranks = group.tp * group.pp
         if count != ranks:
-            reason = f"{count} devices are given, but tp * pp is {group.tp} * {group.pp} = {ranks}"
-            self._problems.add(at, reason, f"give {ranks} devices, or change tp or pp")
+            reason = f"the number of places is {count}, but tp * pp is {group.tp} * {group.pp} = {ranks}"
+            self._problems.add(at, reason, "give one place for each rank, or change tp or pp")
 
     def _take(self, place: str, at: Key, owner: str) -> tuple[str, str] | None:
         """Node and device of ``place``, now taken by ``owner``; None after a problem."""
@@ -132,7 +134,7 @@ class _Placer:
         names = list(self._free)
         found: list[Placed] = []
         turn = 0
-        for index in range(group.replicas):
+        for index in range(group.replicas or 1):
             # the next node in turn with room; after the last comes the first
             order = [names[(turn + step) % len(names)] for step in range(len(names))]
             node = next((name for name in order if len(self._free[name]) >= ranks), None)

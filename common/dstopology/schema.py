@@ -137,7 +137,7 @@ class KvSection:
 class GroupSection:
     """Instances of one role."""
 
-    replicas: int = key(REPLICAS, "number of instances", 1)
+    replicas: int | None = key(REPLICAS, "number of instances; default one for each entry of place, or 1", None)
     tp: int = key(PARALLEL, "tensor parallelism: ranks that share each layer", 1)
     pp: int = key(PARALLEL, "pipeline parallelism: stages of layers", 1)
     place: tuple[str | tuple[str, ...], ...] | None = key(

@@ -26,6 +26,10 @@ class Shape(Protocol):
     def wanted(self) -> str:
         """How a message names what should stand there."""
 
+    @property
+    def advice(self) -> str:
+        """What to write there, in full."""
+
     def fits(self, value: Any) -> bool:
         """Whether ``value`` is of the right kind at all; its range is left to :meth:`check`."""
 
@@ -54,7 +58,10 @@ def examine(shape: Shape, value: Any, at: Key, problems: Problems) -> Any:
     """Check ``value``, its kind first. Returns None after a problem with its kind."""
     if shape.fits(value):
         return shape.check(value, at, problems)
-    problems.add(at, f"{shape.wanted} is wanted, not {_kind(value)}", f"write {shape.wanted}")
+    if value is None:
+        problems.add(at, "the value is missing", f"leave the key out, or write {shape.advice}")
+    else:
+        problems.add(at, f"{shape.wanted} is wanted, not {_kind(value)}", f"write {shape.advice}")
     return None
 
 
@@ -65,6 +72,10 @@ class Text:
     wanted: str = "a text"
     #: the whole string must match
     pattern: str = ".+"
+
+    @property
+    def advice(self) -> str:
+        return self.wanted
 
     def fits(self, value: Any) -> bool:
         return isinstance(value, str) and len(value) <= 4096
@@ -91,13 +102,16 @@ class Number:
     def wanted(self) -> str:
         return "a whole number" if self.whole else "a number"
 
+    @property
+    def advice(self) -> str:
+        return f"{self.wanted} from {self.least} to {self.most}"
+
     def fits(self, value: Any) -> bool:
         return isinstance(value, int if self.whole else (int, float)) and not isinstance(value, bool)
 
     def check(self, value: Any, at: Key, problems: Problems) -> float:
         if not self.least <= value <= self.most:
-            span = f"from {self.least} to {self.most}"
-            problems.add(at, f"{value} is out of range", f"write {self.wanted} {span}")
+            problems.add(at, f"{value} is out of range", f"write {self.advice}")
             return self.least
         return int(value) if self.whole else float(value)
 
@@ -119,6 +133,10 @@ class Choice:
     def wanted(self) -> str:
         return f"one of {', '.join(self.words)}"
 
+    @property
+    def advice(self) -> str:
+        return self.wanted
+
     def fits(self, value: Any) -> bool:
         return isinstance(value, str)
 
@@ -138,6 +156,10 @@ class Many:
     item: Shape
     wanted: str
     may_be_empty: bool = False
+
+    @property
+    def advice(self) -> str:
+        return self.wanted
 
     def fits(self, value: Any) -> bool:
         return isinstance(value, list)
@@ -165,6 +187,10 @@ class Either:
     def wanted(self) -> str:
         return " or ".join(shape.wanted for shape in self.shapes)
 
+    @property
+    def advice(self) -> str:
+        return " or ".join(shape.advice for shape in self.shapes)
+
     def fits(self, value: Any) -> bool:
         return any(shape.fits(value) for shape in self.shapes)
 
@@ -189,7 +215,11 @@ class Mapping:
 
     @property
     def wanted(self) -> str:
-        return f"a mapping (keys {', '.join(self._fields())})"
+        return "a mapping"
+
+    @property
+    def advice(self) -> str:
+        return f"a mapping with any of the keys {', '.join(self._fields())}"
 
     def _fields(self) -> dict[str, dataclasses.Field[Any]]:
         return {field.name: field for field in dataclasses.fields(self.section)}

@@ -75,7 +75,7 @@ def read(path: Path | str) -> Source:
     if document is None:
         problems.add((), "the file is empty", "the least that it may hold is `model: smollm2-135m-instruct`")
         raise problems.error()
-    return Source(Path(path).absolute(), content, document, problems)
+    return Source(Path(path).resolve(), content, document, problems)
 
 
 def _bytes(path: Path, problems: Problems) -> bytes:

@@ -1,0 +1,143 @@
+"""Does the model fit: its shape the parallelism, its sequences the KV pools, and everything the host's memory.
+
+What is compared is what a host has in all, not what happens to be free: the answer is the same before the system
+runs and while it does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dstopology.endpoints import is_local
+from dstopology.modelfacts import ModelFacts
+from dstopology.placement import WorkerRole
+from dstopology.problems import Problems
+from dstopology.resolved import Instance, Node, Relay
+from dstopology.schema import GroupSection
+
+#: the default of model.max_model_len where model and pools would allow more
+USUAL_MODEL_LEN = 8192
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def check_shape(facts: ModelFacts, groups: Mapping[WorkerRole, GroupSection], problems: Problems) -> None:
+    """Tell of a tp that does not divide the heads, and of a pp larger than the number of layers."""
+    for role, group in groups.items():
+        for what, count in (("attention heads", facts.heads), ("KV heads", facts.kv_heads)):
+            if count % group.tp:
+                reason = f"the model's {count} {what} cannot be divided by tp {group.tp}"
+                problems.add((role, "tp"), reason, f"choose a tp that divides {facts.heads} and {facts.kv_heads}")
+        if facts.layers < group.pp:
+            reason = f"the model has {facts.layers} layers, too few for {group.pp} stages"
+            problems.add((role, "pp"), reason, f"choose a pp of at most {facts.layers}")
+
+
+def pool_nbytes(instance: Instance, facts: ModelFacts, dtype: str) -> int:
+    """Bytes of the KV pool of an instance."""
+    block = facts.kv_layout(instance.block_size, dtype).block_nbytes
+    return instance.kv_memory_nbytes if instance.kv_blocks is None else instance.kv_blocks * block
+
+
+def pool_tokens(instance: Instance, facts: ModelFacts | None, dtype: str) -> int | None:
+    """Tokens that the KV pool of an instance holds; None when that depends on a model that is not here."""
+    if instance.kv_blocks is not None:
+        return instance.kv_blocks * instance.block_size
+    if facts is None:
+        return None
+    block = facts.kv_layout(instance.block_size, dtype).block_nbytes
+    return instance.kv_memory_nbytes // block * instance.block_size
+
+
+def model_len(
+    wanted: int | None,
+    facts: ModelFacts | None,
+    instances: Sequence[Instance],
+    dtype: str,
+    problems: Problems,
+) -> int:
+    """``model.max_model_len``; tells of one that the model or a pool cannot take."""
+    limits = [(facts.max_positions, "the model takes")] if facts is not None else []
+    for instance in instances:
+        tokens = pool_tokens(instance, facts, dtype)
+        if tokens == 0:
+            reason = f"the KV pool of {instance.name} has no room for even one block"
+            problems.add(("kv",), reason, "raise kv.memory, or give kv.blocks instead")
+        elif tokens is not None:
+            limits.append((tokens, f"the KV pool of {instance.name} holds"))
+    least, what = min(limits, default=(USUAL_MODEL_LEN, ""))
+    if wanted is None:
+        return min(least, USUAL_MODEL_LEN)
+    if limits and wanted > least:
+        remedy = f"lower it to {least}" + (", or raise kv.memory or kv.blocks" if "pool" in what else "")
+        problems.add(("model", "max_model_len"), f"{wanted} tokens are too many: {what} {least}", remedy)
+    return wanted
+
+
+def check_slot(facts: ModelFacts, relay: Relay, block_size: int, dtype: str, problems: Problems) -> None:
+    """Tell of staging slots that cannot hold one block."""
+    block = facts.kv_layout(block_size, dtype).block_nbytes
+    if relay.slot_nbytes < block:
+        reason = f"a slot of {shown(relay.slot_nbytes)} cannot hold a KV block of {shown(block)}"
+        problems.add(("relay", "slot"), reason, f"raise it to {shown(block, up=True)}, or lower kv.block_size")
+
+
+def check_memory(
+    facts: ModelFacts,
+    dtype: str,
+    nodes: Sequence[Node],
+    instances: Sequence[Instance],
+    relays: Sequence[Relay],
+    shm_dir: Path,
+    problems: Problems,
+) -> None:
+    """Tell when this host has too little memory, or too little shared memory, for its part of the topology."""
+    local = {node.name for node in nodes if is_local(node.host)}
+    mine = [one for one in instances if one.node in local and one.devices[0].startswith("cpu")]
+    pools = sum(pool_nbytes(one, facts, dtype) for one in mine)
+    staging = sum(relay.staging_nbytes for relay in relays if relay.node in local and relay.data_bind)
+    weights = len(mine) * facts.weights_nbytes(dtype)
+    parts = f"weights {shown(weights)}, KV pools {shown(pools)}, staging {shown(staging)}"
+    remedy = "lower kv.memory or relay.staging, have fewer instances, or use a smaller dtype or model"
+    has = memory_nbytes()
+    if has is not None and weights + pools + staging > has:
+        wants = weights + pools + staging
+        reason = f"this host has {shown(has)} of memory, and {shown(wants)} are needed: {parts}"
+        problems.add(("kv",), reason, remedy)
+    room = mount_nbytes(shm_dir)
+    if room is not None and pools + staging > room:
+        reason = f"{shm_dir} has room for {shown(room)}, and {shown(pools + staging)} are needed: {parts}"
+        problems.add(("kv",), reason, f"{remedy}; or enlarge that mount, or set DS_SHM_DIR to another")
+
+
+def memory_nbytes() -> int | None:
+    """Bytes of memory that this host or container may use; None where that cannot be read."""
+    found = []
+    try:
+        lines = MEMINFO.read_text().splitlines()
+        found.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")))
+        # "max" where there is no limit: no number
+        found.append(int(CGROUP_LIMIT.read_text()))
+    except (OSError, ValueError, StopIteration):
+        pass
+    return min(found, default=None)
+
+
+def mount_nbytes(directory: Path) -> int | None:
+    """Bytes of the file system that holds ``directory``; None where that cannot be read."""
+    try:
+        mount = os.statvfs(directory)
+    except OSError:
+        return None
+    return mount.f_blocks * mount.f_frsize
+
+
+def shown(nbytes: int, *, up: bool = False) -> str:
+    """Bytes for people: ``512MiB``; with ``up`` rounded up to a whole unit that a size may be given in."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if nbytes >= unit:
+            return f"{-(-nbytes // unit)}{name}" if up else f"{nbytes / unit:.1f}".removesuffix(".0") + name
+    return f"{nbytes}B"

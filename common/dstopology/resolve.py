@@ -1,0 +1,286 @@
+"""Turns a checked file into a resolved topology: defaults, places, addresses, and whether it all fits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from dstopology import fit, modelfacts
+from dstopology.modelfacts import ModelFacts
+from dstopology.network import Ends, Network, same_machine
+from dstopology.placement import Placed, WorkerRole, place, resolve_nodes
+from dstopology.problems import Key, Problems
+from dstopology.resolved import (
+    Gateway,
+    Instance,
+    Model,
+    Node,
+    Relay,
+    Router,
+    Security,
+    Slo,
+    Topology,
+    Transport,
+)
+from dstopology.schema import (
+    DecodeSection,
+    File,
+    GatewaySection,
+    GroupSection,
+    KvSection,
+    ModelSection,
+    PrefillSection,
+    RouterSection,
+    SecuritySection,
+    nbytes,
+)
+
+BLOCK_SIZE = 16
+KV_MEMORY_NBYTES = 512 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Resolver:
+    """One run of :func:`dstopology.load.load`."""
+
+    file: File
+    path: Path
+    digest: str
+    run_dir: Path
+    shm_dir: Path
+    #: where keys are unless the file says otherwise
+    keys_dir: Path
+    #: reads the facts of the model at a path
+    facts: Callable[[str], ModelFacts | None]
+    problems: Problems
+
+    def topology(self) -> Topology:
+        """The resolved topology. Raises :class:`TopologyError` with all problems."""
+        groups = self._groups()
+        ranks = sum((group.replicas or 1) * group.tp * group.pp for group in groups.values())
+        nodes = resolve_nodes(self.file.nodes, ranks, self.problems)
+        placed = place(groups, nodes, self.problems)
+        instances = tuple(self._instance(one, groups[one.role], nodes, placed) for one in placed)
+        network = Network(nodes, self.run_dir, self.problems)
+        router = self._router(network, nodes)
+        relays = self._relays(network, nodes, instances)
+        gateway = self._gateway(network, network.node(router.node, ("router", "node"), nodes[0]))
+        network.check_collisions()
+        model = self._model(groups, nodes, instances, relays)
+        self.problems.raise_any()
+        return Topology(
+            path=self.path,
+            digest=self.digest,
+            run_dir=self.run_dir,
+            shm_dir=self.shm_dir,
+            mode=self.file.mode,
+            force_transport=cast("Transport | None", self.file.force_transport),
+            model=model,
+            slo=self._slo(),
+            nodes=nodes,
+            router=router,
+            instances=instances,
+            relays=relays,
+            gateway=gateway,
+            security=self._security(network),
+        )
+
+    def _slo(self) -> Slo:
+        slo = self.file.slo
+        return Slo(slo.ttft_ms / 1000, slo.tpot_ms / 1000, slo.attainment)
+
+    # instances
+
+    def _groups(self) -> dict[WorkerRole, PrefillSection | DecodeSection]:
+        """The sections of both roles, with the number of replicas where places tell it."""
+        prefill, decode = self.file.prefill, self.file.decode
+        sections: dict[WorkerRole, PrefillSection | DecodeSection] = {
+            "prefill": PrefillSection(replicas=prefill) if isinstance(prefill, int) else prefill,
+            "decode": DecodeSection(replicas=decode) if isinstance(decode, int) else decode,
+        }
+        self._check_kv(sections)
+        return {
+            role: replace(group, replicas=len(group.place)) if group.place and not group.replicas else group
+            for role, group in sections.items()
+        }
+
+    def _check_kv(self, groups: Mapping[WorkerRole, GroupSection]) -> None:
+        sections: list[tuple[Key, KvSection | None]] = [(("kv",), self.file.kv)]
+        sections += [((role, "kv"), group.kv) for role, group in groups.items()]
+        for at, kv in sections:
+            if kv is not None and kv.memory is not None and kv.blocks is not None:
+                self.problems.add(at, "memory and blocks are both given", "keep one of the two")
+        if self._block_size(groups["prefill"]) != self._block_size(groups["decode"]):
+            role = "decode" if groups["decode"].kv else "prefill"
+            reason = "prefill and decode would have blocks of different sizes, which cannot be handed over"
+            self.problems.add((role, "kv", "block_size"), reason, "give block_size at the top level's kv only")
+
+    def _block_size(self, group: GroupSection) -> int:
+        own = group.kv.block_size if group.kv is not None else None
+        return own or self.file.kv.block_size or BLOCK_SIZE
+
+    def _pool(self, group: GroupSection) -> tuple[int, int | None]:
+        """Bytes and blocks of a pool; the blocks count when they are not None."""
+        own = group.kv
+        kv = own if own is not None and (own.memory or own.blocks) else self.file.kv
+        return nbytes(kv.memory) if kv.memory is not None else KV_MEMORY_NBYTES, kv.blocks
+
+    def _instance(
+        self,
+        placed: Placed,
+        group: PrefillSection | DecodeSection,
+        nodes: Sequence[Node],
+        everyone: Sequence[Placed],
+    ) -> Instance:
+        memory_nbytes, blocks = self._pool(group)
+        return Instance(
+            name=placed.name,
+            role=placed.role,
+            node=placed.node,
+            devices=placed.devices,
+            tp=group.tp,
+            pp=group.pp,
+            block_size=self._block_size(group),
+            kv_memory_nbytes=memory_nbytes,
+            kv_blocks=blocks,
+            threads=group.threads or _threads(placed.node, nodes, everyone),
+            segment=self.shm_dir / f"ds-{self.digest}-{placed.name}.kv",
+            max_queue=group.max_queue,
+            max_batch=group.max_batch,
+            max_batch_tokens=group.max_batch_tokens if isinstance(group, PrefillSection) else group.max_batch,
+        )
+
+    # router, relays, gateway
+
+    def _router(self, network: Network, nodes: Sequence[Node]) -> Router:
+        written = self.file.router
+        section = RouterSection(frontend=written) if isinstance(written, str) else written
+        node = network.node(section.node, ("router", "node"), nodes[0])
+        at: Key = ("router",) if isinstance(written, str) else ("router", "frontend")
+        frontend = network.frontend(section, at, node)
+        backend = self._backend(network, section, node, at)
+        return Router(
+            name="router-0",
+            node=node.name,
+            frontend_bind=frontend.bind,
+            frontend_connect=frontend.connect,
+            backend_bind=backend.bind,
+            backend_connect=backend.connect,
+            max_requests=section.max_requests,
+            max_deadline_s=section.max_deadline_s,
+            client_lease_s=section.client_lease_s,
+            worker_lease_s=section.worker_lease_s,
+            retries=section.retries,
+        )
+
+    def _backend(self, network: Network, section: RouterSection, node: Node, frontend: Key) -> Ends:
+        at: Key = ("router", "backend") if section.backend else frontend
+        ends = network.backend(section, at, node)
+        if ends.bind.startswith("ipc://") and network.several_nodes:
+            reason = "workers of other nodes cannot reach a socket file"
+            self.problems.add(at, reason, "give a tcp:// address, or leave the key out")
+        return ends
+
+    def _gateway(self, network: Network, default: Node) -> Gateway | None:
+        section = self.file.gateway
+        if section is None:
+            return None
+        if isinstance(section, str):
+            return network.gateway(GatewaySection(bind=section), ("gateway",), default)
+        node = network.node(section.node, ("gateway", "node"), default)
+        return network.gateway(section, ("gateway", "bind"), node)
+
+    def _relays(self, network: Network, nodes: Sequence[Node], instances: Sequence[Instance]) -> tuple[Relay, ...]:
+        """One relay for each node that has an instance."""
+        used = {instance.node for instance in instances}
+        over_tcp = self._check_transports(instances)
+        found: list[Relay] = []
+        for node in (one for one in nodes if one.name in used):
+            data = None
+            if over_tcp:
+                port = self.file.relay.port + len(found)
+                data = network.relay_data(node, port, ("relay", "port"))
+            found.append(self._relay(network, node, data))
+        return tuple(found)
+
+    def _relay(self, network: Network, node: Node, data: Ends | None) -> Relay:
+        section = self.file.relay
+        staging, slot = nbytes(section.staging), nbytes(section.slot)
+        if slot > staging:
+            reason = f"staging of {fit.shown(staging)} cannot hold one slot of {fit.shown(slot)}"
+            self.problems.add(("relay", "staging"), reason, "raise staging, or lower slot")
+        name = f"relay-{node.name}"
+        return Relay(
+            name=name,
+            node=node.name,
+            local=network.socket(f"{name}.sock", ("nodes",)),
+            data_bind=data.bind if data else None,
+            data_connect=data.connect if data else None,
+            staging_nbytes=staging,
+            slot_nbytes=slot,
+            staging=self.shm_dir / f"ds-{self.digest}-{name}.staging",
+            lease_s=section.lease_s,
+            transfer_timeout_s=section.transfer_timeout_s,
+            transports=cast("tuple[Transport, ...]", section.transports),
+        )
+
+    def _check_transports(self, instances: Sequence[Instance]) -> bool:
+        """Whether any KV goes over TCP; tells of transports that cannot do what is needed."""
+        allowed, forced = self.file.relay.transports, self.file.force_transport
+        if forced is not None and forced not in allowed:
+            reason = f"{forced} is not among relay.transports, which are {', '.join(allowed)}"
+            self.problems.add(("force_transport",), reason, f"add {forced} there, or force another")
+        owners = {one.node for one in instances if one.role == "prefill"}
+        pullers = {one.node for one in instances if one.role == "decode"}
+        crossing = sorted({f"{a} to {b}" for a in owners for b in pullers if a != b})
+        if crossing and forced == "shm":
+            reason = f"KV goes from node {crossing[0]}, where shm cannot reach"
+            self.problems.add(("force_transport",), reason, "leave the key out, or use one node")
+        elif crossing and "tcp" not in allowed:
+            reason = f"KV goes from node {crossing[0]}, and tcp is not among the transports"
+            self.problems.add(("relay", "transports"), reason, "add tcp, or use one node")
+        return bool(crossing) or forced == "tcp" or "shm" not in allowed
+
+    # model, security
+
+    def _model(
+        self,
+        groups: Mapping[WorkerRole, GroupSection],
+        nodes: Sequence[Node],
+        instances: Sequence[Instance],
+        relays: Sequence[Relay],
+    ) -> Model:
+        """The model, once its shape, its sequences and its bytes are known to fit."""
+        written = self.file.model
+        section = ModelSection(path=written) if isinstance(written, str) else written
+        path = modelfacts.written_path(section.path, self.path)
+        facts = self.facts(path)
+        on_gpu = any(device.startswith("cuda") for one in instances for device in one.devices)
+        dtype = section.dtype or ("bfloat16" if on_gpu else "float32")
+        if facts is not None:
+            fit.check_shape(facts, groups, self.problems)
+            fit.check_memory(facts, dtype, nodes, instances, relays, self.shm_dir, self.problems)
+            for relay in relays[:1]:
+                if relay.data_bind:
+                    fit.check_slot(facts, relay, self._block_size(groups["prefill"]), dtype, self.problems)
+        length = fit.model_len(section.max_model_len, facts, instances, dtype, self.problems)
+        return Model(path, modelfacts.model_name(path), dtype, length)
+
+    def _security(self, network: Network) -> Security:
+        written = self.file.security
+        section = SecuritySection(curve=written) if isinstance(written, str) else written
+        keys_dir = self.keys_dir
+        if section.keys is not None:
+            keys_dir = (self.path.parent / Path(section.keys).expanduser()).absolute()
+        return Security(section.curve == "on" or (section.curve == "auto" and network.exposed), keys_dir)
+
+
+def _threads(node: str, nodes: Sequence[Node], everyone: Sequence[Placed]) -> int:
+    """This host's cores, shared evenly by the ranks on the machine of ``node``."""
+    here = next(one for one in nodes if one.name == node)
+    machine = {one.name for one in nodes if same_machine((one, here))}
+    ranks = sum(len(placed.devices) for placed in everyone if placed.node in machine)
+    return max(1, len(os.sched_getaffinity(0)) // ranks)

@@ -1,0 +1,29 @@
+"""The sockets that a process of a topology opens, and the keys that guard them."""
+
+from __future__ import annotations
+
+from dstopology.resolved import Topology
+from dswire.actor import Route
+from dswire.keys import CurveKeys, load_system
+from dswire.links import RELAY, ROUTER
+from dswire.messages import kv, worker
+from dswire.sockets import ConnectedSocket
+
+
+def system_keys(topology: Topology) -> CurveKeys | None:
+    """The system's keys; None where the topology is not encrypted. Raises :class:`StartFailed`."""
+    return load_system(topology.security.keys_dir) if topology.security.encrypted else None
+
+
+def router_route(topology: Topology, name: str, incarnation: str) -> Route:
+    """A worker's connection to the router. The identity tells two processes of one name apart."""
+    endpoint = topology.router.backend_connect
+    socket = ConnectedSocket(endpoint, f"{name}/{incarnation}", keys=system_keys(topology))
+    return Route(socket, worker.ToWorker, peer=ROUTER)
+
+
+def relay_route(topology: Topology, name: str) -> Route:
+    """An instance's connection to the relay of its node."""
+    endpoint = topology.relay_of(topology.instance(name).node).local
+    socket = ConnectedSocket(endpoint, name, keys=system_keys(topology))
+    return Route(socket, kv.ToKvWorker, peer=RELAY)
