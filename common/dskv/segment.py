@@ -107,3 +107,31 @@ class Segment:
         except BufferError:
             # somebody (a tensor) still looks at the pages; they go with that object
             return
+
+
+class SegmentCache:
+    """Other processes' segments, mapped once each and again when their file was replaced by a restart."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, tuple[int, Segment]] = {}
+
+    def get(self, path: Path, slots: int, slot_nbytes: int, *, writable: bool = False) -> Segment:
+        """The mapped segment. Raises :class:`TransferFailed` when it cannot be mapped."""
+        try:
+            inode = path.stat().st_ino
+        except OSError as error:
+            raise TransferFailed(f"{path}: cannot be mapped: {error.strerror}") from error
+        known = self._open.get(path)
+        if known is not None and known[0] == inode and known[1].slots == slots:
+            return known[1]
+        if known is not None:
+            known[1].close()
+        segment = Segment.open(path, slots, slot_nbytes, writable=writable)
+        self._open[path] = (inode, segment)
+        return segment
+
+    def close(self) -> None:
+        """Unmap all."""
+        for _, segment in self._open.values():
+            segment.close()
+        self._open.clear()

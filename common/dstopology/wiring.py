@@ -1,7 +1,10 @@
-"""The sockets that a process of a topology opens, and the keys that guard them."""
+"""What a process of a topology opens and shows: its sockets, the keys that guard them, the model it serves."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from dsengine.snapshot import identity
 from dstopology.resolved import Topology
 from dswire.actor import Route
 from dswire.keys import CurveKeys, load_system
@@ -27,3 +30,8 @@ def relay_route(topology: Topology, name: str) -> Route:
     endpoint = topology.relay_of(topology.instance(name).node).local
     socket = ConnectedSocket(endpoint, name, keys=system_keys(topology))
     return Route(socket, kv.ToKvWorker, peer=RELAY)
+
+
+def model_identity(topology: Topology, model_dir: Path) -> worker.ModelIdentity:
+    """What router and workers must agree on. Reads a few blocks of the files in ``model_dir``."""
+    return worker.ModelIdentity(topology.model.name, identity(model_dir).fingerprint, topology.model.dtype)

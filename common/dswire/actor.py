@@ -97,11 +97,16 @@ class Actor:
                 self._timer.cancel()
             for route in self.routes:
                 route.socket.close()
+            self.closed()
 
     def started(self) -> None:
         """Called once when the sockets deliver: wakes the machine. A worker is ready only when welcomed."""
-        self.feed(Tick(self.now()))
+        self.wake()
         self.ready()
+
+    def wake(self) -> None:
+        """Give the machine its first event."""
+        self.feed(Tick(self.now()))
 
     def ready(self) -> None:
         """Tell, once, that this process serves."""
@@ -111,6 +116,9 @@ class Actor:
 
     def stopping(self) -> None:
         """Called once before an orderly end, sockets still open."""
+
+    def closed(self) -> None:
+        """Called once when all is over, sockets closed: give everything else back."""
 
     def finish(self, error: Exception | None = None) -> None:
         """End the actor from within, well or with ``error``."""
@@ -131,6 +139,10 @@ class Actor:
         for peer in lost:
             self.feed(PeerLost(self.now(), peer))
         self._rearm()
+
+    def soon(self, event: Any) -> None:
+        """Feed an event once the actions under way are performed."""
+        self._loop.call_soon(self._guard, lambda: self.feed(event))
 
     def perform(self, action: Any) -> None:
         """Perform a service's own action. Raises ``TypeError`` for one that nobody knows."""

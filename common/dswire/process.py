@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ import structlog
 import uvloop
 
 from dswire.actor import Actor
-from dswire.errors import DsError, Failed
+from dswire.errors import DsError, DuplicateName, Failed
 
 log = structlog.get_logger()
 
@@ -71,8 +72,9 @@ async def _serve(name: str, run_dir: Path, build: Build, report: _Reporter) -> N
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop, stop, loop)
     _watch_lifeline(stop, loop)
-    actor = await build(report.phase)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_only_one(run_dir, name))
+        actor = await build(report.phase)
 
         def on_ready() -> None:
             stack.enter_context(_ready_file(run_dir, name))
@@ -106,8 +108,19 @@ def _watch_lifeline(stop: asyncio.Event, loop: asyncio.AbstractEventLoop) -> Non
 
 
 @contextlib.contextmanager
-def _ready_file(run_dir: Path, name: str) -> Iterator[None]:
+def _only_one(run_dir: Path, name: str) -> Iterator[None]:
+    """Hold the name on this host: a second process under it would replace the first one's KV pool."""
     run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (run_dir / f"{name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DuplicateName(f"a process named {name!r} of this topology runs on this host already") from None
+        yield
+
+
+@contextlib.contextmanager
+def _ready_file(run_dir: Path, name: str) -> Iterator[None]:
     path = run_dir / f"{name}.ready"
     path.write_text(f"{os.getpid()}\n")
     try:

@@ -63,7 +63,7 @@ class DecodeRun:
 
 @dataclass(frozen=True, slots=True)
 class RunDecode:
-    """Run one step; ends with :class:`DecodeStepped` or :class:`DecodeFailed`."""
+    """Run one step; ends with :class:`DecodeStepped`."""
 
     runs: tuple[DecodeRun, ...]
 
@@ -105,17 +105,9 @@ class NextToken:
 
 @dataclass(frozen=True, slots=True)
 class DecodeStepped:
-    """A step is done."""
+    """A step is done; every sequence of it is in ``tokens`` or in ``failed``."""
 
     now: float
     tokens: tuple[NextToken, ...]
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeFailed:
-    """A step failed as a whole; its sequences are lost, the instance goes on."""
-
-    now: float
-    keys: tuple[KvKey, ...]
-    error: ErrorInfo
+    failed: tuple[tuple[KvKey, ErrorInfo], ...] = ()

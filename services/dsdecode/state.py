@@ -17,7 +17,6 @@ from dsdecode.events import (
     CopyChunk,
     CopyDirect,
     CopyEnded,
-    DecodeFailed,
     DecodeRun,
     DecodeStepped,
     End,
@@ -39,7 +38,7 @@ from dswire.machine import PeerLost, Received, Send, Tick
 from dswire.messages import PROTOCOL, kv, worker
 
 Action: TypeAlias = Send | CopyDirect | CopyChunk | StartSequence | ForgetSequence | RunDecode | Ready | End
-Event: TypeAlias = Received | Tick | PeerLost | CopyEnded | DecodeStepped | DecodeFailed
+Event: TypeAlias = Received | Tick | PeerLost | CopyEnded | DecodeStepped
 
 #: hand-offs that are under way at once; more would only share the same memory bandwidth
 MAX_PULLS = 8
@@ -92,10 +91,8 @@ class DecodeState:
                 self._linked(now, *self.links.peer_lost(now, peer))
             case CopyEnded():
                 self._copied(event)
-            case DecodeStepped(now, tokens, seconds):
-                self._stepped(now, tokens, seconds)
-            case DecodeFailed(now, keys, error):
-                self._step_failed(now, keys, error)
+            case DecodeStepped():
+                self._stepped(event)
         self._admit(event.now)
         self._run(event.now)
         return self._out
@@ -290,20 +287,31 @@ class DecodeState:
         one.blocks += self.pool.take(max(0, self._missing(one)))
         return DecodeRun(one.key, one.output_ids[-1], one.position, tuple(one.blocks))
 
-    def _stepped(self, now: float, tokens: tuple[NextToken, ...], seconds: float) -> None:
+    def _stepped(self, step: DecodeStepped) -> None:
         self.busy = False
         made: list[worker.TokenMade] = []
-        for token in tokens:
-            one = self.sequences[token.key]
-            one.in_step = False
-            if one.life.phase is Phase.DOOMED:
-                self._release_doomed(one, now)
-            else:
-                made.append(self._advance(one, token, seconds))
-                if made[-1].finish_reason:
-                    self._drop(one, now, f"finished: {made[-1].finish_reason}")
+        for token in step.tokens:
+            one = self._out_of_step(token.key, step.now)
+            if one is None:
+                continue
+            made.append(self._advance(one, token, step.seconds))
+            if made[-1].finish_reason:
+                self._drop(one, step.now, f"finished: {made[-1].finish_reason}")
         if made:
             self._out.append(Send(ROUTER, worker.StepDone(tuple(made))))
+        for key, error in step.failed:
+            one = self._out_of_step(key, step.now)
+            if one is not None:
+                self._fail(one, step.now, error, tell_relay=False)
+
+    def _out_of_step(self, key: KvKey, now: float) -> Sequence | None:
+        """The sequence after its step; None when it was doomed meanwhile, and is gone now."""
+        one = self.sequences[key]
+        one.in_step = False
+        if one.life.phase is Phase.DOOMED:
+            self._release_doomed(one, now)
+            return None
+        return one
 
     def _advance(self, one: Sequence, token: NextToken, seconds: float) -> worker.TokenMade:
         stages = one.stages(seconds) if one.fresh else None
@@ -312,16 +320,6 @@ class DecodeState:
         made = len(one.output_ids)
         reason = finish_reason(token.token, made, one.work.sampling, self.config.eos_ids)
         return worker.TokenMade(one.key, made - 1, token.token, token.logprobs, reason, stages)
-
-    def _step_failed(self, now: float, keys: tuple[KvKey, ...], error: ErrorInfo) -> None:
-        self.busy = False
-        for key in keys:
-            one = self.sequences[key]
-            one.in_step = False
-            if one.life.phase is Phase.DOOMED:
-                self._release_doomed(one, now)
-            else:
-                self._fail(one, now, error, tell_relay=False)
 
     # ends
 

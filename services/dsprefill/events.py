@@ -26,7 +26,7 @@ class PrefillRun:
 
 @dataclass(frozen=True, slots=True)
 class RunPrefill:
-    """Run one step; ends with :class:`PrefillStepped` or :class:`PrefillFailed`."""
+    """Run one step; ends with :class:`PrefillStepped`."""
 
     runs: tuple[PrefillRun, ...]
 
@@ -74,20 +74,12 @@ class FirstToken:
 
 @dataclass(frozen=True, slots=True)
 class PrefillStepped:
-    """A step is done."""
+    """A step is done; every sequence of it is in ``tokens`` or in ``failed``."""
 
     now: float
     tokens: tuple[FirstToken, ...]
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillFailed:
-    """A step failed as a whole; its sequences are lost, the instance goes on."""
-
-    now: float
-    keys: tuple[KvKey, ...]
-    error: ErrorInfo
+    failed: tuple[tuple[KvKey, ErrorInfo], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,6 @@ from dskv.handle import KvHandle, KvKey
 from dsprefill.events import (
     End,
     FirstToken,
-    PrefillFailed,
     PrefillRun,
     PrefillStepped,
     Ready,
@@ -45,7 +44,7 @@ from dswire.messages import PROTOCOL, kv, worker
 from dswire.timers import Timers
 
 Action: TypeAlias = Send | RunPrefill | Seal | StageChunk | Ready | End
-Event: TypeAlias = Received | Tick | PeerLost | PrefillStepped | PrefillFailed | Sealed | Staged
+Event: TypeAlias = Received | Tick | PeerLost | PrefillStepped | Sealed | Staged
 
 
 class Phase(Enum):
@@ -135,10 +134,8 @@ class PrefillState:
                     self._give_up(key, now)
             case PeerLost(now, peer):
                 self._linked(now, *self.links.peer_lost(now, peer))
-            case PrefillStepped(now, tokens, seconds):
-                self._stepped(now, tokens, seconds)
-            case PrefillFailed(now, keys, error):
-                self._step_failed(now, keys, error)
+            case PrefillStepped():
+                self._stepped(event)
             case Sealed(now, key, checksum):
                 self._sealed(now, key, checksum)
             case Staged(now, key, chunk):
@@ -254,31 +251,31 @@ class PrefillState:
         work = one.work
         return PrefillRun(work.key, work.prompt_ids, work.output_ids, one.blocks, work.sampling)
 
-    def _stepped(self, now: float, tokens: tuple[FirstToken, ...], seconds: float) -> None:
+    def _stepped(self, step: PrefillStepped) -> None:
         self.busy = False
-        for made in tokens:
+        for made in step.tokens:
             one = self.sequences[made.key]
             if one.life.phase is Phase.DOOMED:
-                self._drop(one, now, "step done")
-                continue
-            work = one.work
-            reason = finish_reason(made.token, len(work.output_ids) + 1, work.sampling, self.config.eos_ids)
-            queue_s = one.started - one.arrived
-            done = worker.PrefillDone(made.key, made.token, queue_s, seconds, made.logprobs, reason)
-            self._out.append(Send(ROUTER, done))
-            if reason:
-                self._drop(one, now, f"finished: {reason}")
+                self._drop(one, step.now, "step done")
             else:
-                one.life.move(Phase.SEALING, now, "step done")
-                self._out.append(Seal(made.key, one.blocks))
-
-    def _step_failed(self, now: float, keys: tuple[KvKey, ...], error: ErrorInfo) -> None:
-        self.busy = False
-        for key in keys:
+                self._advance(one, made, step)
+        for key, error in step.failed:
             one = self.sequences[key]
             if one.life.phase is Phase.RUNNING:
                 self._fail(key, error)
-            self._drop(one, now, "step failed")
+            self._drop(one, step.now, f"step failed: {error.code}")
+
+    def _advance(self, one: _Sequence, made: FirstToken, step: PrefillStepped) -> None:
+        work = one.work
+        reason = finish_reason(made.token, len(work.output_ids) + 1, work.sampling, self.config.eos_ids)
+        queue_s = one.started - one.arrived
+        done = worker.PrefillDone(made.key, made.token, queue_s, step.seconds, made.logprobs, reason)
+        self._out.append(Send(ROUTER, done))
+        if reason:
+            self._drop(one, step.now, f"finished: {reason}")
+        else:
+            one.life.move(Phase.SEALING, step.now, "step done")
+            self._out.append(Seal(made.key, one.blocks))
 
     # offers
 

@@ -29,3 +29,10 @@ class Tokenized:
     request_id: str
     prompt_ids: tuple[int, ...] = ()
     error: ErrorInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """The router is being shut down."""
+
+    now: float

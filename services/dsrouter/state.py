@@ -17,7 +17,7 @@ from dskv.handle import KvKey
 from dsrouter.checks import check_submit, check_tokens
 from dsrouter.clients import Client, Clients
 from dsrouter.config import RouterConfig
-from dsrouter.events import Tokenize, Tokenized
+from dsrouter.events import Stopping, Tokenize, Tokenized
 from dsrouter.flow import Flow
 from dsrouter.ledger import Account
 from dsrouter.request import TRANSITIONS, Choice, Phase, Request, Writer
@@ -28,6 +28,7 @@ from dswire.errors import (
     DsError,
     DuplicateRequest,
     Overloaded,
+    RouterLost,
     UnknownRequest,
     VersionMismatch,
     from_info,
@@ -38,7 +39,7 @@ from dswire.messages import PROTOCOL, client, worker
 from dswire.timers import Timers
 
 Action: TypeAlias = Send | Tokenize
-Event: TypeAlias = Received | Tick | PeerLost | Tokenized
+Event: TypeAlias = Received | Tick | PeerLost | Tokenized | Stopping
 
 #: how often workers are pinged and leases looked at, in seconds
 PING_S = 1.0
@@ -85,6 +86,9 @@ class RouterState:
                 self.clients.unreachable(peer)
             case PeerLost(_, peer):
                 self._lose(now, self.workers.at(peer))
+            case Stopping():
+                for request in [one for one in self.requests.values() if one.live]:
+                    self.fail(request, RouterLost("the router is shutting down"), now)
             case Tick():
                 for kind, name in self._timers.due(now):
                     self._due(now, kind, name)
