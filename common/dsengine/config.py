@@ -1,0 +1,61 @@
+"""What an engine is told at its start, and what it tells about its model.
+
+No torch here: a router or a tool may read these without loading it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dskv.layout import ITEM_NBYTES
+from dswire.errors import EngineFailed
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One model replica on one device. Raises :class:`EngineFailed` for values that no engine can have."""
+
+    #: a Hugging Face directory: config.json and safetensors
+    model_dir: Path
+    #: dtype of weights, activations and KV; key of :data:`dskv.layout.ITEM_NBYTES`
+    dtype: str
+    #: ``cpu`` or ``cuda:N``
+    device: str
+    #: tokens in a KV block
+    block_size: int
+    #: blocks in the KV pool
+    num_blocks: int
+    #: file to create for a KV pool that other processes of the host can map; None keeps the pool private
+    segment: Path | None
+    #: CPU threads of one operation; a setting of the whole process
+    threads: int
+    #: tokens of the longest sequence, outputs included
+    max_model_len: int
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEM_NBYTES:
+            raise EngineFailed(f"dtype {self.dtype!r} is not one of {', '.join(ITEM_NBYTES)}")
+        if self.device != "cpu" and not self.device.startswith("cuda"):
+            raise EngineFailed(f"device {self.device!r} is neither cpu nor cuda:N")
+        if self.segment is not None and self.device != "cpu":
+            raise EngineFailed(f"the KV pool of {self.device} cannot be a shared-memory file")
+        for name in ("block_size", "num_blocks", "threads", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise EngineFailed(f"{name} is {getattr(self, name)}, it must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the rest of the system needs to know of a loaded model."""
+
+    vocab_size: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    #: tokens of the longest sequence that the engine accepts, outputs included
+    max_model_len: int
+    #: tokens with which the model ends its answer
+    eos_ids: frozenset[int]
+    #: dtype of weights and KV by its name
+    dtype: str

@@ -1,0 +1,178 @@
+"""The engine: one replica of a model on one device, its KV pool, and the two kinds of step.
+
+It knows blocks by number and sequences by their tokens; who owns a block, what a request is and when it ends is the
+business of the services. Not for use by two threads at once.
+
+Invariant: a step either returns a token for every item and has moved every sampler, or raises and has moved none;
+it may then be asked for again, whole or item by item (KV is written to the same places).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from dsengine.architecture import Architecture, load_architecture
+from dsengine.attention import DecodeAttention, PrefillAttention
+from dsengine.config import EngineConfig, ModelInfo
+from dsengine.llama import Llama
+from dsengine.pool import DTYPES, KvPool
+from dsengine.rope import RopeTable
+from dsengine.sampler import Sampled, SamplerState, sample
+from dsengine.weights import Checkpoint
+from dskv.layout import KvLayout
+from dswire.errors import EngineFailed, OutOfMemory, UnsupportedModel
+from dswire.messages.client import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillItem:
+    """A sequence whose KV is computed from its first token on."""
+
+    #: prompt, and outputs made before
+    token_ids: Sequence[int]
+    #: at least as many as the tokens need; only those are written
+    blocks: Sequence[int]
+    sampler: SamplerState
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeItem:
+    """A sequence whose KV lies in ``blocks`` up to, and not with, ``token``."""
+
+    #: drawn last
+    token: int
+    #: index of ``token`` in its sequence
+    position: int
+    #: hold ``position + 1`` tokens or more
+    blocks: Sequence[int]
+    sampler: SamplerState
+
+
+class Engine:
+    """A loaded model."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Load weights and allocate the pool.
+
+        Raises :class:`~dswire.errors.ModelNotFound`, :class:`UnsupportedModel`, :class:`OutOfMemory` or, for a
+        device that is not there, :class:`EngineFailed`.
+        """
+        self._device = _device(config.device)
+        torch.set_num_threads(config.threads)
+        arch = load_architecture(config.model_dir)
+        if config.max_model_len > arch.max_positions:
+            raise UnsupportedModel(
+                f"max_model_len {config.max_model_len} is more than the model's {arch.max_positions} positions",
+                remedy=f"set model.max_model_len to at most {arch.max_positions}",
+            )
+        self.model = ModelInfo(
+            vocab_size=arch.vocab_size,
+            layers=arch.layers,
+            kv_heads=arch.kv_heads,
+            head_dim=arch.head_dim,
+            max_model_len=config.max_model_len,
+            eos_ids=arch.eos_ids,
+            dtype=config.dtype,
+        )
+        self._llama = _load(arch, config, self._device)
+        layout = KvLayout(
+            layers=arch.layers,
+            kv_heads=arch.kv_heads,
+            head_dim=arch.head_dim,
+            block_size=config.block_size,
+            dtype=config.dtype,
+        )
+        self.pool = KvPool(layout, config.num_blocks, self._device, config.segment)
+
+    def sampler(self, sampling: Sampling, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> SamplerState:
+        """The sampler of a sequence that has ``output_ids`` already."""
+        return SamplerState(sampling, prompt_ids, output_ids, self.model.eos_ids)
+
+    def prefill(self, batch: Sequence[PrefillItem]) -> list[Sampled]:
+        """Compute the KV of whole sequences into their blocks and draw the next token of each.
+
+        Raises :class:`EngineFailed` or :class:`OutOfMemory`.
+        """
+        if not batch:
+            return []
+        for item in batch:
+            self._check(item.token_ids, len(item.token_ids), item.blocks)
+        lengths = [len(item.token_ids) for item in batch]
+        tokens = [token for item in batch for token in item.token_ids]
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        last = [end - 1 for end in accumulate(lengths)]
+        attention = PrefillAttention(self.pool, lengths, [item.blocks for item in batch])
+        logits = self._forward(tokens, positions, attention, last)
+        return sample(logits, [item.sampler for item in batch])
+
+    def decode(self, batch: Sequence[DecodeItem]) -> list[Sampled]:
+        """Write the KV of each item's token and draw the next one.
+
+        Raises :class:`EngineFailed` or :class:`OutOfMemory`.
+        """
+        if not batch:
+            return []
+        for item in batch:
+            self._check((item.token,), item.position + 1, item.blocks)
+        positions = [item.position for item in batch]
+        attention = DecodeAttention(self.pool, positions, [item.blocks for item in batch])
+        logits = self._forward([item.token for item in batch], torch.tensor(positions), attention)
+        return sample(logits, [item.sampler for item in batch])
+
+    def close(self) -> None:
+        """Give the memory back and remove the pool's file. Doing it twice is harmless."""
+        self.pool.close()
+
+    def _forward(
+        self,
+        tokens: list[int],
+        positions: Tensor,
+        attention: PrefillAttention | DecodeAttention,
+        rows: list[int] | None = None,
+    ) -> Tensor:
+        """Logits ``[len(rows), vocab_size]``, of all tokens where ``rows`` is None."""
+        try:
+            with torch.inference_mode():
+                hidden = self._llama.forward(
+                    torch.tensor(tokens).to(self._device), positions.to(self._device), attention
+                )
+                return self._llama.logits(hidden if rows is None else hidden[rows])
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"no room on {self._device} for a step of {len(tokens)} tokens",
+                remedy="lower the batch limits or kv.memory in the topology",
+            ) from error
+
+    def _check(self, tokens: Sequence[int], length: int, blocks: Sequence[int]) -> None:
+        """Refuse what would read or write memory of others."""
+        model, pool = self.model, self.pool
+        if not 0 < length <= model.max_model_len:
+            raise EngineFailed(f"a sequence of {length} tokens came, of 1 to {model.max_model_len} are allowed")
+        if min(tokens) < 0 or max(tokens) >= model.vocab_size:
+            raise EngineFailed(f"a token outside the vocabulary of {model.vocab_size} came")
+        needed = pool.layout.blocks_for(length)
+        if len(blocks) < needed:
+            raise EngineFailed(f"{length} tokens need {needed} blocks, {len(blocks)} came")
+        if min(blocks) < 0 or max(blocks) >= pool.num_blocks:
+            raise EngineFailed(f"a block outside the pool of {pool.num_blocks} came")
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EngineFailed(f"device {name} is not there: this process sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def _load(arch: Architecture, config: EngineConfig, device: torch.device) -> Llama:
+    dtype = DTYPES[config.dtype]
+    rope = RopeTable(arch.rope, arch.head_dim, config.max_model_len, dtype, device)
+    try:
+        return Llama(arch, Checkpoint(config.model_dir, dtype, device), rope)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"no room on {device} for the weights of {config.model_dir}") from error

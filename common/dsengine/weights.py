@@ -1,0 +1,108 @@
+"""The tensors of a checkpoint: safetensors files of a Hugging Face directory, memory-mapped.
+
+Invariant: a model takes every tensor exactly by its name and shape, and :meth:`Checkpoint.finish` refuses a file
+with tensors that nobody took; so a model that loads is the model that the files hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dswire.errors import ModelNotFound, UnsupportedModel
+
+_DAMAGED = "the file is damaged or incomplete: fetch the model again"
+
+
+class _Index(msgspec.Struct):
+    """``model.safetensors.index.json``."""
+
+    #: tensor -> file
+    weight_map: dict[str, str]
+
+
+class Checkpoint:
+    """Tensors by name, converted to ``dtype`` on ``device``.
+
+    A tensor taken alone that already has ``dtype`` on the CPU stays in the file's mapping, shared between the
+    processes of a host.
+    """
+
+    def __init__(self, model_dir: Path, dtype: torch.dtype, device: torch.device) -> None:
+        """Map the files. Raises :class:`ModelNotFound` when there are none, or one cannot be read."""
+        self._dir = model_dir
+        self._dtype = dtype
+        self._device = device
+        self._files: dict[str, Any] = {}
+        for path in _weight_files(model_dir):
+            reader = _open(path)
+            self._files.update(dict.fromkeys(reader.keys(), reader))
+        self._left = set(self._files)
+
+    def take(self, name: str, shape: Sequence[int]) -> Tensor:
+        """The tensor ``name``. Raises :class:`UnsupportedModel` where it is missing or has another shape."""
+        return self._read(name, shape).to(self._device, self._dtype)
+
+    def take_rows(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> Tensor:
+        """``names`` one below the other, of ``rows`` rows each: ``[sum(rows), *columns]``."""
+        out = torch.empty((sum(rows), *columns), dtype=self._dtype, device=self._device)
+        for part, name, count in zip(out.split_with_sizes(list(rows)), names, rows, strict=True):
+            part.copy_(self._read(name, (count, *columns)))
+        return out
+
+    def skip(self, name: str) -> None:
+        """Let ``name`` be there without being taken."""
+        self._left.discard(name)
+
+    def finish(self) -> None:
+        """Unmap. Raises :class:`UnsupportedModel` when tensors are left over: the model has parts unknown here."""
+        self._files.clear()
+        if self._left:
+            some = ", ".join(sorted(self._left)[:3])
+            raise UnsupportedModel(
+                f"{self._dir}: {len(self._left)} tensors have no place in the architecture, such as {some}"
+            )
+
+    def _read(self, name: str, shape: Sequence[int]) -> Tensor:
+        reader = self._files.get(name)
+        if reader is None:
+            raise UnsupportedModel(f"{self._dir}: tensor {name} is missing", remedy=_DAMAGED)
+        tensor: Tensor = reader.get_tensor(name)
+        if tuple(tensor.shape) != tuple(shape):
+            raise UnsupportedModel(
+                f"{self._dir}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise UnsupportedModel(f"{self._dir}: tensor {name} has dtype {tensor.dtype}: it is quantised")
+        self._left.discard(name)
+        return tensor
+
+
+def _weight_files(model_dir: Path) -> list[Path]:
+    index = model_dir / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+        except msgspec.DecodeError as error:
+            raise ModelNotFound(f"{index}: {error}", remedy=_DAMAGED) from error
+        return [model_dir / name for name in sorted(set(shards.values()))]
+    single = model_dir / "model.safetensors"
+    if not single.is_file():
+        raise ModelNotFound(
+            f"{model_dir}: there is no model.safetensors, nor an index of shards",
+            remedy="only safetensors are loaded: convert the model, or fetch one with `dsctl model pull`",
+        )
+    return [single]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ModelNotFound(f"{path}: cannot be read as safetensors: {error}", remedy=_DAMAGED) from error

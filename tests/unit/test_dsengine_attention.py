@@ -1,0 +1,136 @@
+"""Paged attention against attention over the whole sequence at once."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsengine.attention import DecodeAttention, PrefillAttention, _group_rows
+from dsengine.pool import KvPool
+from dskv.layout import KvLayout
+
+HEADS, KV_HEADS, DIM, SIZE = 6, 2, 8, 4
+LAYOUT = KvLayout(layers=2, kv_heads=KV_HEADS, head_dim=DIM, block_size=SIZE, dtype="float32")
+CPU = torch.device("cpu")
+
+
+def expected(q: Tensor, kv: Tensor) -> Tensor:
+    """Causal attention in the plainest form, ``q`` ``[n, heads, dim]``."""
+    group = HEADS // KV_HEADS
+    k, v = (part.repeat_interleave(group, 1).transpose(0, 1) for part in kv.split(KV_HEADS, 1))  # type: ignore[no-untyped-call]
+    scores = q.transpose(0, 1) @ k.transpose(1, 2) / math.sqrt(DIM)
+    later = torch.ones(len(q), len(q)).triu(1).bool()
+    out: Tensor = scores.masked_fill(later, -math.inf).softmax(-1) @ v
+    return out.transpose(0, 1)
+
+
+def random_step(tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(tokens, HEADS, DIM, generator=generator),
+        torch.randn(tokens, 2 * KV_HEADS, DIM, generator=generator),
+    )
+
+
+def blocks_for(lengths: list[int]) -> list[list[int]]:
+    """Blocks from the end of the pool downwards, alternating between sequences."""
+    rows: list[list[int]] = [[] for _ in lengths]
+    block = sum(LAYOUT.blocks_for(length) for length in lengths)
+    while block:
+        for row, length in zip(rows, lengths, strict=True):
+            if len(row) < LAYOUT.blocks_for(length):
+                block -= 1
+                row.append(block)
+    return rows
+
+
+def poisoned_pool(lengths: list[int]) -> KvPool:
+    """Just large enough, full of what an earlier request with broken numbers left."""
+    pool = KvPool(LAYOUT, sum(LAYOUT.blocks_for(length) for length in lengths), CPU)
+    pool._blocks.fill_(math.nan)
+    return pool
+
+
+@given(st.lists(st.integers(1, 13), min_size=1, max_size=4))
+def test_prefill_sees_each_sequence_alone(lengths: list[int]) -> None:
+    pool = poisoned_pool(lengths)
+    q, kv = random_step(sum(lengths), 1)
+    got = PrefillAttention(pool, lengths, blocks_for(lengths))(1, q, kv)
+    start = 0
+    for length in lengths:
+        part = slice(start, start + length)
+        torch.testing.assert_close(got[part], expected(q[part], kv[part]), rtol=1e-4, atol=1e-5)
+        start += length
+
+
+@given(st.lists(st.tuples(st.integers(1, 13), st.integers(1, 6)), min_size=1, max_size=4))
+def test_decode_continues_what_prefill_wrote(shapes: list[tuple[int, int]]) -> None:
+    prompts, steps = [prompt for prompt, _ in shapes], max(count for _, count in shapes)
+    lengths = [prompt + steps for prompt in prompts]
+    pool, blocks = poisoned_pool(lengths), blocks_for(lengths)
+    data = [random_step(length, seed) for seed, length in enumerate(lengths)]
+    layer = 1
+    PrefillAttention(pool, prompts, blocks)(
+        layer,
+        torch.cat([q[:n] for (q, _), n in zip(data, prompts, strict=True)]),
+        torch.cat([kv[:n] for (_, kv), n in zip(data, prompts, strict=True)]),
+    )
+    for step in range(steps):
+        positions = [prompt + step for prompt in prompts]
+        got = DecodeAttention(pool, positions, blocks)(
+            layer,
+            torch.stack([q[at] for (q, _), at in zip(data, positions, strict=True)]),
+            torch.stack([kv[at] for (_, kv), at in zip(data, positions, strict=True)]),
+        )
+        want = torch.stack(
+            [expected(q[: at + 1], kv[: at + 1])[-1] for (q, kv), at in zip(data, positions, strict=True)]
+        )
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [SIZE - 1, SIZE, SIZE + 1])
+def test_bytes_behind_the_last_token_are_zero(length: int) -> None:
+    pool = poisoned_pool([length + 1])
+    blocks = blocks_for([length + 1])
+    q, kv = random_step(length + 1, 3)
+    prefill = PrefillAttention(pool, [length], blocks)
+    for layer in range(LAYOUT.layers):
+        prefill(layer, q[:length], kv[:length])
+    decode = DecodeAttention(pool, [length], blocks)
+    for layer in range(LAYOUT.layers):
+        decode(layer, q[length:], kv[length:])
+    shape = (-1, LAYOUT.layers, 2, KV_HEADS, SIZE, DIM)
+    slots = torch.cat([pool._blocks.view(shape)[block] for block in blocks[0]], dim=3)
+    assert bool((slots[:, :, :, : length + 1] != 0).all())
+    assert bool((slots[:, :, :, length + 1 :] == 0).all())
+
+
+def test_sequences_of_very_different_lengths() -> None:
+    lengths = [80, 3, 41, 1, 78, 36]
+    pool, blocks = poisoned_pool(lengths), blocks_for(lengths)
+    data = [random_step(length, seed) for seed, length in enumerate(lengths)]
+    for (q, kv), length, row in zip(data, lengths, blocks, strict=True):
+        if length > 1:
+            PrefillAttention(pool, [length - 1], [row])(0, q[:-1], kv[:-1])
+    got = DecodeAttention(pool, [length - 1 for length in lengths], blocks)(
+        0, torch.stack([q[-1] for q, _ in data]), torch.stack([kv[-1] for _, kv in data])
+    )
+    want = torch.stack([expected(q, kv)[-1] for q, kv in data])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=30))
+def test_groups_hold_every_row_once_and_pad_to_twice_at_most(widths: list[int]) -> None:
+    groups = _group_rows(widths)
+    assert sorted(row for group in groups for row in group) == list(range(len(widths)))
+    for group in groups:
+        longest = max(widths[row] for row in group)
+        assert longest <= 8 or longest <= 2 * min(widths[row] for row in group)
+    assert len(groups) <= 8
+    if len(groups) == 1:
+        assert groups[0] == list(range(len(widths)))
