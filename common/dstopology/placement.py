@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dstopology.endpoints import bindable, is_ip
+from dstopology.endpoints import bindable, is_ip, is_loopback
 from dstopology.problems import Key, Problems, did_you_mean
 from dstopology.resolved import Node
 from dstopology.schema import GroupSection, NodeSection
@@ -47,7 +47,18 @@ def resolve_nodes(sections: Sequence[NodeSection] | None, ranks: int, problems: 
             if device in section.devices[:position]:
                 problems.add((*at, "devices", position), f"{device} is listed twice", "list each device once")
         nodes.setdefault(section.name, _node(section, at, problems))
+    _check_reach(sections, problems)
     return tuple(nodes.values())
+
+
+def _check_reach(sections: Sequence[NodeSection], problems: Problems) -> None:
+    """Tell of loopback addresses among the addresses of several hosts."""
+    if all(is_loopback(section.host) for section in sections):
+        return
+    for index, section in enumerate(sections):
+        if is_loopback(section.host) and len(sections) > 1:
+            reason = f"other hosts cannot reach {section.host}"
+            problems.add(("nodes", index, "host"), reason, "give the address by which the other nodes know it")
 
 
 def _node(section: NodeSection, at: Key, problems: Problems) -> Node:

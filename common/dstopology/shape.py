@@ -18,6 +18,9 @@ from dstopology.problems import Key, Problems, did_you_mean
 
 Json = dict[str, Any]
 
+#: characters of a string
+MAX_TEXT = 4096
+
 
 class Shape(Protocol):
     """The shape of one value."""
@@ -78,7 +81,7 @@ class Text:
         return self.wanted
 
     def fits(self, value: Any) -> bool:
-        return isinstance(value, str) and len(value) <= 4096
+        return isinstance(value, str) and len(value) <= MAX_TEXT
 
     def check(self, value: Any, at: Key, problems: Problems) -> str:
         text = str(value)
@@ -87,7 +90,7 @@ class Text:
         return text
 
     def schema(self, definitions: Json) -> Json:
-        return {"type": "string", "pattern": f"^({self.pattern})$"}
+        return {"type": "string", "pattern": f"^({self.pattern})$", "maxLength": MAX_TEXT}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,252 @@
+"""A resolved topology as people read it: a tree, a Mermaid flow chart, plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+from rich.tree import Tree
+
+from dstopology.fit import shown
+from dstopology.resolved import Instance, Node, Relay, Topology, Transport
+from dswire.messages.client import StatusReport, WorkerStatus
+
+#: more pairs of instances are summed up
+MAX_PAIRS = 16
+#: style of a state, as the router or nobody tells it
+STATES = {"up": "green", "lost": "red", "missing": "yellow"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Live:
+    """What was learnt from the running system."""
+
+    report: StatusReport | None
+    #: why there is no report, for people
+    reason: str = ""
+
+    def worker(self, name: str) -> WorkerStatus | None:
+        """The worker ``name`` as the router sees it."""
+        workers = self.report.workers if self.report is not None else ()
+        return next((worker for worker in workers if worker.name == name), None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Handoff:
+    """The way of KV from one prefill to one decode instance."""
+
+    owner: str
+    puller: str
+    transport: Transport
+    #: relays on the way; the first two are the same when TCP is forced within a node
+    relays: tuple[str, str]
+    crosses_nodes: bool
+
+
+def handoffs(topology: Topology) -> Iterator[Handoff]:
+    """Every pair of a prefill and a decode instance."""
+    for owner in topology.role("prefill"):
+        for puller in topology.role("decode"):
+            yield Handoff(
+                owner.name,
+                puller.name,
+                topology.transport(owner.node, puller.node),
+                (topology.relay_of(owner.node).name, topology.relay_of(puller.node).name),
+                owner.node != puller.node,
+            )
+
+
+def data(topology: Topology, live: Live) -> dict[str, Any]:
+    """Plain data for JSON and YAML; sizes in bytes, times in seconds."""
+    import msgspec
+
+    resolved = _plain(dataclasses.asdict(topology))
+    resolved["handoffs"] = [_plain(dataclasses.asdict(one)) for one in handoffs(topology)]
+    resolved["live"] = msgspec.to_builtins(live.report) if live.report is not None else None
+    return dict(resolved)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+# the tree
+
+
+def _line(title: str, *facts: str, style: str = "bold") -> Text:
+    """A name and what is to say about it."""
+    text = Text(title, style=style)
+    if said := ", ".join(fact for fact in facts if fact):
+        text.append(f"  {said}", style="not bold default")
+    return text
+
+
+def tree(topology: Topology, live: Live) -> Tree:
+    """Nodes, devices, instances, ranks, sockets and transports."""
+    root = Tree(_line(topology.path.name, topology.mode, _running(live)), guide_style="dim")
+    model, slo = topology.model, topology.slo
+    root.add(_line("model", model.name, model.dtype, f"{model.max_model_len} tokens"))
+    goal = f"{slo.attainment:.0%} of requests"
+    root.add(_line("SLO", f"TTFT {slo.ttft_s * 1000:g} ms", f"TPOT {slo.tpot_s * 1000:g} ms", goal))
+    curve = f"on, keys in {topology.security.keys_dir}" if topology.security.encrypted else "off"
+    root.add(_line("CURVE", curve))
+    root.add(_line("files", str(topology.run_dir), f"{topology.shm_dir}/ds-{topology.digest}-*"))
+    for node in topology.nodes:
+        _add_node(root, topology, node, live)
+    ways = root.add(_line("KV hand-off"))
+    for line in _handoff_lines(list(handoffs(topology))):
+        ways.add(line)
+    return root
+
+
+def _handoff_lines(pairs: list[Handoff]) -> Iterator[Text]:
+    """One line for each pair; when they are many, one for each kind of pair."""
+    kinds: dict[tuple[str, str], int] = {}
+    for one in pairs:
+        where = "between nodes" if one.crosses_nodes else "within the node"
+        kinds[one.transport, where] = kinds.get((one.transport, where), 0) + 1
+        by = f"through {' and '.join(dict.fromkeys(one.relays))}" if one.transport == "tcp" else ""
+        if len(pairs) <= MAX_PAIRS:
+            yield _line(f"{one.owner} → {one.puller}", one.transport, where, by, style="")
+    if len(pairs) > MAX_PAIRS:
+        for (transport, where), count in kinds.items():
+            yield _line(f"{count} pairs", transport, where, style="")
+
+
+def _running(live: Live) -> str:
+    if live.report is None:
+        return live.reason
+    busy = sum(live.report.requests.values())
+    return f"running for {_duration(live.report.uptime_s)}, {_count(busy, 'live request')}"
+
+
+def _add_node(root: Tree, topology: Topology, node: Node, live: Live) -> None:
+    branch = root.add(_line(f"node {node.name}", node.host))
+    router = topology.router
+    if router.node == node.name:
+        up = "up" if live.report is not None else ""
+        here = branch.add(_state_line(router.name, up, f"at most {router.max_requests} requests"))
+        here.add(_line("frontend", router.frontend_bind, style=""))
+        here.add(_line("backend", router.backend_bind, style=""))
+    if topology.gateway is not None and topology.gateway.node == node.name:
+        branch.add(_line(topology.gateway.name, f"http://{topology.gateway.bind}"))
+    for relay in topology.relays:
+        if relay.node == node.name:
+            _add_relay(branch, relay, live)
+    for device in node.devices:
+        _add_device(branch, topology, node, device, live)
+
+
+def _add_relay(branch: Tree, relay: Relay, live: Live) -> None:
+    status = live.worker(relay.name)
+    facts = []
+    if status is not None:
+        facts = [f"{count} handles {state}" for state, count in status.handles.items() if count] or ["no handles"]
+    here = branch.add(_state_line(relay.name, status.state if status else "", *facts))
+    here.add(_line("local", relay.local, style=""))
+    here.add(_line("data", relay.data_bind or "none, all KV stays in shared memory", style=""))
+    slots = relay.staging_nbytes // relay.slot_nbytes
+    staging = f"{shown(relay.staging_nbytes)} in {slots} slots of {shown(relay.slot_nbytes)}"
+    here.add(_line("staging", staging, style=""))
+
+
+def _add_device(branch: Tree, topology: Topology, node: Node, device: str, live: Live) -> None:
+    here = branch.add(_line(device))
+    for instance in topology.instances:
+        if instance.node == node.name and device in instance.devices:
+            _add_rank(here, instance, instance.devices.index(device), live)
+    if not here.children:
+        here.add(Text("idle", style="dim"))
+
+
+def _add_rank(branch: Tree, instance: Instance, rank: int, live: Live) -> None:
+    status = live.worker(instance.name)
+    stage, part = divmod(rank, instance.tp)
+    place = f"rank {rank}, stage {stage + 1} of {instance.pp}, part {part + 1} of {instance.tp}"
+    facts = [place if len(instance.devices) > 1 else "1 rank"]
+    if status is not None:
+        facts += [f"{status.waiting} waiting", f"{status.running} running"]
+        facts.append(f"{status.blocks_held} of {status.blocks} blocks held")
+    here = branch.add(_state_line(instance.name, status.state if status else "", *facts))
+    if rank:
+        return
+    pool = f"{instance.kv_blocks} blocks" if instance.kv_blocks else shown(instance.kv_memory_nbytes)
+    here.add(_line("KV", pool, f"{instance.block_size} tokens a block", style=""))
+    batch = f"batches of {instance.max_batch} sequences"
+    if instance.role == "prefill":
+        batch += f" or {instance.max_batch_tokens} tokens"
+    here.add(_line("limits", batch, f"{instance.max_queue} waiting", _count(instance.threads, "thread"), style=""))
+
+
+def _state_line(title: str, state: str, *facts: str) -> Text:
+    """A process: its name, its state in colour, and what is to say about it."""
+    text = Text(title, style="bold")
+    if state:
+        text.append(f"  {state}", style=f"not bold {STATES.get(state, 'default')}")
+    text.append_text(_line("", *facts))
+    return text
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+# Mermaid
+
+
+def mermaid(topology: Topology, live: Live) -> str:
+    """A flow chart for Markdown pages; processes that are not up are dashed when the system runs."""
+    lines = [
+        "flowchart LR",
+        f'  clients(["clients"]) -->|"{topology.router.frontend_connect}"| {topology.router.name}',
+    ]
+    for node in topology.nodes:
+        lines += [f'  subgraph {node.name}["node {node.name} · {node.host}"]']
+        lines += [f"    {line}" for line in _boxes(topology, node)]
+        lines += ["  end"]
+    lines += [f"  {topology.router.name} --> {instance.name}" for instance in topology.instances]
+    drawn: dict[str, None] = {}
+    for one in handoffs(topology):
+        drawn |= dict.fromkeys(_edges(one))
+    lines += [f"  {edge}" for edge in drawn]
+    down = [worker.name for worker in live.report.workers if worker.state != "up"] if live.report else []
+    lines += [f"  style {name} stroke-dasharray:5 5" for name in down]
+    return "\n".join(lines) + "\n"
+
+
+def _boxes(topology: Topology, node: Node) -> Iterator[str]:
+    if topology.router.node == node.name:
+        yield f'{topology.router.name}["{topology.router.name}"]'
+    for relay in topology.relays:
+        if relay.node == node.name:
+            yield f'{relay.name}[["{relay.name}"]]'
+    for instance in topology.instances:
+        if instance.node == node.name:
+            devices = textwrap.shorten(" ".join(instance.devices), 40)
+            yield f'{instance.name}["{instance.name}<br/>{devices}"]'
+
+
+def _edges(one: Handoff) -> Iterator[str]:
+    """Shared memory goes straight; TCP goes from relay to relay."""
+    if one.transport == "shm":
+        yield f'{one.owner} ==>|"KV, shm"| {one.puller}'
+        return
+    first, last = one.relays
+    yield f'{one.owner} ==>|"KV"| {first}'
+    # forced within a node, the relay talks to itself
+    yield f'{first} ==>|"KV, tcp"| {last}'
+    yield f'{last} ==>|"KV"| {one.puller}'
