@@ -1,0 +1,175 @@
+"""Cancel, disconnect and deadline at every stage of a request, on real processes: it ends, and nothing is held.
+
+A process is frozen (SIGSTOP) to hold a request at a stage that otherwise passes in a millisecond; its workers'
+lease is longer than any of the freezes here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from dswire.messages import client
+from support.raw_client import RawClient
+from support.system import System, running_system
+
+pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(120)]
+
+#: a client silent for this long is gone
+LEASE_S = 2.0
+DEADLINE_S = 2.5
+#: no handle outlives its lease and a second
+KV_LEASE_S = 6.0
+IDLE_LIMIT_S = KV_LEASE_S + 1.0 + 2.0
+
+TOPOLOGY = f"""
+model: {{path: smollm2-135m-instruct, dtype: bfloat16, max_model_len: 8192}}
+router: {{frontend: "tcp://127.0.0.1:{{port}}", client_lease_s: {LEASE_S}, worker_lease_s: 15}}
+relay: {{lease_s: {KV_LEASE_S}, staging: 32MiB, port: {{port}}}}
+prefill: {{max_queue: 1}}
+decode: {{kv: {{blocks: 520}}}}
+"""
+
+STAGES = ("queued at router", "queued at prefill", "prefilling", "waiting for decode", "transferring", "decoding")
+ENDINGS = ("cancel", "disconnect", "deadline")
+
+
+@pytest.fixture(scope="module", params=["shm", "tcp"])
+def system(request: pytest.FixtureRequest) -> Iterator[System]:
+    force = "force_transport: tcp\n" if request.param == "tcp" else ""
+    with running_system(TOPOLOGY + force) as running:
+        yield running
+
+
+@asynccontextmanager
+async def frozen(system: System, *names: str) -> AsyncIterator[None]:
+    """Hold processes still."""
+    for name in names:
+        system.freeze(name)
+    try:
+        yield
+    finally:
+        for name in names:
+            system.thaw(name)
+
+
+def _submit(prompt_tokens: int, max_tokens: int, deadline_s: float | None = None) -> client.Submit:
+    sampling = client.Sampling(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    ids = tuple(1000 + number % 100 for number in range(prompt_tokens))
+    return client.Submit(uuid.uuid4().hex, prompt_ids=ids, sampling=sampling, deadline_s=deadline_s)
+
+
+class Case:
+    """One request on its way to a stage, beside a second client that looks at the system and keeps its lease."""
+
+    def __init__(self, system: System, ending: str) -> None:
+        self.system = system
+        self.ending = ending
+        self.subject = RawClient(system.address)
+        self.observer = RawClient(system.address)
+        self.request_id = ""
+
+    async def submit(self, prompt_tokens: int, max_tokens: int) -> None:
+        """The request that is to end."""
+        deadline_s = DEADLINE_S if self.ending == "deadline" else None
+        submit = _submit(prompt_tokens, max_tokens, deadline_s)
+        self.request_id = submit.request_id
+        self.subject.send(submit)
+        await self.subject.expect(client.Accepted)
+
+    async def status(self) -> client.StatusReport:
+        """What the router knows."""
+        self.observer.send(client.StatusQuery())
+        return await self.observer.expect(client.StatusReport)
+
+    async def end(self) -> None:
+        """End the request in the way of this case, and see that it ends so."""
+        before = Counter((await self.status()).ended)
+        match self.ending:
+            case "cancel":
+                self.subject.send(client.Cancel(self.request_id))
+                failed = await self.subject.expect(client.Failed)
+                assert failed.error.code == "cancelled"
+            case "disconnect":
+                self.subject.drop()
+                async with asyncio.timeout(LEASE_S + 3.0):
+                    while Counter((await self.status()).ended)["cancelled"] == before["cancelled"]:
+                        await asyncio.sleep(0.1)
+            case "deadline":
+                failed = await self._await_deadline()
+                assert failed.error.code == "deadline_exceeded"
+
+    async def _await_deadline(self) -> client.Failed:
+        waiting = asyncio.ensure_future(self.subject.expect(client.Failed, DEADLINE_S + 2.0))
+        while not waiting.done():
+            for one in (self.subject, self.observer):
+                one.send(client.ClientPing())
+            await asyncio.wait([waiting], timeout=LEASE_S / 3)
+        return waiting.result()
+
+    def close(self) -> None:
+        """Leave in good order."""
+        for one in (self.subject, self.observer):
+            one.drop()
+
+
+async def _bring_to(case: Case, stage: str) -> None:
+    """With the right processes frozen, bring the request to its stage."""
+    system = case.system
+    match stage:
+        case "queued at router":
+            # max_queue is 1: the first one fills the prefill instance
+            case.observer.send(_submit(8, 1))
+            await case.observer.expect(client.Accepted)
+            await case.submit(8, 4)
+            assert (await case.status()).requests == {"prefilling": 1, "queued": 1}
+        case "queued at prefill":
+            await case.submit(8, 4)
+            assert (await case.status()).requests == {"prefilling": 1}
+        case "prefilling":
+            await case.submit(7000, 4)
+            await system.await_status(
+                case.status, lambda worker: worker.name == "prefill-0" and worker.running == 1
+            )
+        case "waiting for decode":
+            await case.submit(64, 4)
+            await case.subject.expect(client.Output)
+            await system.await_requests(case.status, {"decoding": 1})
+        case "transferring":
+            await case.submit(64, 4)
+            await case.subject.expect(client.Output)
+            await system.await_status(
+                case.status, lambda worker: worker.name == "decode-0" and worker.blocks_held > 0
+            )
+        case "decoding":
+            await case.submit(64, 4000)
+            for _ in range(3):
+                await case.subject.expect(client.Output)
+
+
+FREEZES = {
+    "queued at router": ("prefill-0",),
+    "queued at prefill": ("prefill-0",),
+    "waiting for decode": ("decode-0",),
+    "transferring": ("relay-n0",),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("stage", STAGES)
+async def test_nothing_is_held_after(system: System, stage: str, ending: str) -> None:
+    case = Case(system, ending)
+    try:
+        await case.subject.hello()
+        await case.observer.hello()
+        async with frozen(system, *FREEZES.get(stage, ())):
+            await _bring_to(case, stage)
+            await case.end()
+    finally:
+        case.close()
+    await asyncio.to_thread(system.await_idle, IDLE_LIMIT_S + LEASE_S)
