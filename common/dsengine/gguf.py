@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 from dsengine.store import Report, silent
-from dswire.errors import Failed, UnsupportedModel
+from dswire.errors import DsError, Failed, UnsupportedModel
 
 #: values of ``tokenizer.ggml.pre`` whose text is cut at every digit before the GPT-2 rule.
 #: Source: llama.cpp, ``llama-vocab.cpp``, the regular expressions of these pre-tokenizer types
@@ -41,7 +41,9 @@ def convert(source: Path, target: Path, report: Report = silent) -> None:
             f"{source.name} cannot be converted: {error}",
             remedy="install the engine's packages with `pip install 'distserve[engine]'`",
         ) from error
-    except (ValueError, KeyError, IndexError, NotImplementedError) as error:
+    except (DsError, OSError, MemoryError):
+        raise
+    except Exception as error:
         raise UnsupportedModel(
             f"{source} cannot be converted: {error}",
             remedy="check that the file is whole, or use the model's safetensors directory instead",
