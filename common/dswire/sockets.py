@@ -20,9 +20,10 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from dswire.codec import MAX_FRAME_NBYTES
-from dswire.errors import PortInUse, StartFailed
+from dswire.errors import PortInUse, StartFailed, Unauthorized
 from dswire.keys import CurveKeys
 
 #: messages queued for one peer in one direction
@@ -35,6 +36,8 @@ LINGER_MS = 500
 Frames = Sequence[bytes | memoryview]
 #: called with (peer, frames); ``peer`` is the identity on a bound socket and "" on a connected one
 OnFrames = Callable[[str, list[bytes]], None]
+#: called when the other side turns the connection away; libzmq goes on trying
+OnDenied = Callable[[Unauthorized], None]
 
 
 class PeerUnreachable(ConnectionError):
@@ -138,25 +141,73 @@ class ConnectedSocket(_Socket):
     """A DEALER socket towards one address."""
 
     def __init__(
-        self, endpoint: str, identity: str, *, keys: CurveKeys | None = None, max_nbytes: int = MAX_FRAME_NBYTES
+        self,
+        endpoint: str,
+        identity: str,
+        *,
+        keys: CurveKeys | None = None,
+        max_nbytes: int = MAX_FRAME_NBYTES,
+        on_denied: OnDenied | None = None,
     ) -> None:
         """``identity``: how the other side names this connection; unique among its peers."""
         super().__init__(zmq.DEALER, max_nbytes)
+        self._endpoint = endpoint
         self._zmq.setsockopt(zmq.IDENTITY, identity.encode())
         self._zmq.setsockopt(zmq.RECONNECT_IVL, 100)
         self._zmq.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
+        self._on_denied = on_denied
+        #: libzmq's news of failed handshakes
+        self._monitor: zmq.Socket[bytes] | None = None
+        if on_denied is not None:
+            self._monitor = self._zmq.get_monitor_socket(
+                zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            )
         if keys is not None:
             keys.guard_client(self._zmq)
         try:
             self._zmq.connect(endpoint)
         except zmq.ZMQError as error:
-            self._zmq.close()
+            self.close()
             raise StartFailed(f"{endpoint}: is no address to connect to: {error}") from error
+
+    def start(self, on_frames: OnFrames) -> None:
+        """Begin to deliver to ``on_frames`` in the running loop."""
+        super().start(on_frames)
+        if self._monitor is not None and self._loop is not None:
+            self._loop.add_reader(self._monitor.fileno(), self._look)
+            self._loop.call_soon(self._look)
 
     def send(self, peer: str, frames: Frames) -> None:
         """Send or queue; ``peer`` is ignored, there is but one."""
         self._send(frames)
 
+    def close(self) -> None:
+        """Stop delivering and close; what is queued has ``LINGER_MS`` to leave. Twice is harmless."""
+        if self._monitor is not None:
+            if self._loop is not None and not self._loop.is_closed():
+                self._loop.remove_reader(self._monitor.fileno())
+            self._zmq.disable_monitor()
+            self._monitor.close(linger=0)
+            self._monitor = None
+        super().close()
+
     def _deliver(self, frames: list[bytes]) -> None:
         assert self._on_frames is not None
         self._on_frames("", frames)
+
+    def _look(self) -> None:
+        while self._monitor is not None and self._on_denied is not None:
+            try:
+                news = recv_monitor_message(self._monitor, zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._on_denied(_denial(self._endpoint, int(news["event"])))
+
+
+def _denial(endpoint: str, event: int) -> Unauthorized:
+    if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+        return Unauthorized(f"{endpoint}: our key was turned away")
+    return Unauthorized(
+        f"{endpoint}: one side encrypts and the other does not",
+        remedy="give keys where the topology is encrypted, and none where it is not",
+    )
