@@ -20,19 +20,22 @@ class Receiver:
     """Receives the KV of one handle. Its methods block for the time of a copy: call them in a worker thread."""
 
     def __init__(self, handle: KvHandle, pool: Segment, own_blocks: Sequence[int]) -> None:
-        """``own_blocks``: as many blocks of ``pool`` as the handle has. Raises :class:`KvCorrupt` otherwise."""
+        """``own_blocks``: blocks of ``pool``; the first ones, as many as the handle has, are written.
+
+        Raises :class:`KvCorrupt` when they are too few, or blocks of another size.
+        """
         if handle.layout.block_nbytes != pool.slot_nbytes:
             raise KvCorrupt(
                 f"{handle.key}: blocks of {handle.layout.block_nbytes} bytes do not fit a pool whose blocks have "
                 f"{pool.slot_nbytes} bytes"
             )
-        if len(own_blocks) != len(handle.blocks):
+        if len(own_blocks) < len(handle.blocks):
             raise KvCorrupt(f"{handle.key}: has {len(handle.blocks)} blocks, {len(own_blocks)} were reserved")
         self.handle = handle
         #: blocks that have arrived
         self.taken = 0
         self._pool = pool
-        self._own = tuple(own_blocks)
+        self._own = tuple(own_blocks[: len(handle.blocks)])
         self._digest = xxhash.xxh3_64()
         self._next = 0
 

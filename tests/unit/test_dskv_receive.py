@@ -48,11 +48,12 @@ def assert_arrived(source: Segment, pool: Segment) -> None:
 
 
 def test_a_direct_copy_arrives_and_verifies(source: Segment, pool: Segment, handle: KvHandle) -> None:
-    receiver = Receiver(handle, pool, OWN)
+    receiver = Receiver(handle, pool, (*OWN, 11))
     receiver.copy_direct(source)
     receiver.verify()
     assert receiver.complete
     assert_arrived(source, pool)
+    assert not any(pool.slot(11)), "a block reserved beyond the handle's is left alone"
 
 
 @pytest.mark.parametrize("slot_blocks", [1, 2, 5, 8])

@@ -1,0 +1,78 @@
+"""What goes in and out of the relay machine, beside messages; and how it names its peers.
+
+Peers: ``router``, ``worker:NAME`` on the local socket, ``fetcher:NAME`` for relays that fetch from us, and
+``relay:NODE`` for the relays that we fetch from. The prefixes keep a worker from posing as anything else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from dskv.handle import KvKey
+from dswire.errors import DsError, ErrorInfo
+from dswire.machine import PeerLost, Received, Send, Tick
+from dswire.messages.kv import Chunk, KvChunk
+
+ROUTER = "router"
+WORKER = "worker:"
+FETCHER = "fetcher:"
+RELAY = "relay:"
+
+# actions
+
+
+@dataclass(frozen=True, slots=True)
+class StoreChunk:
+    """Write the raw frame of the :class:`ChunkArrived` at hand into this staging slot."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendChunk:
+    """Send the first ``nbytes`` of a staging slot behind the message; the slot is reused right after it."""
+
+    peer: str
+    message: KvChunk
+    slot: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Complain:
+    """A peer broke the protocol, and was stopped from harming anything: log and count it."""
+
+    peer: str
+    error: DsError
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The router knows us."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The router refused us: the process ends with this error."""
+
+    error: ErrorInfo
+
+
+# events
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkArrived:
+    """A chunk came from another relay; its bytes wait in the shell."""
+
+    now: float
+    peer: str
+    key: KvKey
+    chunk: Chunk
+    #: length of the one raw frame; 0 when there was not exactly one
+    nbytes: int
+
+
+Action: TypeAlias = Send | StoreChunk | SendChunk | Complain | Ready | End
+Event: TypeAlias = Received | Tick | PeerLost | ChunkArrived

@@ -1,0 +1,301 @@
+"""The relay machine: takes each message to the part that it concerns.
+
+The parts: ``registry`` (who is known), ``ledger`` (handles offered on this node), ``direct`` (readers of this
+node that copy straight from the owner), ``outgoing`` and ``incoming`` (transfers by staging slots). All write
+their actions to one list, in order. KV that stays on the node but must go by TCP leaves by ``outgoing`` and comes
+back by ``incoming``, the relay being its own peer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from dskv.handle import KvKey
+from dskv.staging import StagingSlots
+from dsrelay.direct import DirectReaders
+from dsrelay.events import (
+    FETCHER,
+    RELAY,
+    ROUTER,
+    WORKER,
+    Action,
+    ChunkArrived,
+    Complain,
+    End,
+    Event,
+    Ready,
+)
+from dsrelay.incoming import IncomingTransfers
+from dsrelay.ledger import Ask, Ledger
+from dsrelay.outgoing import Copy, OutgoingTransfers
+from dsrelay.registry import Fetchers, Workers
+from dswire.errors import ProtocolError
+from dswire.machine import PeerLost, Received, Send, Tick
+from dswire.membership import Membership
+from dswire.messages import PROTOCOL, kv, worker
+
+
+@dataclass(frozen=True, slots=True)
+class RelayConfig:
+    """What a relay machine must know."""
+
+    name: str
+    node: str
+    incarnation: str
+    #: file of the staging segment, as workers are told it
+    staging: str
+    #: slots to send from; they come first in the segment
+    sending_slots: int
+    receiving_slots: int
+    slot_nbytes: int
+    lease_s: float
+    transfer_timeout_s: float
+    #: nodes whose relays can be fetched from; our own among them when KV goes by TCP even here
+    sources: tuple[str, ...]
+    #: whether readers of this node may copy straight from owners of this node
+    direct: bool
+
+
+class RelayState:
+    """Events in, actions out."""
+
+    def __init__(self, config: RelayConfig) -> None:
+        self.config = config
+        self._out: list[Action] = []
+        self.router = Membership(ROUTER, self._router_hello)
+        self.workers = Workers(self._out)
+        self.fetchers = Fetchers()
+        self.ledger = Ledger(config.node, config.lease_s, self._out)
+        self.direct = DirectReaders(self._out)
+        sending: StagingSlots[Copy] = StagingSlots(0, config.sending_slots)
+        self.outgoing = OutgoingTransfers(
+            self.ledger, sending, config.slot_nbytes, config.transfer_timeout_s, config.lease_s, self._out
+        )
+        receiving: StagingSlots[KvKey] = StagingSlots(config.sending_slots, config.receiving_slots)
+        self.incoming = IncomingTransfers(
+            config.sources, receiving, config.slot_nbytes, config.transfer_timeout_s, config.lease_s, self._out
+        )
+        self._begun = False
+
+    # the machine's interface
+
+    def handle(self, event: Event) -> list[Action]:
+        """Take one event."""
+        self._begin(event.now)
+        match event:
+            case Received(now, peer, message):
+                self._received(now, peer, message)
+            case ChunkArrived():
+                self.incoming.arrived(event)
+            case Tick(now):
+                self._tick(now)
+            case PeerLost(now, peer):
+                self._peer_lost(now, peer)
+        actions = self._out[:]
+        self._out.clear()
+        return actions
+
+    def next_deadline(self) -> float | None:
+        """The earliest deadline of any part."""
+        parts = (self.workers, self.ledger, self.outgoing, self.incoming)
+        deadlines = [part.next_deadline() for part in parts]
+        if self._begun:
+            deadlines.append(self.router.deadline())
+        return min((at for at in deadlines if at is not None), default=None)
+
+    def validate(self) -> None:
+        """Every part, and that each reader of a handle is one that some part still knows."""
+        self.ledger.validate()
+        self.outgoing.validate()
+        self.incoming.validate()
+        for key, one in self.ledger.handles.items():
+            assert WORKER + one.handle.owner in self.workers.known
+            if one.reader is not None and one.reader.startswith(FETCHER):
+                assert key in self.outgoing.transfers
+            elif one.reader is not None:
+                assert one.reader in self.workers.known
+        assert all(one.reader in self.workers.known for one in self.incoming.transfers.values())
+
+    # messages
+
+    def _received(self, now: float, peer: str, message: msgspec.Struct) -> None:
+        if peer == ROUTER:
+            self._from_router(now, message)
+        elif peer.startswith(FETCHER):
+            self._from_fetcher(now, peer, message)
+        elif peer.startswith(RELAY):
+            self._from_source(now, peer, message)
+        elif isinstance(message, kv.KvHello):
+            self._hello(now, peer, message)
+        elif self.workers.heard(now, peer):
+            self._from_worker(now, peer, message)
+        else:
+            self._out.append(Send(peer, worker.HelloWanted()))
+
+    def _from_router(self, now: float, message: msgspec.Struct) -> None:
+        self.router.heard(now)
+        match message:
+            case worker.RouterPing():
+                self._out.append(Send(ROUTER, worker.WorkerReport(self._load())))
+            case worker.WorkerWelcome(lease_s=lease_s):
+                self.router.welcomed(now, lease_s)
+                self._out.append(Ready())
+            case worker.WorkerRefused(error=error):
+                self._out.append(End(error))
+            case worker.HelloWanted():
+                self._out += self.router.hello(now)
+            case _:
+                self._out.append(Complain(ROUTER, _unexpected(message)))
+
+    def _from_worker(self, now: float, peer: str, message: msgspec.Struct) -> None:
+        match message:
+            case kv.KvPong():
+                pass
+            case kv.KvOffer(handle=handle):
+                self.ledger.offer(now, peer.removeprefix(WORKER), handle)
+            case kv.KvWithdraw(key=key):
+                self.ledger.withdraw(now, peer.removeprefix(WORKER), key)
+            case kv.KvStaged(key=key, chunk=chunk):
+                self.outgoing.staged(now, peer.removeprefix(WORKER), key, chunk.index)
+            case _:
+                self._from_reader(now, peer, message)
+
+    def _from_reader(self, now: float, peer: str, message: msgspec.Struct) -> None:
+        match message:
+            case kv.KvPull(handle=handle):
+                if self.config.direct and handle.node == self.config.node:
+                    self.ledger.ask(now, Ask(peer, handle.key, self.direct, handle))
+                else:
+                    self.incoming.pull(now, peer, handle)
+            case kv.KvTaken(key=key, chunk=chunk):
+                self.incoming.taken(now, peer, key, chunk.index)
+            case kv.KvPulled(key=key, error=error):
+                if not self.incoming.ended(now, peer, key, error):
+                    self.ledger.ended(now, peer, key, "pulled" if error is None else "lost")
+            case kv.KvAbort(key=key):
+                if not self.incoming.abort(now, peer, key):
+                    self.ledger.ended(now, peer, key, "aborted")
+            case kv.KvExtend(wanted=wanted):
+                self._extend(now, wanted)
+            case _:
+                self._out.append(Complain(peer, _unexpected(message)))
+
+    def _from_fetcher(self, now: float, peer: str, message: msgspec.Struct) -> None:
+        if isinstance(message, kv.RelayHello):
+            if self.fetchers.join(peer, message):
+                self.outgoing.fetcher_lost(now, peer)
+        elif peer not in self.fetchers.known:
+            refusal = self.fetchers.refused.get(peer)
+            if refusal is None:
+                self._out.append(Send(peer, worker.HelloWanted()))
+            elif isinstance(message, kv.KvFetch):
+                self._out.append(Send(peer, kv.KvFetchFailed(message.key, refusal)))
+        else:
+            self._fetch_message(now, peer, message)
+
+    def _fetch_message(self, now: float, peer: str, message: msgspec.Struct) -> None:
+        match message:
+            case kv.KvFetch():
+                self.outgoing.fetch(now, peer, message)
+            case kv.KvCredit(key=key):
+                self.outgoing.credit(now, peer, key)
+            case kv.KvFetched():
+                self.outgoing.ended(now, peer, message)
+            case kv.KvExtend(wanted=wanted):
+                for key, node in wanted:
+                    if node == self.config.node:
+                        self.ledger.extend(now, key)
+            case _:
+                self._out.append(Complain(peer, _unexpected(message)))
+
+    def _from_source(self, now: float, peer: str, message: msgspec.Struct) -> None:
+        match message:
+            case worker.HelloWanted():
+                self._out.append(Send(peer, self._relay_hello()))
+                self.incoming.source_restarted(now, peer)
+            case kv.KvFetchFailed(key=key, error=error):
+                self.incoming.source_failed(now, peer, key, error)
+            case _:
+                self._out.append(Complain(peer, _unexpected(message)))
+
+    def _extend(self, now: float, wanted: tuple[tuple[KvKey, str], ...]) -> None:
+        elsewhere: dict[str, list[tuple[KvKey, str]]] = {}
+        for key, node in wanted:
+            if node == self.config.node:
+                self.ledger.extend(now, key)
+            elif node in self.config.sources:
+                elsewhere.setdefault(node, []).append((key, node))
+        self._out += [Send(RELAY + node, kv.KvExtend(tuple(some))) for node, some in elsewhere.items()]
+
+    # comings and goings
+
+    def _begin(self, now: float) -> None:
+        if not self._begun:
+            self._begun = True
+            self._out += self.router.hello(now)
+            self._out += [Send(RELAY + node, self._relay_hello()) for node in self.config.sources]
+
+    def _hello(self, now: float, peer: str, hello: kv.KvHello) -> None:
+        error = self.workers.refusal(peer, hello)
+        if error is not None:
+            self._out.append(Send(peer, kv.KvRefused(error.info())))
+            return
+        restarted = self.workers.join(now, peer, hello.incarnation)
+        # whoever says hello has forgotten what it read; what it offered it offers again
+        self._reader_lost(now, peer)
+        if restarted:
+            owner = peer.removeprefix(WORKER)
+            self.ledger.owner_lost(now, owner)
+            self.outgoing.owner_restarted(owner)
+        config = self.config
+        slots = config.sending_slots + config.receiving_slots
+        welcome = kv.KvWelcome(
+            config.name, config.incarnation, config.lease_s, config.staging, slots, config.slot_nbytes
+        )
+        self._out.append(Send(peer, welcome))
+
+    def _worker_lost(self, now: float, peer: str) -> None:
+        if self.workers.leave(peer):
+            self._reader_lost(now, peer)
+            self.ledger.owner_lost(now, peer.removeprefix(WORKER))
+
+    def _reader_lost(self, now: float, peer: str) -> None:
+        self.incoming.reader_lost(now, peer)
+        self.ledger.reader_lost(now, peer)
+
+    def _peer_lost(self, now: float, peer: str) -> None:
+        if peer.startswith(WORKER):
+            self._worker_lost(now, peer)
+        elif peer.startswith(FETCHER):
+            self.fetchers.leave(peer)
+            self.outgoing.fetcher_lost(now, peer)
+        elif peer.startswith(RELAY):
+            self.incoming.source_lost(now, peer)
+        # the router: its queue is full; another hello is due when it was silent for its lease
+
+    def _tick(self, now: float) -> None:
+        if self.router.silent(now):
+            self._out += self.router.hello(now)
+        self.workers.tick(now, self._worker_lost)
+        self.ledger.tick(now)
+        self.outgoing.tick(now)
+        self.incoming.tick(now)
+
+    # what others are told of us
+
+    def _router_hello(self) -> worker.WorkerHello:
+        return worker.WorkerHello(PROTOCOL, self.config.name, "relay", self.config.node, self.config.incarnation)
+
+    def _relay_hello(self) -> kv.RelayHello:
+        return kv.RelayHello(PROTOCOL, self.config.name, self.config.incarnation)
+
+    def _load(self) -> worker.Load:
+        waiting = len(self.incoming.waiting)
+        running = len(self.incoming.transfers) - waiting + len(self.outgoing.transfers)
+        return worker.Load(waiting=waiting, running=running, handles=self.ledger.counts())
+
+
+def _unexpected(message: msgspec.Struct) -> ProtocolError:
+    return ProtocolError(f"{type(message).__name__} is not expected here")
