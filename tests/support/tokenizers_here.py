@@ -78,7 +78,7 @@ def save(
     template: str | None = None,
 ) -> Path:
     """Write the text files of a Hugging Face directory; returns ``path``."""
-    path.mkdir(exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
     given = {"tokenizer_class": "PreTrainedTokenizerFast"} | (settings or {})
     (path / "tokenizer_config.json").write_text(json.dumps(given))

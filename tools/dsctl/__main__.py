@@ -22,6 +22,7 @@ COMMANDS = {
     "down": ("dsctl.down:command", "Stop what `up` started, in order."),
     "status": ("dsctl.status:command", "Show what runs, and how it does."),
     "logs": ("dsctl.logs:command", "Show or follow the processes' logs."),
+    "health": ("dsctl.health:command", "Tell whether one process serves (for containers)."),
     "generate": ("dsctl.generate:command", "Continue a prompt, streamed."),
     "chat": ("dsctl.chat:command", "Talk to the model in the terminal."),
     "topology": ("dsctl.topology:command", "Draw, validate and describe topology files."),
@@ -29,8 +30,10 @@ COMMANDS = {
     "keys": ("dsctl.keys:command", "Make the keys of encrypted sockets, and say who may connect."),
 }
 
-#: exit statuses of a shell for a program that a signal ended: 128 + its number
-INTERRUPTED, BROKEN_PIPE = 130, 141
+#: exit status after Ctrl-C: what a shell gives a program that this signal ended
+INTERRUPTED = 130
+#: exit status when nobody reads the output any more, as click has it
+BROKEN_PIPE = 1
 
 #: packages that only the extra ``engine`` brings
 _ENGINE_PACKAGES = frozenset(
@@ -111,7 +114,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         click.echo("interrupted", err=True)
         return INTERRUPTED
     except BrokenPipeError:
-        # nobody reads any more (`dsctl ... | head`); without this, Python would complain once more at its exit
+        # click handles it inside a command, not in the last flush; Python would complain once more at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
 
