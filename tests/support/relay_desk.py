@@ -19,6 +19,8 @@ LEASE_S = 30.0
 TIMEOUT_S = 10.0
 #: two blocks a slot
 SLOT_NBYTES = 2 * LAYOUT.block_nbytes + 3
+#: five blocks in slots of two
+CHUNKS = (kv.Chunk(0, 0, 2), kv.Chunk(1, 2, 2), kv.Chunk(2, 4, 1))
 
 
 def make_config(
@@ -106,3 +108,11 @@ class Desk:
         assert not state.outgoing.orphans
         assert not state.incoming.transfers
         assert state.outgoing.slots.held == state.incoming.slots.held == 0
+
+
+def failure(desk: Desk, peer: str) -> str:
+    """Code of the one failure among the last messages to ``peer``."""
+    codes = [message.error.code for message in desk.sent(peer, kv.KvFailed)]
+    codes += [message.error.code for message in desk.sent(peer, kv.KvFetchFailed)]
+    assert len(codes) == 1
+    return codes[0]
