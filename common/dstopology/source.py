@@ -43,6 +43,7 @@ def _to_int(text: str) -> int:
     return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
 
 
+_COLLECTIONS = (_TAG + "map", _TAG + "seq")
 #: tag of a scalar -> (what its text must look like, how it becomes a value)
 _SCALARS: dict[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
     _TAG + "str": (re.compile(r".*", re.DOTALL), str),
@@ -126,6 +127,8 @@ class _Builder:
             reason = f"more than {MAX_VALUES} values or {MAX_DEPTH} levels"
             self._problems.add(key[:MAX_DEPTH], reason, "check the aliases: they may repeat themselves")
             raise self._problems.error()
+        if not isinstance(node, yaml.ScalarNode) and node.tag not in _COLLECTIONS:
+            self._refuse_tag(node, key)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, key)
         if isinstance(node, yaml.SequenceNode):
@@ -152,6 +155,9 @@ class _Builder:
     def _scalar(self, node: yaml.ScalarNode, key: Key) -> Any:
         pattern, convert = _SCALARS.get(node.tag, (None, str))
         if pattern is None or not pattern.fullmatch(node.value):
-            self._problems.add(key, f"the tag {node.tag!r} is not allowed here", "write the plain value")
+            self._refuse_tag(node, key)
             return node.value
         return convert(node.value)
+
+    def _refuse_tag(self, node: yaml.Node, key: Key) -> None:
+        self._problems.add(key, f"the tag {node.tag!r} is not allowed here", "write the plain value")
