@@ -47,13 +47,14 @@ def load(path: Path | str, env: Mapping[str, str] = os.environ) -> Topology:
         digest=digest,
         run_dir=Path(env.get("DS_RUN_DIR") or f"/tmp/distserve-{os.getuid()}/{digest}").absolute(),
         shm_dir=Path(env.get("DS_SHM_DIR") or DEFAULT_SHM_DIR).absolute(),
-        keys_dir=_keys_dir(env),
+        keys_dir=default_keys_dir(env),
         facts=lambda model: modelfacts.read(model, env),
         problems=read.problems,
     ).topology()
 
 
-def _keys_dir(env: Mapping[str, str]) -> Path:
+def default_keys_dir(env: Mapping[str, str] = os.environ) -> Path:
+    """Where CURVE keys are when the topology does not say."""
     if chosen := env.get("DS_KEYS_DIR"):
         return Path(chosen).expanduser().absolute()
     config = env.get("XDG_CONFIG_HOME")

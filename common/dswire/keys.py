@@ -6,6 +6,9 @@ A system has one directory of keys (``dsctl keys make``)::
     system.pub      its public half: what a client needs to know the router by
     allowed/*.pub   public keys of clients that may connect, one file each
 
+A client has a directory of its own (``dsctl keys make --client NAME``): ``client.key``, ``client.pub``, and a copy
+of ``system.pub``.
+
 Servers accept the system's own key and the keys in ``allowed/``; anything else is turned away by libzmq before a
 byte of ours is read. A key file holds one Z85 key of 40 characters.
 """
@@ -13,6 +16,7 @@ byte of ours is read. A key file holds one Z85 key of 40 characters.
 from __future__ import annotations
 
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +24,13 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
-from dswire.errors import BadInput, StartFailed
+from dswire.errors import BadInput, DsError, StartFailed
 
 SYSTEM_SECRET = "system.key"
 SYSTEM_PUBLIC = "system.pub"
 ALLOWED = "allowed"
+CLIENT_SECRET = "client.key"
+CLIENT_PUBLIC = "client.pub"
 #: ZAP domain of every server socket
 DOMAIN = "distserve"
 
@@ -52,35 +58,48 @@ class CurveKeys:
         socket.setsockopt(zmq.CURVE_SERVERKEY, self.server)
 
 
-def _read(path: Path) -> bytes:
+def read_key(path: Path) -> bytes:
+    """The key in a file. Raises :class:`StartFailed` when it is missing, :class:`BadInput` when it is none."""
     try:
-        text = path.read_text().strip().encode()
+        text = path.read_text(errors="replace").strip()
     except OSError as error:
         raise StartFailed(
             f"{path}: the key cannot be read: {error.strerror}", remedy="make the keys with `dsctl keys make`"
         ) from error
+    return check_key(text, str(path))
+
+
+def check_key(text: str, where: str) -> bytes:
+    """``text`` as a key. Raises :class:`BadInput` when it is none."""
     try:
         valid = len(text) == 40 and len(z85.decode(text)) == 32
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, struct.error):
         valid = False
     if not valid:
         raise BadInput(
-            f"{path}: is no Z85 key of 40 characters", remedy="make the keys anew with `dsctl keys make`"
+            f"{where}: is no Z85 key of 40 characters", remedy="make the keys anew with `dsctl keys make`"
         )
-    return text
+    return text.encode()
 
 
 def load_system(directory: Path) -> CurveKeys:
     """The system's own keys. Raises :class:`StartFailed` when they are missing."""
-    secret = _read(directory / SYSTEM_SECRET)
+    secret = read_key(directory / SYSTEM_SECRET)
     public = zmq.curve_public(secret)
     return CurveKeys(public, secret, public)
 
 
 def load_client(secret_file: Path, server_file: Path) -> CurveKeys:
     """A client's keys: its own secret, and the system's public key."""
-    secret = _read(secret_file)
-    return CurveKeys(zmq.curve_public(secret), secret, _read(server_file))
+    secret = read_key(secret_file)
+    return CurveKeys(zmq.curve_public(secret), secret, read_key(server_file))
+
+
+def load_any(directory: Path) -> CurveKeys:
+    """What a client calls with: ``client.key`` and ``system.pub`` where there are such, else the system's keys."""
+    if (directory / CLIENT_SECRET).exists():
+        return load_client(directory / CLIENT_SECRET, directory / SYSTEM_PUBLIC)
+    return load_system(directory)
 
 
 def write_pair(secret_file: Path, public_file: Path) -> bytes:
@@ -97,22 +116,47 @@ def write_pair(secret_file: Path, public_file: Path) -> bytes:
     return public
 
 
+def allow(directory: Path, name: str, public: bytes) -> None:
+    """Put a client's public key on the allow-list. Raises :class:`BadInput` rather than replace another key."""
+    path = directory / ALLOWED / f"{name}.pub"
+    if path.exists() and read_key(path) != public:
+        raise BadInput(f"{path}: holds another key", remedy="take another name, or revoke the old key first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(public + b"\n")
+
+
+def allowed(directory: Path) -> dict[str, bytes]:
+    """Name and public key of every client on the allow-list, by name. Raises like :func:`read_key`."""
+    return {path.stem: read_key(path) for path in sorted((directory / ALLOWED).glob("*.pub"))}
+
+
 def start_authenticator(directory: Path) -> ThreadAuthenticator:
-    """Begin to turn away every key but the system's own and those in ``allowed/``; stop it with ``stop()``."""
-    keys = load_system(directory)
-    allowed = {keys.public} | {_read(path) for path in sorted((directory / ALLOWED).glob("*.pub"))}
+    """Begin to turn away every key but the system's own and those in ``allowed/``; stop it with ``stop()``.
+
+    The list is read anew for each connection that knocks, so a change to it needs no restart.
+    """
+    guard = _AllowList(directory, load_system(directory).public)
+    allowed(directory)
     authenticator = ThreadAuthenticator(zmq.Context.instance())
     authenticator.start()
-    authenticator.configure_curve_callback(DOMAIN, _AllowList(frozenset(z85.decode(key) for key in allowed)))
+    authenticator.configure_curve_callback(DOMAIN, guard)
     return authenticator
 
 
 class _AllowList:
-    """libzmq hands us the raw key of whoever knocks."""
+    """Asked by the authenticator's thread."""
 
-    def __init__(self, allowed: frozenset[bytes]) -> None:
-        self._allowed = allowed
+    def __init__(self, directory: Path, system: bytes) -> None:
+        self._directory = directory
+        self._system = system
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """Whether the key may come in. pyzmq passes it Z85-encoded or raw, depending on its release."""
-        return (z85.decode(key) if len(key) == 40 else key) in self._allowed
+        """Whether the key, in Z85, may come in. A file that is no key lets nobody in, and keeps nobody out."""
+        return key == self._system or any(_holds(path, key) for path in (self._directory / ALLOWED).glob("*.pub"))
+
+
+def _holds(path: Path, key: bytes) -> bool:
+    try:
+        return read_key(path) == key
+    except DsError:
+        return False
