@@ -22,7 +22,7 @@ Transport = Literal["shm", "tcp"]
 class Model:
     """Which model is served, and how."""
 
-    #: as written: a known name, a directory, a ``.gguf`` file or a Hub id
+    #: a known name, an absolute path of a directory or ``.gguf`` file, or a Hub id
     path: str
     #: what clients call it: the known name, or the last part of the path
     name: str

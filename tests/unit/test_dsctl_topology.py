@@ -99,9 +99,9 @@ def test_show_draws_the_whole_when_nothing_runs(desk: Desk) -> None:
 
 def test_the_tree_tells_live_state(desk: Desk) -> None:
     live = Live(report(worker("prefill-0", "prefill", "up"), worker("relay-a", "relay", "up", {"ready": 2})))
-    lines = drawn(desk, TWO_NODES, live)
+    lines = drawn(desk, TWO_NODES.replace("prefill: {", "prefill: {threads: 1, "), live)
     assert "t.yaml  disaggregated, running for 1 h 2 min, 3 live requests" in lines
-    assert "prefill-0  up  1 rank, 1 waiting, 2 running, 30 of 100 blocks held" in lines
+    assert "prefill-0  up  1 rank, 1 thread, 1 waiting, 2 running, 30 of 100 blocks held" in lines
     assert "relay-a  up  2 handles ready" in lines
     assert "router-0  up  at most 1024 requests" in lines
 
@@ -112,12 +112,12 @@ def test_the_tree_marks_what_is_lost(desk: Desk) -> None:
 
 
 def test_the_tree_names_every_rank(desk: Desk) -> None:
-    text = "model: m\nprefill: {tp: 2, pp: 2}\ngateway: 127.0.0.1:8000\n"
+    text = "model: m\nprefill: {tp: 2, pp: 2, threads: 3}\ngateway: 127.0.0.1:8000\n"
     lines = drawn(desk, text, Live(None, "not running"))
     ranks = [line for line in lines if line.startswith("prefill-0  rank")]
     assert ranks[1:3] == [
-        "prefill-0  rank 1, stage 1 of 2, part 2 of 2",
-        "prefill-0  rank 2, stage 2 of 2, part 1 of 2",
+        "prefill-0  rank 1, stage 1 of 2, part 2 of 2, 3 threads",
+        "prefill-0  rank 2, stage 2 of 2, part 1 of 2, 3 threads",
     ]
     assert len(ranks) == 4
     assert "gateway-0  http://127.0.0.1:8000" in lines

@@ -148,7 +148,7 @@ def _add_node(root: Tree, topology: Topology, node: Node, live: Live) -> None:
 def _add_relay(branch: Tree, relay: Relay, live: Live) -> None:
     status = live.worker(relay.name)
     facts = []
-    if status is not None:
+    if status is not None and status.state == "up":
         facts = [f"{count} handles {state}" for state, count in status.handles.items() if count] or ["no handles"]
     here = branch.add(_state_line(relay.name, status.state if status else "", *facts))
     here.add(_line("local", relay.local, style=""))
@@ -172,7 +172,8 @@ def _add_rank(branch: Tree, instance: Instance, rank: int, live: Live) -> None:
     stage, part = divmod(rank, instance.tp)
     place = f"rank {rank}, stage {stage + 1} of {instance.pp}, part {part + 1} of {instance.tp}"
     facts = [place if len(instance.devices) > 1 else "1 rank"]
-    if status is not None:
+    facts.append(_count(instance.threads, "thread"))
+    if status is not None and status.state == "up":
         facts += [f"{status.waiting} waiting", f"{status.running} running"]
         facts.append(f"{status.blocks_held} of {status.blocks} blocks held")
     here = branch.add(_state_line(instance.name, status.state if status else "", *facts))
@@ -183,7 +184,7 @@ def _add_rank(branch: Tree, instance: Instance, rank: int, live: Live) -> None:
     batch = f"batches of {instance.max_batch} sequences"
     if instance.role == "prefill":
         batch += f" or {instance.max_batch_tokens} tokens"
-    here.add(_line("limits", batch, f"{instance.max_queue} waiting", _count(instance.threads, "thread"), style=""))
+    here.add(_line("limits", batch, f"{instance.max_queue} waiting", style=""))
 
 
 def _state_line(title: str, state: str, *facts: str) -> Text:
