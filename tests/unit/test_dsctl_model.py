@@ -28,7 +28,9 @@ def test_pull_list_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert run(["model", "pull", "tiny"]) == 0
     told = capsys.readouterr()
     assert told.out == f"{directory}\n"
-    assert [line.split(":")[0] for line in told.err.splitlines()[:2]] == ["downloading", "unpacking"]
+    steps = [line.split(":")[0] for line in told.err.splitlines()]
+    assert steps[:3] == ["downloading", "unpacking", "checking"]
+    assert "writing safetensors" in steps
     assert run(["model", "path", "tiny"]) == 0
     assert capsys.readouterr().out == f"{directory}\n"
     assert run(["model", "list"]) == 0

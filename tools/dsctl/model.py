@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -105,16 +105,16 @@ def path(name: str) -> None:
 @contextmanager
 def _progress() -> Iterator[Report]:
     """A bar for each step on a terminal, a line for each elsewhere; on stderr."""
-    if not sys.stderr.isatty():
-        yield _lines()
+    # bound to this stream: what converts redirects stderr, to keep its libraries quiet
+    stream = sys.stderr
+    if not stream.isatty():
+        yield _lines(stream)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    # a console bound to this stream: libraries that convert may redirect stderr meanwhile
-    console = Console(file=sys.stderr)
     columns = (TextColumn("{task.description:<25}"), BarColumn(), TextColumn("{task.fields[shown]:>18}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, redirect_stderr=False) as progress:
+    with Progress(*columns, TimeElapsedColumn(), console=Console(file=stream), redirect_stderr=False) as progress:
         yield _bars(progress)
 
 
@@ -130,13 +130,13 @@ def _bars(progress: Progress) -> Report:
     return report
 
 
-def _lines() -> Report:
+def _lines(stream: TextIO) -> Report:
     begun: dict[str, float] = {}
 
     def report(step: str, done: int, total: int | None) -> None:
         start = begun.setdefault(step, monotonic())
         if done == total:
-            click.echo(f"{_STEPS.get(step, step)}: {monotonic() - start:.1f} s", err=True)
+            click.echo(f"{_STEPS.get(step, step)}: {monotonic() - start:.1f} s", file=stream)
 
     return report
 
