@@ -1,0 +1,177 @@
+"""The relay machine on real sockets and a real staging segment.
+
+Sockets, first match wins: the router's backend; one connection to each relay that KV is fetched from; ``data``,
+bound, for the relays that fetch from here; ``local``, bound, for the workers of the node. The bytes of a chunk
+are copied twice here: by libzmq on sending, into the slot on arrival.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import structlog
+from zmq.auth.thread import ThreadAuthenticator
+
+from dskv.segment import Segment
+from dskv.staging import halves
+from dsrelay.events import (
+    FETCHER,
+    RELAY,
+    ROUTER,
+    WORKER,
+    ChunkArrived,
+    Complain,
+    End,
+    Ready,
+    SendChunk,
+    StoreChunk,
+)
+from dsrelay.state import RelayConfig, RelayState
+from dstopology.resolved import Topology
+from dstopology.wiring import router_route, system_keys
+from dswire.actor import Actor, Route
+from dswire.codec import MAX_FRAME_NBYTES
+from dswire.errors import DsError, ProtocolError, from_info
+from dswire.keys import start_authenticator
+from dswire.machine import PeerLost, Send
+from dswire.messages import kv, worker
+from dswire.sockets import BoundSocket, ConnectedSocket
+
+log = structlog.get_logger()
+
+
+class RelayActor(Actor):
+    """Performs what the machine asks for."""
+
+    machine: RelayState
+
+    def __init__(
+        self,
+        machine: RelayState,
+        routes: list[Route],
+        staging: Segment,
+        authenticator: ThreadAuthenticator | None = None,
+    ) -> None:
+        super().__init__(machine, routes)
+        #: messages that were refused: unreadable, or against the protocol
+        self.refused = 0
+        self._staging = staging
+        self._authenticator = authenticator
+        #: raw frames of the chunk at hand
+        self._frames: Sequence[bytes] = ()
+
+    def started(self) -> None:
+        """Say hello; the router's welcome makes us ready."""
+        self.wake()
+
+    def stopping(self) -> None:
+        """Tell the router that this is on purpose."""
+        self.send(ROUTER, worker.WorkerBye())
+
+    def closed(self) -> None:
+        """Remove the staging segment, stop the thread that checks keys."""
+        self._staging.close()
+        if self._authenticator is not None:
+            self._authenticator.stop()
+
+    def received(self, peer: str, message: msgspec.Struct, frames: Sequence[bytes]) -> None:
+        """A chunk comes with one raw frame, anything else with none."""
+        if not isinstance(message, kv.KvChunk):
+            super().received(peer, message, frames)
+            return
+        self._frames = frames
+        nbytes = len(frames[0]) if len(frames) == 1 else 0
+        self.feed(ChunkArrived(self.now(), peer, message.key, message.chunk, nbytes))
+        self._frames = ()
+
+    def garbage(self, peer: str, error: ProtocolError) -> None:
+        """Count and log it; whoever sent it gets no answer."""
+        self._complain(peer, error)
+
+    def perform(self, action: Any) -> None:
+        """Perform one action of ``dsrelay.events``."""
+        match action:
+            case StoreChunk(slot):
+                frame = self._frames[0]
+                self._staging.slot(slot)[: len(frame)] = frame
+            case SendChunk():
+                self._send_chunk(action)
+            case Complain(peer, error):
+                self._complain(peer, error)
+            case Ready():
+                self.ready()
+            case End(error):
+                self.finish(from_info(error))
+            case _:
+                super().perform(action)
+
+    def _send_chunk(self, action: SendChunk) -> None:
+        lost: list[str] = []
+        frame = self._staging.slot(action.slot)[: action.nbytes]
+        self._send(Send(action.peer, action.message), [frame], lost)
+        for peer in lost:
+            self.soon(PeerLost(self.now(), peer))
+
+    def _complain(self, peer: str, error: DsError) -> None:
+        self.refused += 1
+        # a stranger chooses its own identity: it may hold what no terminal or file can show
+        log.warning("message refused", peer=ascii(peer), code=error.code, error=ascii(error.message))
+
+
+def sources_of(topology: Topology, node: str) -> tuple[str, ...]:
+    """Nodes whose KV comes to ``node`` by TCP."""
+    reachable = (relay.node for relay in topology.relays if relay.data_connect is not None)
+    return tuple(other for other in reachable if topology.transport(other, node) == "tcp")
+
+
+def configure(topology: Topology, name: str) -> RelayConfig:
+    """What the machine of the relay ``name`` must know. Raises :class:`BadInput` for staging that is too small."""
+    relay = topology.relay(name)
+    sources = sources_of(topology, relay.node)
+    # where nothing goes by TCP the staging is never used: then do not ask the host for all of it
+    nbytes = relay.staging_nbytes if sources else 2 * relay.slot_nbytes
+    sending, receiving = halves(nbytes, relay.slot_nbytes)
+    return RelayConfig(
+        name=name,
+        node=relay.node,
+        incarnation=uuid.uuid4().hex[:12],
+        staging=str(relay.staging),
+        sending_slots=sending,
+        receiving_slots=receiving,
+        slot_nbytes=relay.slot_nbytes,
+        lease_s=relay.lease_s,
+        transfer_timeout_s=relay.transfer_timeout_s,
+        sources=sources,
+        direct=topology.transport(relay.node, relay.node) == "shm",
+    )
+
+
+def _routes(topology: Topology, config: RelayConfig) -> list[Route]:
+    relay, keys = topology.relay(config.name), system_keys(topology)
+    limit = max(MAX_FRAME_NBYTES, config.slot_nbytes)
+    routes = [router_route(topology, config.name, config.incarnation)]
+    for node in config.sources:
+        endpoint = topology.relay_of(node).data_connect
+        assert endpoint is not None, "sources_of() names only nodes that have one"
+        socket = ConnectedSocket(endpoint, config.name, keys=keys, max_nbytes=limit)
+        routes.append(Route(socket, kv.ToFetcher, peer=RELAY + node))
+    if relay.data_bind is not None:
+        routes.append(Route(BoundSocket(relay.data_bind, keys=keys), kv.FromFetcher, prefix=FETCHER))
+    routes.append(Route(BoundSocket(relay.local, keys=keys), kv.FromKvWorker, prefix=WORKER))
+    return routes
+
+
+async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> RelayActor:
+    """Wire the relay ``name``."""
+    phase("mapping staging memory")
+    config = configure(topology, name)
+    keys_dir = topology.security.keys_dir
+    authenticator = start_authenticator(keys_dir) if topology.security.encrypted else None
+    routes = _routes(topology, config)
+    relay = topology.relay(name)
+    slots = config.sending_slots + config.receiving_slots
+    staging = Segment.create(relay.staging, slots, config.slot_nbytes)
+    return RelayActor(RelayState(config), routes, staging, authenticator)
