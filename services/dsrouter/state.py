@@ -300,7 +300,7 @@ class RouterState:
         known.heard_at = now
         match message:
             case worker.WorkerReport(load=load):
-                known.load = load
+                known.load, known.load_at = load, now
                 self._alive(known)
             case worker.WorkerBye():
                 self._lose(now, known)

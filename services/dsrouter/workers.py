@@ -30,6 +30,8 @@ class Worker:
     since: float
     heard_at: float
     load: Load = field(default_factory=Load)
+    #: when it told its load
+    load_at: float = 0.0
     #: sequences that are there by our doing, with the tokens each stands for
     sequences: dict[str, int] = field(default_factory=dict)
     #: tokens of all of them
@@ -164,6 +166,7 @@ class Workers:
             blocks_held=load.blocks_held,
             handles=load.handles,
             uptime_s=now - worker.since,
+            report_age_s=now - max(worker.load_at, worker.since),
         )
 
 

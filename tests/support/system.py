@@ -140,12 +140,14 @@ class System:
 
     def await_idle(self, limit_s: float) -> None:
         """Wait until no instance holds a block and no relay a handle; fails after ``limit_s``."""
-        deadline = time.monotonic() + limit_s
+        began = time.monotonic()
+        deadline = began + limit_s
         with self.client() as client:
             while True:
-                # what a worker tells is at most one ping old: ask what was true after the request ended
-                held = _held(client)
-                if not held:
+                report = client.status()
+                held = _held(report)
+                # what was told before we began to wait says nothing
+                if not held and max(one.report_age_s for one in report.workers) < time.monotonic() - began:
                     return
                 assert time.monotonic() < deadline, f"still held after {limit_s} s: {held}\n{self.logs()}"
                 time.sleep(0.25)
@@ -197,8 +199,7 @@ class System:
             self.kill(name)
 
 
-def _held(client: Client) -> dict[str, object]:
-    report = client.status()
+def _held(report: StatusReport) -> dict[str, object]:
     held: dict[str, object] = {"requests": report.requests} if report.requests else {}
     for worker in report.workers:
         live = {state: count for state, count in worker.handles.items() if count}

@@ -250,6 +250,8 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     #: live handles by state (relays)
     handles: dict[str, int]
     uptime_s: float
+    #: how old the worker's own figures are: it tells them once a second
+    report_age_s: float = 0.0
 
 
 class StatusReport(msgspec.Struct, frozen=True, tag=True):

@@ -205,7 +205,7 @@ class Machine:
             self._end(process, Phase.ENDED, event.now, how)
             return [Note(process.name, "info", how), *self._advance(event.now)]
         if not self.was_ready and event.status in FINAL:
-            error = process.error or ErrorInfo(StartFailed.code, f"{process.name}: {describe(event.status)}")
+            error = process.error or _unexplained(process.name, event.status)
             self._end(process, Phase.ENDED, event.now, error.message)
             return self._fail(event.now, error, event.status)
         return self._ended(process, event.now, describe(event.status))
@@ -319,6 +319,11 @@ class Machine:
             f"not ready within {self._wait_s:g} s: {told}",
             f"`dsctl logs {late[0].name}` tells what it waits for; --wait-s allows more time",
         )
+
+
+def _unexplained(name: str, status: int) -> ErrorInfo:
+    code = BadInput.code if status == BadInput.exit_code else Refused.code
+    return ErrorInfo(code, f"{name}: {describe(status)}", f"`dsctl logs {name}` tells why")
 
 
 def describe(status: int) -> str:
