@@ -35,10 +35,10 @@ def ending(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], 
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_is_there_and_shows_examples(name: str) -> None:
+def test_every_command_is_there(name: str) -> None:
     done = dsctl(name, "--help")
     assert done.returncode == 0, done.stderr
-    assert "Examples:" in done.stdout
+    assert done.stdout.startswith(f"Usage: dsctl {name} ")
 
 
 def test_help_lists_every_command() -> None:
