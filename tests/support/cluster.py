@@ -1,0 +1,332 @@
+"""A whole system in one loop: the real machines of every service, modelled work, connections and time.
+
+Every machine is validated after every event. A seed decides all delays, so the same seed is the same run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+
+from dsdecode.state import DecodeConfig, DecodeState
+from dsprefill.state import PrefillConfig, PrefillState
+from dsrelay.state import RelayConfig, RelayState
+from dsrouter.config import RouterConfig
+from dsrouter.state import RouterState
+from dswire.errors import ErrorInfo
+from dswire.machine import Tick
+from dswire.messages import worker
+from support.handles import LAYOUT
+from support.kv_memory import KvMemory
+from support.processes import DecodeProcess, Pace, PrefillProcess, Process, RelayProcess, RouterProcess
+from support.raw_client import RawClient
+from support.script import EOS, VOCAB, Script, ScriptWriter
+from support.virtual_clock import VirtualClock
+from support.wires import Wires
+
+ROUTER = "router-0"
+MODEL = worker.ModelIdentity("tiny", "f" * 64, "float16")
+LEASE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Which processes there are, and how large."""
+
+    #: node of each instance
+    prefill: tuple[str, ...] = ("n0",)
+    decode: tuple[str, ...] = ("n0",)
+    #: whether KV may go by shared memory within a node
+    direct: bool = True
+    prefill_blocks: int = 64
+    decode_blocks: int = 64
+    prefill_batch: int = 8
+    decode_batch: int = 16
+    target_tokens: int = 64
+    max_requests: int = 64
+    #: sequences waiting at one prefill instance
+    prefill_queue: int = 16
+    decode_queue: int = 64
+    #: two blocks each
+    slots: int = 4
+    retries: int = 2
+    lease_s: float = LEASE_S
+    transfer_timeout_s: float = 5.0
+    client_lease_s: float = 6.0
+    worker_lease_s: float = 5.0
+    max_deadline_s: float = 120.0
+    #: what workers say that they serve, where it is not the router's model
+    models: dict[str, worker.ModelIdentity] = field(default_factory=dict)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Every node."""
+        return tuple(dict.fromkeys((*self.prefill, *self.decode)))
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Role of each worker, by name."""
+        roles = {f"relay-{node}": "relay" for node in self.nodes}
+        roles |= {f"prefill-{number}": "prefill" for number in range(len(self.prefill))}
+        return roles | {f"decode-{number}": "decode" for number in range(len(self.decode))}
+
+
+TCP = Shape(direct=False)
+TWO_NODES = Shape(prefill=("n0",), decode=("n1",))
+
+
+class Cluster:
+    """The system, and what tests do with it."""
+
+    def __init__(self, shape: Shape | None = None, *, seed: int = 0, start: bool = True) -> None:
+        self.shape = shape or Shape()
+        self.clock = VirtualClock()
+        self.random = Random(seed)
+        self.memory = KvMemory()
+        self.script = Script()
+        self.pace = Pace()
+        self.prefill_errors: dict[str, ErrorInfo] = {}
+        self.wires = Wires(self.clock, self.random, lambda name: self.processes.get(name))
+        #: the live processes, by name
+        self.processes: dict[str, Process] = {}
+        self.clients: dict[str, RawClient] = {}
+        #: processes that ended by themselves
+        self.endings: list[tuple[str, ErrorInfo]] = []
+        self.trace: list[str] = []
+        self._incarnations = 0
+        if start:
+            for name in (ROUTER, *self.shape.roles):
+                self.start(name)
+            self.until(lambda: all(one.ready for one in self.processes.values()))
+
+    # time
+
+    @property
+    def now(self) -> float:
+        """The time."""
+        return self.clock.now
+
+    def run(self, seconds: float) -> None:
+        """Let time pass."""
+        until = self.now + seconds
+        while self.clock.step(until):
+            pass
+
+    def until(self, reached: Callable[[], bool], limit_s: float = 60.0) -> None:
+        """Let time pass until something is so; fails when it is not so within ``limit_s``."""
+        end = self.now + limit_s
+        while not reached():
+            assert self.clock.step(end), f"not reached in {limit_s} s:\n" + "\n".join(self.trace[-40:])
+
+    def note(self, line: str) -> None:
+        """Add to the trace."""
+        self.trace.append(f"{self.now:.6f} {line}")
+
+    # processes
+
+    def start(self, name: str) -> Process:
+        """Start a process that is not running."""
+        assert name not in self.processes
+        self.processes[name] = made = self._make(name)
+        self.wires.started(name)
+        made.feed(Tick(self.now))
+        return made
+
+    def rival(self, name: str) -> Process:
+        """Start a second process of a name that lives."""
+        made = self._make(name)
+        made.feed(Tick(self.now))
+        return made
+
+    def kill(self, name: str) -> None:
+        """A process dies without a word."""
+        self._gone(self.processes.pop(name))
+
+    def restart(self, name: str) -> Process:
+        """Kill and start again at once."""
+        self.kill(name)
+        return self.start(name)
+
+    def stop(self, name: str) -> None:
+        """A worker ends orderly."""
+        process = self.processes.pop(name)
+        process.send("router", worker.WorkerBye(), None, [])
+        self.clock.after(0.01, lambda: self._gone(process))
+
+    def ended(self, process: Process, error: ErrorInfo) -> None:
+        """A process ends by itself."""
+        self.endings.append((process.name, error))
+        if self.processes.get(process.name) is process:
+            del self.processes[process.name]
+        self._gone(process)
+
+    def _gone(self, process: Process) -> None:
+        self.note(f"{process.name}/{process.incarnation} is gone")
+        process.alive = False
+        self.wires.died(process)
+
+    def _make(self, name: str) -> Process:
+        self._incarnations += 1
+        incarnation = str(self._incarnations)
+        role = self.shape.roles.get(name, "router")
+        self.memory.create(f"/shm/{name}")
+        made = {"router": self._router, "relay": self._relay, "prefill": self._prefill, "decode": self._decode}[
+            role
+        ](name, incarnation)
+        made.ready = role == "router"
+        if role == "router":
+            return made
+        made.links["router"] = self.wires.connect(made, "router", ROUTER, f"{name}/{incarnation}")
+        if role == "relay":
+            for node in self._sources(self.node(name)):
+                peer = f"relay:{node}"
+                made.links[peer] = self.wires.connect(made, peer, f"relay-{node}", f"fetcher:{name}")
+        else:
+            relay = f"relay-{self.node(name)}"
+            made.links["relay"] = self.wires.connect(made, "relay", relay, f"worker:{name}")
+        return made
+
+    def node(self, name: str) -> str:
+        """Where a worker runs."""
+        role, _, place = name.partition("-")
+        if role == "relay":
+            return place
+        return (self.shape.prefill if role == "prefill" else self.shape.decode)[int(place)]
+
+    def _sources(self, node: str) -> tuple[str, ...]:
+        return tuple(one for one in self.shape.nodes if one != node or not self.shape.direct)
+
+    def _router(self, name: str, incarnation: str) -> Process:
+        shape = self.shape
+        config = RouterConfig(
+            name=name,
+            incarnation=incarnation,
+            model=MODEL,
+            vocab_size=VOCAB,
+            max_model_len=4 * max(shape.prefill_blocks, shape.decode_blocks),
+            workers=shape.roles,
+            max_requests=shape.max_requests,
+            max_prefill_queue=shape.prefill_queue,
+            max_deadline_s=shape.max_deadline_s,
+            client_lease_s=shape.client_lease_s,
+            worker_lease_s=shape.worker_lease_s,
+            retries=shape.retries,
+        )
+        machine = RouterState(config, ScriptWriter, Random(0), self.now)
+        return RouterProcess(self, name, incarnation, machine)
+
+    def _prefill(self, name: str, incarnation: str) -> Process:
+        config = PrefillConfig(
+            name=name,
+            node=self.node(name),
+            incarnation=incarnation,
+            model=self.shape.models.get(name, MODEL),
+            capacity=worker.Capacity(self.shape.prefill_blocks, LAYOUT),
+            eos_ids=frozenset({EOS}),
+            segment=f"/shm/{name}",
+            max_queue=self.shape.prefill_queue,
+            max_batch=self.shape.prefill_batch,
+            target_tokens=self.shape.target_tokens,
+        )
+        return PrefillProcess(self, name, incarnation, PrefillState(config))
+
+    def _decode(self, name: str, incarnation: str) -> Process:
+        config = DecodeConfig(
+            name=name,
+            node=self.node(name),
+            incarnation=incarnation,
+            model=self.shape.models.get(name, MODEL),
+            capacity=worker.Capacity(self.shape.decode_blocks, LAYOUT),
+            eos_ids=frozenset({EOS}),
+            max_queue=self.shape.decode_queue,
+            max_batch=self.shape.decode_batch,
+        )
+        return DecodeProcess(self, name, incarnation, DecodeState(config))
+
+    def _relay(self, name: str, incarnation: str) -> Process:
+        config = RelayConfig(
+            name=name,
+            node=self.node(name),
+            incarnation=incarnation,
+            staging=f"/shm/{name}",
+            sending_slots=self.shape.slots,
+            receiving_slots=self.shape.slots,
+            slot_nbytes=2 * LAYOUT.block_nbytes,
+            lease_s=self.shape.lease_s,
+            transfer_timeout_s=self.shape.transfer_timeout_s,
+            sources=self._sources(self.node(name)),
+            direct=self.shape.direct,
+        )
+        return RelayProcess(self, name, incarnation, RelayState(config))
+
+    # who is who
+
+    def client(self, name: str = "c") -> RawClient:
+        """A client, made at its first use."""
+        if name not in self.clients:
+            self.clients[name] = RawClient(name, self.clock, self.wires, ROUTER)
+        return self.clients[name]
+
+    @property
+    def router(self) -> RouterState:
+        """The router's machine."""
+        machine = self.processes[ROUTER].machine
+        assert isinstance(machine, RouterState)
+        return machine
+
+    def prefill(self, number: int = 0) -> PrefillState:
+        """A prefill machine."""
+        machine = self.processes[f"prefill-{number}"].machine
+        assert isinstance(machine, PrefillState)
+        return machine
+
+    def decode(self, number: int = 0) -> DecodeState:
+        """A decode machine."""
+        machine = self.processes[f"decode-{number}"].machine
+        assert isinstance(machine, DecodeState)
+        return machine
+
+    def relay(self, node: str = "n0") -> RelayState:
+        """A relay machine."""
+        machine = self.processes[f"relay-{node}"].machine
+        assert isinstance(machine, RelayState)
+        return machine
+
+    # what is held
+
+    def held(self) -> dict[str, int]:
+        """Whatever a process still keeps for some request: name of the thing -> how many, zeros left out."""
+        found: dict[str, int] = {}
+        for name, process in self.processes.items():
+            for thing, count in _held(process.machine).items():
+                if count:
+                    found[f"{name}: {thing}"] = count
+        for name, process in self.processes.items():
+            if isinstance(process, DecodeProcess) and process.tokens:
+                found[f"{name}: samplers"] = len(process.tokens)
+        return found
+
+    def corrupt(self) -> list[str]:
+        """Hand-offs whose checksum was wrong."""
+        return [line for line in self.trace if " corrupt " in line]
+
+
+def _held(machine: object) -> dict[str, int]:
+    match machine:
+        case RouterState():
+            live = sum(request.live for request in machine.requests.values())
+            registered = sum(len(one.sequences) for one in machine.workers)
+            return {"requests": live, "choices": len(machine.flow.choices), "registered": registered}
+        case PrefillState() | DecodeState():
+            return {"blocks": machine.pool.held, "sequences": len(machine.sequences)}
+        case RelayState():
+            outgoing, incoming, ledger = machine.outgoing, machine.incoming, machine.ledger
+            return {
+                "handles": len(ledger.handles),
+                "early": len(ledger.early),
+                "outgoing": len(outgoing.transfers) + len(outgoing.asked) + len(outgoing.orphans),
+                "incoming": len(incoming.transfers),
+                "slots": outgoing.slots.held + incoming.slots.held,
+            }
+    return {}

@@ -1,0 +1,373 @@
+"""The four services as modelled processes: a real machine, and a shell that performs its actions in virtual time.
+
+Like the real shells they run steps one at a time and copies one after the other. They also watch what machines
+cannot see: that every step and every copy reads the KV that it must.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Protocol
+
+import msgspec
+
+import dsdecode.events as decode
+import dsprefill.events as prefill
+from dsdecode.state import DecodeState
+from dskv.handle import KvHandle, KvKey
+from dsprefill.state import PrefillState
+from dsrelay.events import ChunkArrived, Complain, SendChunk, StoreChunk
+from dsrelay.events import End as RelayEnd
+from dsrelay.events import Ready as RelayReady
+from dsrelay.state import RelayState
+from dsrouter.events import Tokenize, Tokenized
+from dsrouter.state import RouterState
+from dswire.errors import ErrorInfo, KvCorrupt, TransferFailed
+from dswire.machine import Machine, PeerLost, Received, Send, Tick
+from dswire.messages import kv
+from support.handles import LAYOUT
+from support.kv_memory import GARBAGE, Block, KvMemory, checksum, in_blocks, torn
+from support.script import VOCAB, Script
+from support.virtual_clock import VirtualClock
+from support.wires import Parcel, Wire, Wires
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long work takes, in seconds; each piece takes half to one and a half times as long."""
+
+    tokenize_s: float = 0.001
+    prefill_s: float = 0.02
+    seal_s: float = 0.002
+    copy_s: float = 0.01
+    chunk_s: float = 0.003
+    step_s: float = 0.01
+
+
+class World(Protocol):
+    """What the processes share."""
+
+    clock: VirtualClock
+    random: Random
+    wires: Wires
+    memory: KvMemory
+    script: Script
+    pace: Pace
+    #: sequence -> what its next prefill step ends with
+    prefill_errors: dict[str, ErrorInfo]
+
+    def note(self, line: str) -> None:
+        """Add to the trace."""
+
+    def ended(self, process: Process, error: ErrorInfo) -> None:
+        """A process ends by itself."""
+
+
+class Process:
+    """One incarnation of a process."""
+
+    def __init__(self, world: World, name: str, incarnation: str, machine: Machine) -> None:
+        self.world = world
+        self.name = name
+        self.incarnation = incarnation
+        self.machine = machine
+        self.alive = True
+        self.ready = False
+        #: as a bound side: connections by this machine's name for the peer
+        self.peers: dict[str, Wire] = {}
+        #: as a dealer: connections by this machine's name for the peer
+        self.links: dict[str, Wire] = {}
+        #: when the copy thread is free
+        self._copies_at = 0.0
+        self._tick_at: float | None = None
+
+    @property
+    def segment(self) -> str:
+        """Path of its pool or staging memory."""
+        return f"/shm/{self.name}"
+
+    @property
+    def now(self) -> float:
+        """The time."""
+        return self.world.clock.now
+
+    def take(self, peer: str, parcel: Parcel) -> None:
+        """A message has come."""
+        message, frame = parcel
+        assert frame is None
+        self.feed(Received(self.now, peer, message))
+
+    def feed(self, event: Any) -> None:
+        """Give the machine an event and perform what it wants, as ``dswire.actor`` does."""
+        lost: list[str] = []
+        self.world.note(f"{self.name}/{self.incarnation} {event}")
+        for action in self.machine.handle(event):
+            if isinstance(action, Send):
+                self.send(action.peer, action.message, None, lost)
+            else:
+                self.perform(action, lost)
+        self.machine.validate()
+        for peer in lost:
+            self.feed(PeerLost(self.now, peer))
+        self._arm()
+
+    def send(self, peer: str, message: msgspec.Struct, frame: tuple[Block, ...] | None, lost: list[str]) -> None:
+        """Send on the right connection."""
+        link = self.links.get(peer)
+        if link is not None:
+            self.world.wires.to_bound(link, (message, frame))
+        elif not self.world.wires.to_dealer(self, peer, (message, frame)) and peer not in lost:
+            lost.append(peer)
+
+    def perform(self, action: Any, lost: list[str]) -> None:
+        """Perform an action of the service."""
+        raise TypeError(f"{self.name} cannot perform {action!r}")
+
+    def work(self, seconds: float, make: Callable[[], Any]) -> None:
+        """After about ``seconds`` feed what ``make`` returns, unless that is None or the process is dead."""
+        self._later(self.now + self._about(seconds), make)
+
+    def copy(self, seconds: float, make: Callable[[], Any]) -> None:
+        """The same, after the copies that were asked for before."""
+        self._copies_at = max(self.now, self._copies_at) + self._about(seconds)
+        self._later(self._copies_at, make)
+
+    def _about(self, seconds: float) -> float:
+        return seconds * self.world.random.uniform(0.5, 1.5)
+
+    def _later(self, when: float, make: Callable[[], Any]) -> None:
+        def end() -> None:
+            event = make() if self.alive else None
+            if event is not None:
+                self.feed(event)
+
+        self.world.clock.at(when, end)
+
+    def _arm(self) -> None:
+        deadline = self.machine.next_deadline()
+        if deadline is not None and deadline != self._tick_at:
+            self._tick_at = deadline
+            self.world.clock.at(deadline, lambda: self._tick(deadline))
+
+    def _tick(self, deadline: float) -> None:
+        if not self.alive or self._tick_at != deadline:
+            return
+        self._tick_at = None
+        if self.machine.next_deadline() == deadline:
+            self.feed(Tick(self.now))
+            after = self.machine.next_deadline()
+            assert after is None or after > self.now, f"{self.name} would tick for ever"
+        else:
+            self._arm()
+
+
+class RouterProcess(Process):
+    """The router; its tokenizer makes one token of each character."""
+
+    machine: RouterState
+
+    def perform(self, action: Any, lost: list[str]) -> None:
+        """Tokenise."""
+        if not isinstance(action, Tokenize):
+            super().perform(action, lost)
+        text = action.submit.prompt or "".join(turn.content for turn in action.submit.chat or ())
+        ids = tuple(ord(char) % VOCAB for char in text)
+        self.work(self.world.pace.tokenize_s, lambda: Tokenized(self.now, action.request_id, ids))
+
+
+class PrefillProcess(Process):
+    """A prefill instance."""
+
+    machine: PrefillState
+
+    def perform(self, action: Any, lost: list[str]) -> None:
+        """Steps and copies."""
+        pace = self.world.pace
+        match action:
+            case prefill.RunPrefill(runs):
+                self._step(runs)
+            case prefill.Seal(key, blocks):
+                self.copy(pace.seal_s, lambda: self._sealed(key, blocks))
+            case prefill.StageChunk():
+                self.copy(pace.chunk_s, lambda: self._staged(action))
+            case prefill.Ready():
+                self.ready = True
+            case prefill.End(error):
+                self.world.ended(self, error)
+            case _:
+                super().perform(action, lost)
+
+    def _step(self, runs: tuple[prefill.PrefillRun, ...]) -> None:
+        for run in runs:
+            assert len(run.blocks) == LAYOUT.blocks_for(len(run.prompt_ids) + len(run.output_ids))
+            assert list(run.output_ids) == self.world.script.output(run.key.sequence, len(run.output_ids))
+            for block in run.blocks:
+                self.world.memory.write(self.segment, block, GARBAGE)
+        began = self.now
+        self.work(self.world.pace.prefill_s, lambda: self._stepped(runs, began))
+
+    def _stepped(self, runs: tuple[prefill.PrefillRun, ...], began: float) -> prefill.PrefillStepped:
+        tokens: list[prefill.FirstToken] = []
+        failed: list[tuple[KvKey, ErrorInfo]] = []
+        for run in runs:
+            error = self.world.prefill_errors.pop(run.key.sequence, None)
+            if error is not None:
+                failed.append((run.key, error))
+                continue
+            contents = in_blocks((*run.prompt_ids, *run.output_ids), LAYOUT.block_size)
+            for block, content in zip(run.blocks, contents, strict=True):
+                self.world.memory.write(self.segment, block, content)
+            token = self.world.script.token(run.key.sequence, len(run.output_ids))
+            tokens.append(prefill.FirstToken(run.key, token))
+        return prefill.PrefillStepped(self.now, tuple(tokens), self.now - began, tuple(failed))
+
+    def _sealed(self, key: KvKey, blocks: tuple[int, ...]) -> prefill.Sealed:
+        contents = self.world.memory.read(self.segment, blocks)
+        assert GARBAGE not in contents, f"{key} is sealed over blocks that somebody writes"
+        return prefill.Sealed(self.now, key, checksum(contents))
+
+    def _staged(self, action: prefill.StageChunk) -> prefill.Staged | None:
+        welcome = self.machine.links.staging
+        if welcome is None or not self.world.memory.exists(welcome.staging):
+            return None
+        handle, chunk = action.handle, action.chunk
+        blocks = handle.blocks[chunk.first : chunk.first + chunk.count]
+        self.world.memory.fill_slot(welcome.staging, action.slot, self.world.memory.read(self.segment, blocks))
+        return prefill.Staged(self.now, handle.key, chunk)
+
+
+class DecodeProcess(Process):
+    """A decode instance."""
+
+    machine: DecodeState
+
+    def __init__(self, world: World, name: str, incarnation: str, machine: Machine) -> None:
+        super().__init__(world, name, incarnation, machine)
+        #: prompt and output of every sequence that runs
+        self.tokens: dict[KvKey, list[int]] = {}
+        #: length of the prompt of each
+        self._prompts: dict[KvKey, int] = {}
+
+    def perform(self, action: Any, lost: list[str]) -> None:
+        """Steps and copies."""
+        match action:
+            case decode.RunDecode(runs):
+                self._step(runs)
+            case decode.CopyDirect():
+                self._copy_direct(action)
+            case decode.CopyChunk():
+                self._copy_chunk(action)
+            case decode.StartSequence(key, prompt_ids, output_ids):
+                self.tokens[key] = [*prompt_ids, *output_ids]
+                self._prompts[key] = len(prompt_ids)
+            case decode.ForgetSequence(key):
+                self.tokens.pop(key, None)
+                self._prompts.pop(key, None)
+            case decode.Ready():
+                self.ready = True
+            case decode.End(error):
+                self.world.ended(self, error)
+            case _:
+                super().perform(action, lost)
+
+    def _step(self, runs: tuple[decode.DecodeRun, ...]) -> None:
+        for run in runs:
+            tokens = self.tokens[run.key]
+            assert (tokens[-1], len(tokens) - 1) == (run.token, run.position)
+            size = LAYOUT.block_size
+            wanted = in_blocks(tokens[:-1], size)
+            found = self.world.memory.read(self.segment, run.blocks[: len(wanted)])
+            assert list(found) == wanted, f"{run.key} would read the wrong KV"
+            place = run.position // size
+            rest = tuple(tokens[place * size : run.position + 1])
+            self.world.memory.write(self.segment, run.blocks[place], rest)
+        began = self.now
+        self.work(self.world.pace.step_s, lambda: self._stepped(runs, began))
+
+    def _stepped(self, runs: tuple[decode.DecodeRun, ...], began: float) -> decode.DecodeStepped:
+        made: list[decode.NextToken] = []
+        for run in runs:
+            tokens = self.tokens[run.key]
+            token = self.world.script.token(run.key.sequence, len(tokens) - self._prompts[run.key])
+            tokens.append(token)
+            made.append(decode.NextToken(run.key, token))
+        return decode.DecodeStepped(self.now, tuple(made), self.now - began)
+
+    def _copy_direct(self, action: decode.CopyDirect) -> None:
+        handle, memory = action.handle, self.world.memory
+        if not memory.exists(handle.segment):
+            error = TransferFailed(f"{handle.segment} is gone").info()
+            self.copy(self.world.pace.copy_s, lambda: decode.CopyEnded(self.now, handle.key, None, True, error))
+            return
+        before = memory.read(handle.segment, handle.blocks)
+
+        def end() -> decode.CopyEnded:
+            # a mapping outlives its file
+            after = memory.read(handle.segment, handle.blocks) if memory.exists(handle.segment) else before
+            self._receive(handle, action.blocks, torn(before, after))
+            return decode.CopyEnded(self.now, handle.key, None, True, self._verify(handle, action.blocks))
+
+        self.copy(self.world.pace.copy_s, end)
+
+    def _copy_chunk(self, action: decode.CopyChunk) -> None:
+        handle, chunk = action.handle, action.chunk
+
+        def end() -> decode.CopyEnded:
+            welcome, error = self.machine.links.staging, None
+            if welcome is None or not self.world.memory.exists(welcome.staging):
+                error = TransferFailed("the staging memory is gone").info()
+            else:
+                contents = self.world.memory.slot(welcome.staging, action.slot)
+                self._receive(handle, action.blocks[chunk.first : chunk.first + chunk.count], contents)
+                error = self._verify(handle, action.blocks) if action.last else None
+            return decode.CopyEnded(self.now, handle.key, chunk, action.last, error)
+
+        self.copy(self.world.pace.chunk_s, end)
+
+    def _receive(self, handle: KvHandle, blocks: tuple[int, ...], contents: tuple[Block, ...]) -> None:
+        for block, content in zip(blocks, contents, strict=False):
+            self.world.memory.write(self.segment, block, content)
+
+    def _verify(self, handle: KvHandle, blocks: tuple[int, ...]) -> ErrorInfo | None:
+        contents = self.world.memory.read(self.segment, blocks[: len(handle.blocks)])
+        if checksum(contents) == handle.checksum:
+            return None
+        self.world.note(f"corrupt {handle.key}")
+        return KvCorrupt(f"{handle.key} is not what was sealed").info()
+
+
+class RelayProcess(Process):
+    """The relay of a node."""
+
+    machine: RelayState
+    _frame: tuple[Block, ...] | None = None
+
+    def take(self, peer: str, parcel: Parcel) -> None:
+        """A message, or a chunk with its bytes."""
+        message, self._frame = parcel
+        if isinstance(message, kv.KvChunk):
+            nbytes = len(self._frame or ()) * LAYOUT.block_nbytes
+            self.feed(ChunkArrived(self.now, peer, message.key, message.chunk, nbytes))
+        else:
+            self.feed(Received(self.now, peer, message))
+
+    def perform(self, action: Any, lost: list[str]) -> None:
+        """Staging memory."""
+        match action:
+            case StoreChunk(slot):
+                assert self._frame is not None
+                self.world.memory.fill_slot(self.segment, slot, self._frame)
+            case SendChunk(peer, message, slot, nbytes):
+                contents = self.world.memory.slot(self.segment, slot)
+                assert len(contents) * LAYOUT.block_nbytes == nbytes
+                self.send(peer, message, contents, lost)
+            case Complain(peer, error):
+                self.world.note(f"complaint about {peer}: {error}")
+            case RelayReady():
+                self.ready = True
+            case RelayEnd(error):
+                self.world.ended(self, error)
+            case _:
+                super().perform(action, lost)
