@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import signal
@@ -64,7 +63,8 @@ def main() -> None:
 
     async def build(phase: Callable[[str], None]) -> Actor:
         phase("loading model")
-        await _behave(behaviour)
+        if behaviour.startswith("refuse"):
+            raise from_info(ErrorInfo(behaviour.split()[1], "the fake refuses", "ask the fake"))
         return Serving(behaviour)
 
     sys.exit(run(name, Path(os.environ["DS_RUN_DIR"]), build))
@@ -82,13 +82,6 @@ def _next(directory: Path, name: str) -> str:
     return plan[min(start, len(plan) - 1)]
 
 
-async def _behave(behaviour: str) -> None:
-    if behaviour == "slow":
-        await asyncio.Event().wait()
-    if behaviour.startswith("refuse"):
-        raise from_info(ErrorInfo(behaviour.split()[1], "the fake refuses", "ask the fake"))
-
-
 class Serving(Actor):
     """Serves nothing, and may crash or be deaf."""
 
@@ -98,6 +91,8 @@ class Serving(Actor):
 
     def started(self) -> None:
         """Be ready, then misbehave."""
+        if self._behaviour == "slow":
+            return
         super().started()
         if self._behaviour == "crash":
             os.kill(os.getpid(), signal.SIGKILL)
