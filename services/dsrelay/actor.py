@@ -7,6 +7,7 @@ are copied twice here: by libzmq on sending, into the slot on arrival.
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -149,10 +150,11 @@ def configure(topology: Topology, name: str) -> RelayConfig:
     )
 
 
-def _routes(topology: Topology, config: RelayConfig) -> list[Route]:
+def _routes(topology: Topology, config: RelayConfig, routes: list[Route]) -> None:
+    """Add the sockets to ``routes``, one by one, so that the caller can close those that were opened."""
     relay, keys = topology.relay(config.name), system_keys(topology)
     limit = max(MAX_FRAME_NBYTES, config.slot_nbytes)
-    routes = [router_route(topology, config.name, config.incarnation)]
+    routes.append(router_route(topology, config.name, config.incarnation))
     for node in config.sources:
         endpoint = topology.relay_of(node).data_connect
         assert endpoint is not None, "sources_of() names only nodes that have one"
@@ -161,17 +163,25 @@ def _routes(topology: Topology, config: RelayConfig) -> list[Route]:
     if relay.data_bind is not None:
         routes.append(Route(BoundSocket(relay.data_bind, keys=keys), kv.FromFetcher, prefix=FETCHER))
     routes.append(Route(BoundSocket(relay.local, keys=keys), kv.FromKvWorker, prefix=WORKER))
-    return routes
+
+
+def _close(routes: Sequence[Route]) -> None:
+    for route in routes:
+        route.socket.close()
 
 
 async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> RelayActor:
     """Wire the relay ``name``."""
     phase("mapping staging memory")
-    config = configure(topology, name)
-    keys_dir = topology.security.keys_dir
-    authenticator = start_authenticator(keys_dir) if topology.security.encrypted else None
-    routes = _routes(topology, config)
-    relay = topology.relay(name)
+    config, relay = configure(topology, name), topology.relay(name)
     slots = config.sending_slots + config.receiving_slots
-    staging = Segment.create(relay.staging, slots, config.slot_nbytes)
+    routes: list[Route] = []
+    with contextlib.ExitStack() as stack:
+        stack.callback(_close, routes)
+        authenticator = start_authenticator(topology.security.keys_dir) if topology.security.encrypted else None
+        if authenticator is not None:
+            stack.callback(authenticator.stop)
+        _routes(topology, config, routes)
+        staging = Segment.create(relay.staging, slots, config.slot_nbytes)
+        stack.pop_all()
     return RelayActor(RelayState(config), routes, staging, authenticator)

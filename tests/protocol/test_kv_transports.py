@@ -1,0 +1,203 @@
+"""One conformance suite for every way that KV can take: real relays, real sockets, real memory."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dskv.handle import KvHandle
+from dswire.codec import encode
+from dswire.errors import KvCorrupt
+from dswire.messages import PROTOCOL, kv
+from dswire.sockets import ConnectedSocket
+from support.kv_workers import Endpoint, Prefill
+from support.relays import TRANSPORTS, World, running
+
+BLOCKS = (7, 3, 60, 12, 1, 0, 33, 34, 35, 36, 2)
+OWN = tuple(range(40, 40 + len(BLOCKS)))
+#: what a decode instance hears first when it may begin to copy
+BEGINNINGS: tuple[type[Any], ...] = (kv.KvGrant, kv.KvChunkReady)
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+async def world(transport: str, tmp_path: Path) -> AsyncIterator[World]:
+    async with running(transport, tmp_path) as made:
+        yield made
+
+
+async def hand_off(world: World, sequence: str = "r1/0") -> None:
+    """One whole hand-off, checked."""
+    handle = world.prefill.offer(sequence, BLOCKS)
+    await world.decode.pull(handle, OWN)
+    world.assert_arrived(BLOCKS, OWN)
+    assert await world.prefill.released(handle.key) == "pulled"
+    world.assert_idle()
+
+
+async def begin(world: World) -> KvHandle:
+    """A hand-off of which the first answer has reached the decode instance."""
+    handle = world.prefill.offer("r1/0", BLOCKS)
+    world.decode.send(kv.KvPull(handle))
+    await world.decode.expect(*BEGINNINGS, key=handle.key)
+    return handle
+
+
+async def settle(world: World) -> None:
+    """Whatever the workers have sent so far has reached their relays."""
+    await world.prefill.hello()
+    await world.decode.hello()
+
+
+async def test_the_bytes_arrive_and_the_blocks_come_back(world: World) -> None:
+    await hand_off(world)
+    await hand_off(world, "r2/0")
+
+
+async def test_many_at_once(world: World) -> None:
+    draw = random.Random(5)
+    sizes = [draw.randint(1, 16) for _ in range(16)]
+    places = [tuple(range(sum(sizes[:at]), sum(sizes[: at + 1]))) for at in range(16)]
+    sources = [tuple(draw.sample(range(64), size)) for size in sizes]
+
+    async def one(at: int) -> None:
+        handle = world.prefill.offer(f"r{at}/0", sources[at])
+        await world.decode.pull(handle, places[at])
+        assert await world.prefill.released(handle.key) == "pulled"
+
+    async with asyncio.TaskGroup() as tasks:
+        for at in range(16):
+            tasks.create_task(one(at))
+    for blocks, own in zip(sources, places, strict=True):
+        world.assert_arrived(blocks, own)
+    world.assert_idle()
+
+
+async def test_a_pull_may_overtake_its_offer(world: World) -> None:
+    handle = world.prefill.offer("warm-up/0", BLOCKS)
+    world.prefill.send(kv.KvWithdraw(handle.key))
+    await world.prefill.released(handle.key)
+    pull = asyncio.create_task(world.decode.pull(handle, OWN))
+    await asyncio.sleep(0)
+    world.prefill.send(kv.KvOffer(handle))
+    await pull
+    world.assert_arrived(BLOCKS, OWN)
+
+
+async def test_changed_bytes_are_found(world: World) -> None:
+    handle = world.prefill.offer("r1/0", BLOCKS)
+    world.prefill.pool.slot(BLOCKS[5])[17] ^= 1
+    with pytest.raises(KvCorrupt):
+        await world.decode.pull(handle, OWN)
+    assert await world.prefill.released(handle.key) == "lost"
+    await settle(world)
+    world.assert_idle()
+    await hand_off(world, "r2/0")
+
+
+async def test_an_abort_in_mid_transfer_frees_everything(world: World) -> None:
+    handle = await begin(world)
+    world.decode.send(kv.KvAbort(handle.key))
+    assert await world.prefill.released(handle.key) == "aborted"
+    await settle(world)
+    world.assert_idle()
+    await hand_off(world, "r2/0")
+
+
+async def test_a_withdrawal_waits_for_the_reader(world: World) -> None:
+    handle = await begin(world)
+    world.prefill.send(kv.KvWithdraw(handle.key))
+    await world.prefill.hello()
+    assert world.owners_relay.state.ledger.counts() == {"quarantined": 1}
+    world.decode.send(kv.KvAbort(handle.key))
+    assert await world.prefill.released(handle.key) == "withdrawn"
+
+
+async def test_a_lease_ends(world: World) -> None:
+    handle = world.prefill.offer("r1/0", BLOCKS)
+    assert await world.prefill.released(handle.key) == "expired"
+    world.assert_idle()
+
+
+async def test_an_owner_that_vanishes_fails_the_pull(world: World, tmp_path: Path) -> None:
+    handle = await begin(world)
+    world.prefill.close()
+    failed = await world.decode.expect(kv.KvFailed, key=handle.key)
+    assert failed.error.code == "transfer_failed"
+    again = Prefill(world.owners_relay.local, "prefill-0", "n0", tmp_path, incarnation="2")
+    world.prefill = again
+    await again.hello()
+    await world.decode.hello()
+    await hand_off(world, "r2/0")
+
+
+async def test_a_reader_that_vanishes_gives_the_blocks_back(world: World) -> None:
+    handle = await begin(world)
+    world.decode.close()
+    assert await world.prefill.released(handle.key) == "lost"
+
+
+async def test_a_restarted_relay_of_the_owner_serves_again(world: World) -> None:
+    await hand_off(world)
+    name = world.topology.relay_of("n0").name
+    await world.end_relay(name)
+    await world.start_relay(name)
+    await world.prefill.hello()
+    if len(world.relays) == 1:
+        await world.decode.hello()
+    await hand_off(world, "r2/0")
+
+
+async def test_another_version_is_refused(world: World) -> None:
+    stranger = Endpoint(world.owners_relay.local, "stranger")
+    stranger.send(kv.KvHello(PROTOCOL + 1, "stranger", "1"))
+    refused = await stranger.expect(kv.KvRefused)
+    stranger.close()
+    assert refused.error.code == "version_mismatch"
+
+
+async def test_the_router_hears_what_is_held(world: World) -> None:
+    handle = world.prefill.offer("r1/0", BLOCKS)
+    await world.prefill.hello()
+    name = world.topology.relay_of("n0").name
+    assert (await world.router.load(name)).handles == {"ready": 1}
+    world.prefill.send(kv.KvWithdraw(handle.key))
+    await world.prefill.released(handle.key)
+    assert (await world.router.load(name)).handles == {}
+
+
+async def test_garbage_on_every_socket_harms_nobody(world: World) -> None:
+    handle = await begin(world)
+    endpoints = [world.owners_relay.local]
+    if world.owners_relay.data is not None:
+        endpoints.append(world.owners_relay.data)
+    draw = random.Random(7)
+    sockets = [ConnectedSocket(endpoint, f"prefill-0\x7f{at}") for at, endpoint in enumerate(endpoints)]
+    for socket in sockets:
+        socket.start(lambda identity, frames: None)
+        for frames in (
+            [b""],
+            [draw.randbytes(40)],
+            [b"\xc1" * 9, b"x", b"y"],
+            [encode(kv.KvPong()), b"a frame too many"],
+            [encode(kv.KvGrant(handle.key))],
+            [encode(kv.KvChunk(handle.key, kv.Chunk(0, 0, 1))), draw.randbytes(256)],
+            [b"\xdf\xff\xff\xff\xff"],
+        ):
+            socket.send("", frames)
+    await world.owners_relay.refuses(7 * len(sockets))
+    for socket in sockets:
+        socket.close()
+    world.decode.send(kv.KvAbort(handle.key))
+    assert await world.prefill.released(handle.key) == "aborted"
+    await settle(world)
+    await hand_off(world, "r2/0")

@@ -1,0 +1,189 @@
+"""Scripted router, prefill and decode endpoints on real sockets, for a real relay."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from dskv.handle import KvHandle, KvKey
+from dskv.receive import Receiver
+from dskv.segment import Segment, SegmentCache
+from dskv.send import stage
+from dswire.codec import Decoder, encode
+from dswire.errors import DsError, from_info
+from dswire.messages import PROTOCOL, kv, worker
+from dswire.sockets import BoundSocket, ConnectedSocket
+from support.handles import LAYOUT, make_pool, offered
+
+MessageT = TypeVar("MessageT", bound=msgspec.Struct)
+
+#: no answer takes longer than this, in seconds, unless something is broken
+PATIENCE_S = 20.0
+
+
+class Endpoint:
+    """A worker's connection to its relay: answers pings, keeps everything else for the test."""
+
+    def __init__(self, endpoint: str, name: str, incarnation: str = "1") -> None:
+        self.name = name
+        self.incarnation = incarnation
+        self.socket = ConnectedSocket(endpoint, name)
+        self.welcome: kv.KvWelcome
+        self._decoder: Decoder[msgspec.Struct] = Decoder(kv.ToKvWorker)
+        self._inbox: list[msgspec.Struct] = []
+        self._came = asyncio.Event()
+        self.socket.start(self._on_frames)
+
+    async def hello(self) -> None:
+        """Register."""
+        self.send(kv.KvHello(PROTOCOL, self.name, self.incarnation))
+        self.welcome = await self.expect(kv.KvWelcome)
+
+    def send(self, message: msgspec.Struct, frames: Sequence[bytes] = ()) -> None:
+        """To the relay."""
+        self.socket.send("", [encode(message), *frames])
+
+    async def expect(self, *kinds: type[MessageT], key: KvKey | None = None) -> MessageT:
+        """The first message of one of ``kinds`` that came, and that concerns ``key``; others are kept."""
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                for message in self._inbox:
+                    if isinstance(message, kinds) and key in (None, getattr(message, "key", None)):
+                        self._inbox.remove(message)
+                        return message
+                self._came.clear()
+                await self._came.wait()
+
+    def take(self, message: msgspec.Struct) -> bool:
+        """Answer a message at once; False leaves it to the test."""
+        if isinstance(message, kv.KvPing):
+            self.send(kv.KvPong())
+            return True
+        return False
+
+    def close(self) -> None:
+        """Vanish."""
+        self.socket.close()
+
+    def _on_frames(self, identity: str, frames: list[bytes]) -> None:
+        message = self._decoder.decode(frames[0])
+        if not self.take(message):
+            self._inbox.append(message)
+            self._came.set()
+
+
+class Prefill(Endpoint):
+    """Owns a pool, offers handles over it, stages what it is asked for."""
+
+    def __init__(self, endpoint: str, name: str, node: str, directory: Path, *, incarnation: str = "1") -> None:
+        super().__init__(endpoint, name, incarnation)
+        self.node = node
+        self.pool = make_pool(directory / f"{name}.kv", 64)
+        self.handles: dict[KvKey, KvHandle] = {}
+        #: False: leave what is to be staged lying
+        self.staging = True
+        self._mapped = SegmentCache()
+
+    def offer(self, sequence: str, blocks: Sequence[int]) -> KvHandle:
+        """Offer some blocks."""
+        handle = offered(self.pool, sequence, blocks, owner=self.name, node=self.node)
+        self.handles[handle.key] = handle
+        self.send(kv.KvOffer(handle))
+        return handle
+
+    async def released(self, key: KvKey) -> str:
+        """Why the relay gave the blocks back."""
+        return (await self.expect(kv.KvRelease, key=key)).reason
+
+    def take(self, message: msgspec.Struct) -> bool:
+        """Stage at once."""
+        if not isinstance(message, kv.KvStage) or not self.staging:
+            return super().take(message)
+        path = Path(self.welcome.staging)
+        staging = self._mapped.get(path, self.welcome.slots, self.welcome.slot_nbytes, writable=True)
+        stage(self.pool, self.handles[message.key], message.chunk, staging.slot(message.slot))
+        self.send(kv.KvStaged(message.key, message.chunk))
+        return True
+
+    def close(self) -> None:
+        """Vanish, pool and all."""
+        super().close()
+        self.pool.close()
+        self._mapped.close()
+
+
+class Decode(Endpoint):
+    """Pulls handles into a pool of its own."""
+
+    def __init__(self, endpoint: str, name: str, directory: Path) -> None:
+        super().__init__(endpoint, name)
+        self.pool = Segment.create(directory / f"{name}.kv", 256, LAYOUT.block_nbytes)
+        self._mapped = SegmentCache()
+
+    async def pull(self, handle: KvHandle, blocks: Sequence[int]) -> None:
+        """The whole of a pull, as a decode instance does it. Raises what went wrong."""
+        receiver = Receiver(handle, self.pool, blocks)
+        self.send(kv.KvPull(handle))
+        try:
+            while not receiver.complete:
+                await self._step(receiver)
+            receiver.verify()
+        except DsError as error:
+            self.send(kv.KvPulled(handle.key, error.info()))
+            raise
+        self.send(kv.KvPulled(handle.key))
+
+    async def _step(self, receiver: Receiver) -> None:
+        handle = receiver.handle
+        answers: tuple[type[Any], ...] = (kv.KvGrant, kv.KvChunkReady, kv.KvFailed)
+        message: Any = await self.expect(*answers, key=handle.key)
+        if isinstance(message, kv.KvFailed):
+            raise from_info(message.error)
+        if isinstance(message, kv.KvGrant):
+            source = self._mapped.get(Path(handle.segment), handle.segment_blocks, LAYOUT.block_nbytes)
+            receiver.copy_direct(source)
+        else:
+            staging = self._mapped.get(Path(self.welcome.staging), self.welcome.slots, self.welcome.slot_nbytes)
+            receiver.take(message.chunk, staging.slot(message.slot))
+            self.send(kv.KvTaken(handle.key, message.chunk))
+
+    def close(self) -> None:
+        """Vanish, pool and all."""
+        super().close()
+        self.pool.close()
+        self._mapped.close()
+
+
+class ScriptedRouter:
+    """Welcomes whoever says hello."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._socket = BoundSocket(endpoint)
+        self._decoder: Decoder[msgspec.Struct] = Decoder(worker.FromWorker)
+        self.hellos: dict[str, worker.WorkerHello] = {}
+        self._load: asyncio.Future[worker.Load] | None = None
+        self._socket.start(self._on_frames)
+
+    async def load(self, name: str) -> worker.Load:
+        """What the worker ``name`` reports."""
+        self._load = asyncio.get_running_loop().create_future()
+        identity = next(identity for identity, hello in self.hellos.items() if hello.name == name)
+        self._socket.send(identity, [encode(worker.RouterPing())])
+        async with asyncio.timeout(PATIENCE_S):
+            return await self._load
+
+    def close(self) -> None:
+        """Vanish."""
+        self._socket.close()
+
+    def _on_frames(self, identity: str, frames: list[bytes]) -> None:
+        message = self._decoder.decode(frames[0])
+        if isinstance(message, worker.WorkerHello):
+            self.hellos[identity] = message
+            self._socket.send(identity, [encode(worker.WorkerWelcome("router-0", "1", 60.0))])
+        elif isinstance(message, worker.WorkerReport) and self._load is not None:
+            self._load.set_result(message.load)
