@@ -116,9 +116,9 @@ class Requests:
                 self._timers.set((Alarm.GIVE_UP, request.request_id), now + self._timeout_s)
 
     def take(self, now: float, message: RequestEvent) -> None:
-        """An event came in; those of requests that have ended are dropped."""
+        """An event came in; those of requests that have ended, or that nobody was told of yet, are dropped."""
         request = self._open.get(message.request_id)
-        if request is None:
+        if request is None or not request.incarnation:
             return
         request.heard_at = now
         if request.left:

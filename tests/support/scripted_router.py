@@ -6,6 +6,7 @@ Hellos and pings are answered by themselves (unless ``mute``); everything else w
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
 from typing import TypeVar
 
@@ -17,7 +18,9 @@ from dswire.keys import CurveKeys
 from dswire.messages import PROTOCOL
 from dswire.messages.client import (
     Accepted,
+    Attach,
     ClientHello,
+    ClientHelloWanted,
     ClientPing,
     ClientPong,
     ClientWelcome,
@@ -44,18 +47,24 @@ class ScriptedRouter:
         endpoint: str = "tcp://127.0.0.1:0",
         *,
         incarnation: str = "one",
-        lease_s: float = 5.0,
+        lease_s: float = 60.0,
         protocol: int = PROTOCOL,
         keys: CurveKeys | None = None,
+        forgetful: bool = False,
     ) -> None:
         self.incarnation = incarnation
         self.welcome = ClientWelcome(protocol, "router-0", incarnation, "toy", 128, lease_s)
         #: answers nothing, and takes no notice of what comes
         self.mute = False
+        #: hellos that came meanwhile
+        self.ignored_hellos = 0
+        #: answers the next ping or request with ``ClientHelloWanted``, as a router does that knows nobody
+        self.forgetful = forgetful
         #: identity of the client that spoke last
         self.peer = ""
         self.hellos: list[ClientHello] = []
         self.pings = 0
+        self._news = asyncio.Event()
         self._inbox: asyncio.Queue[msgspec.Struct] = asyncio.Queue()
         self._decoder: Decoder[FromClient] = Decoder(FromClient)
         self._socket = BoundSocket(endpoint, keys=keys)
@@ -63,9 +72,11 @@ class ScriptedRouter:
         self.address = self._socket.endpoint
 
     async def expect(self, kind: type[MessageT]) -> MessageT:
-        """The next message, which must be of that kind."""
+        """The next message, which must be of that kind; probes of quiet requests are passed over."""
         async with asyncio.timeout(PATIENCE_S):
             message = await self._inbox.get()
+            while isinstance(message, Attach) and kind is not Attach:
+                message = await self._inbox.get()
         assert isinstance(message, kind), f"expected {kind.__name__}, got {message}"
         return message
 
@@ -82,6 +93,13 @@ class ScriptedRouter:
         """The events of a whole answer, one token for each text; the first ``start`` of them are left out."""
         self.send(*events(request_id, *texts)[start:])
 
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until something that comes in has made ``condition`` true."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():
+                self._news.clear()
+                await self._news.wait()
+
     def close(self) -> None:
         """Go away, as a router that was killed does."""
         self._socket.close()
@@ -95,11 +113,16 @@ class ScriptedRouter:
         self.close()
 
     def _on_frames(self, peer: str, frames: list[bytes]) -> None:
+        message = self._decoder.decode(frames[0])
+        self._news.set()
         if self.mute:
+            self.ignored_hellos += isinstance(message, ClientHello)
             return
         self.peer = peer
-        message = self._decoder.decode(frames[0])
-        if isinstance(message, ClientHello):
+        if self.forgetful and not isinstance(message, ClientHello):
+            self.forgetful = False
+            self.send(ClientHelloWanted())
+        elif isinstance(message, ClientHello):
             self.hellos.append(message)
             self.send(self.welcome)
         elif isinstance(message, ClientPing):
