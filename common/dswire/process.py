@@ -116,6 +116,8 @@ def _only_one(run_dir: Path, name: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DuplicateName(f"a process named {name!r} of this topology runs on this host already") from None
+        # one that was killed left its own behind, and this one does not serve yet
+        (run_dir / f"{name}.ready").unlink(missing_ok=True)
         yield
 
 
