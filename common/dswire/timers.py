@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
 
 NameT = TypeVar("NameT", bound=Hashable)
@@ -40,11 +40,12 @@ class Timers(Generic[NameT]):
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else None
 
-    def due(self, now: float) -> list[NameT]:
-        """Remove and return the names whose deadline has come, in order."""
-        names: list[NameT] = []
+    def due(self, now: float) -> Iterator[NameT]:
+        """Remove and yield the names whose deadline has come, in order.
+
+        One at a time: a deadline that is cancelled while an earlier one is dealt with does not come up.
+        """
         while (at := self.next()) is not None and at <= now:
             name = heapq.heappop(self._heap)[2]
             del self._at[name]
-            names.append(name)
-        return names
+            yield name

@@ -94,6 +94,8 @@ class Cluster:
         #: processes that ended by themselves
         self.endings: list[tuple[str, ErrorInfo]] = []
         self.trace: list[str] = []
+        #: kinds of work that are held back, with what follows when they are let go
+        self._holding: dict[str, list[Callable[[], None]]] = {}
         self._incarnations = 0
         if start:
             for name in (ROUTER, *self.shape.roles):
@@ -123,6 +125,23 @@ class Cluster:
         """Add to the trace."""
         self.trace.append(f"{self.now:.6f} {line}")
 
+    def hold(self, kind: str) -> None:
+        """Work of this kind (a field of ``Pace``) does not end before :meth:`release`."""
+        self._holding.setdefault(kind, [])
+
+    def release(self) -> None:
+        """Let all work go that was held back."""
+        holding, self._holding = self._holding, {}
+        for end in [end for ends in holding.values() for end in ends]:
+            self.clock.at(self.now, end)
+
+    def finish(self, kind: str, end: Callable[[], None]) -> None:
+        """A piece of work is done."""
+        if kind in self._holding:
+            self._holding[kind].append(end)
+        else:
+            end()
+
     # processes
 
     def start(self, name: str) -> Process:
@@ -147,6 +166,10 @@ class Cluster:
         """Kill and start again at once."""
         self.kill(name)
         return self.start(name)
+
+    def stall(self, name: str, seconds: float) -> None:
+        """A process stands still for a while; what comes meanwhile waits for it."""
+        self.processes[name].stalled_until = self.now + seconds
 
     def stop(self, name: str) -> None:
         """A worker ends orderly."""

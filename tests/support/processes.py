@@ -7,7 +7,7 @@ cannot see: that every step and every copy reads the KV that it must.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Protocol
 
@@ -42,6 +42,7 @@ class Pace:
     prefill_s: float = 0.02
     seal_s: float = 0.002
     copy_s: float = 0.01
+    stage_s: float = 0.003
     chunk_s: float = 0.003
     step_s: float = 0.01
 
@@ -64,6 +65,9 @@ class World(Protocol):
     def ended(self, process: Process, error: ErrorInfo) -> None:
         """A process ends by itself."""
 
+    def finish(self, kind: str, end: Callable[[], None]) -> None:
+        """A piece of work is done; what follows may be held back."""
+
 
 class Process:
     """One incarnation of a process."""
@@ -82,6 +86,8 @@ class Process:
         #: when the copy thread is free
         self._copies_at = 0.0
         self._tick_at: float | None = None
+        #: stopped until then
+        self.stalled_until = 0.0
 
     @property
     def segment(self) -> str:
@@ -95,6 +101,10 @@ class Process:
 
     def take(self, peer: str, parcel: Parcel) -> None:
         """A message has come."""
+        self._when_awake(lambda: self.received(peer, parcel))
+
+    def received(self, peer: str, parcel: Parcel) -> None:
+        """The process looks at a message."""
         message, frame = parcel
         assert frame is None
         self.feed(Received(self.now, peer, message))
@@ -125,31 +135,39 @@ class Process:
         """Perform an action of the service."""
         raise TypeError(f"{self.name} cannot perform {action!r}")
 
-    def work(self, seconds: float, make: Callable[[], Any]) -> None:
-        """After about ``seconds`` feed what ``make`` returns, unless that is None or the process is dead."""
-        self._later(self.now + self._about(seconds), make)
+    def work(self, kind: str, make: Callable[[], Any]) -> None:
+        """Do a piece of work (a field of :class:`Pace`), then feed what ``make`` returns unless it is None."""
+        self._later(kind, self.now + self._about(kind), make)
 
-    def copy(self, seconds: float, make: Callable[[], Any]) -> None:
+    def copy(self, kind: str, make: Callable[[], Any]) -> None:
         """The same, after the copies that were asked for before."""
-        self._copies_at = max(self.now, self._copies_at) + self._about(seconds)
-        self._later(self._copies_at, make)
+        self._copies_at = max(self.now, self._copies_at) + self._about(kind)
+        self._later(kind, self._copies_at, make)
 
-    def _about(self, seconds: float) -> float:
+    def _about(self, kind: str) -> float:
+        seconds: float = getattr(self.world.pace, f"{kind}_s")
         return seconds * self.world.random.uniform(0.5, 1.5)
 
-    def _later(self, when: float, make: Callable[[], Any]) -> None:
+    def _later(self, kind: str, when: float, make: Callable[[], Any]) -> None:
         def end() -> None:
             event = make() if self.alive else None
             if event is not None:
-                self.feed(event)
+                # its time is when it is looked at, as with a task of the real loop that a stopped process resumes
+                self._when_awake(lambda: self.feed(replace(event, now=self.now)))
 
-        self.world.clock.at(when, end)
+        self.world.clock.at(when, lambda: self.world.finish(kind, end))
+
+    def _when_awake(self, call: Callable[[], None]) -> None:
+        if self.stalled_until > self.now:
+            self.world.clock.at(self.stalled_until, lambda: call() if self.alive else None)
+        else:
+            call()
 
     def _arm(self) -> None:
         deadline = self.machine.next_deadline()
         if deadline is not None and deadline != self._tick_at:
             self._tick_at = deadline
-            self.world.clock.at(deadline, lambda: self._tick(deadline))
+            self.world.clock.at(deadline, lambda: self._when_awake(lambda: self._tick(deadline)))
 
     def _tick(self, deadline: float) -> None:
         if not self.alive or self._tick_at != deadline:
@@ -174,7 +192,7 @@ class RouterProcess(Process):
             super().perform(action, lost)
         text = action.submit.prompt or "".join(turn.content for turn in action.submit.chat or ())
         ids = tuple(ord(char) % VOCAB for char in text)
-        self.work(self.world.pace.tokenize_s, lambda: Tokenized(self.now, action.request_id, ids))
+        self.work("tokenize", lambda: Tokenized(self.now, action.request_id, ids))
 
 
 class PrefillProcess(Process):
@@ -184,14 +202,13 @@ class PrefillProcess(Process):
 
     def perform(self, action: Any, lost: list[str]) -> None:
         """Steps and copies."""
-        pace = self.world.pace
         match action:
             case prefill.RunPrefill(runs):
                 self._step(runs)
             case prefill.Seal(key, blocks):
-                self.copy(pace.seal_s, lambda: self._sealed(key, blocks))
+                self.copy("seal", lambda: self._sealed(key, blocks))
             case prefill.StageChunk():
-                self.copy(pace.chunk_s, lambda: self._staged(action))
+                self.copy("stage", lambda: self._staged(action))
             case prefill.Ready():
                 self.ready = True
             case prefill.End(error):
@@ -206,7 +223,7 @@ class PrefillProcess(Process):
             for block in run.blocks:
                 self.world.memory.write(self.segment, block, GARBAGE)
         began = self.now
-        self.work(self.world.pace.prefill_s, lambda: self._stepped(runs, began))
+        self.work("prefill", lambda: self._stepped(runs, began))
 
     def _stepped(self, runs: tuple[prefill.PrefillRun, ...], began: float) -> prefill.PrefillStepped:
         tokens: list[prefill.FirstToken] = []
@@ -284,7 +301,7 @@ class DecodeProcess(Process):
             rest = tuple(tokens[place * size : run.position + 1])
             self.world.memory.write(self.segment, run.blocks[place], rest)
         began = self.now
-        self.work(self.world.pace.step_s, lambda: self._stepped(runs, began))
+        self.work("step", lambda: self._stepped(runs, began))
 
     def _stepped(self, runs: tuple[decode.DecodeRun, ...], began: float) -> decode.DecodeStepped:
         made: list[decode.NextToken] = []
@@ -299,7 +316,7 @@ class DecodeProcess(Process):
         handle, memory = action.handle, self.world.memory
         if not memory.exists(handle.segment):
             error = TransferFailed(f"{handle.segment} is gone").info()
-            self.copy(self.world.pace.copy_s, lambda: decode.CopyEnded(self.now, handle.key, None, True, error))
+            self.copy("copy", lambda: decode.CopyEnded(self.now, handle.key, None, True, error))
             return
         before = memory.read(handle.segment, handle.blocks)
 
@@ -309,7 +326,7 @@ class DecodeProcess(Process):
             self._receive(handle, action.blocks, torn(before, after))
             return decode.CopyEnded(self.now, handle.key, None, True, self._verify(handle, action.blocks))
 
-        self.copy(self.world.pace.copy_s, end)
+        self.copy("copy", end)
 
     def _copy_chunk(self, action: decode.CopyChunk) -> None:
         handle, chunk = action.handle, action.chunk
@@ -324,7 +341,7 @@ class DecodeProcess(Process):
                 error = self._verify(handle, action.blocks) if action.last else None
             return decode.CopyEnded(self.now, handle.key, chunk, action.last, error)
 
-        self.copy(self.world.pace.chunk_s, end)
+        self.copy("chunk", end)
 
     def _receive(self, handle: KvHandle, blocks: tuple[int, ...], contents: tuple[Block, ...]) -> None:
         for block, content in zip(blocks, contents, strict=False):
@@ -344,7 +361,7 @@ class RelayProcess(Process):
     machine: RelayState
     _frame: tuple[Block, ...] | None = None
 
-    def take(self, peer: str, parcel: Parcel) -> None:
+    def received(self, peer: str, parcel: Parcel) -> None:
         """A message, or a chunk with its bytes."""
         message, self._frame = parcel
         if isinstance(message, kv.KvChunk):

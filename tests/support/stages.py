@@ -1,0 +1,142 @@
+"""Every place where a request can be, and how to bring one there and keep it there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import dsdecode.sequence
+import dsprefill.state
+import dsrouter.request
+from support.cluster import TCP, TWO_NODES, Cluster, Shape
+from support.raw_client import Heard
+
+TARGET = "t"
+BLOCKER = "b"
+#: long enough for a stage to be held back while a client's lease runs out
+PATIENT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One place."""
+
+    name: str
+    #: kind of work to hold back, "" for none
+    hold: str
+    reached: Callable[[Cluster], bool]
+    shape: Shape = field(default_factory=Shape)
+    #: another request goes first, and is in the way
+    blocked: bool = False
+    #: this process is not there
+    missing: str = ""
+
+    def bring(self, *, seed: int = 0, deadline_s: float | None = None) -> tuple[Cluster, Heard]:
+        """A cluster whose request ``t`` is there and stays until ``Cluster.release``."""
+        cluster = Cluster(self.shape, seed=seed)
+        if self.missing:
+            cluster.kill(self.missing)
+            cluster.run(1)
+        if self.blocked:
+            blocker = cluster.client("other").submit(BLOCKER, 9, max_tokens=12, ignore_eos=True)
+            if self.hold == "step":
+                cluster.until(lambda: len(blocker.tokens()) > 0)
+        if self.hold:
+            cluster.hold(self.hold)
+        if self.blocked:
+            cluster.run(0.05)
+        heard = cluster.client().submit(
+            TARGET,
+            "a prompt of 28 characters..." if self.hold == "tokenize" else 28,
+            max_tokens=12,
+            ignore_eos=True,
+            deadline_s=deadline_s,
+        )
+        cluster.until(lambda: self.reached(cluster))
+        return cluster, heard
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def at_router(cluster: Cluster) -> dsrouter.request.Phase | None:
+    """Phase of the target at the router."""
+    found = cluster.router.flow.choices.get(f"{TARGET}/0")
+    return found[1].life.phase if found else None
+
+
+def at_prefill(cluster: Cluster) -> dsprefill.state.Phase | None:
+    """Phase of the target at the prefill instance."""
+    return next(
+        (one.life.phase for key, one in cluster.prefill().sequences.items() if key.sequence == f"{TARGET}/0"), None
+    )
+
+
+def at_decode(cluster: Cluster) -> dsdecode.sequence.Sequence | None:
+    """The target at the decode instance."""
+    return next((one for key, one in cluster.decode().sequences.items() if key.sequence == f"{TARGET}/0"), None)
+
+
+def _router_in(phase: dsrouter.request.Phase) -> Callable[[Cluster], bool]:
+    return lambda cluster: at_router(cluster) is phase
+
+
+def _prefill_in(phase: dsprefill.state.Phase) -> Callable[[Cluster], bool]:
+    return lambda cluster: at_prefill(cluster) is phase
+
+
+def _decode_in(
+    phase: dsdecode.sequence.Phase, *, copying: bool = False, stepping: bool = False
+) -> Callable[[Cluster], bool]:
+    def reached(cluster: Cluster) -> bool:
+        one = at_decode(cluster)
+        if one is None or one.life.phase is not phase:
+            return False
+        return bool(one.copies) >= copying and one.in_step >= stepping
+
+    return reached
+
+
+def _unplaced(cluster: Cluster) -> bool:
+    found = cluster.router.flow.choices.get(f"{TARGET}/0")
+    return (
+        found is not None and found[1].handle is not None and at_router(cluster) is dsrouter.request.Phase.PLACING
+    )
+
+
+def _staging(cluster: Cluster) -> bool:
+    return any(one.staging for one in cluster.relay("n0").outgoing.transfers.values())
+
+
+_PULLING = dsdecode.sequence.Phase.PULLING
+_TCP = replace(TCP, transfer_timeout_s=PATIENT_S)
+_NODES = replace(TWO_NODES, transfer_timeout_s=PATIENT_S)
+
+STAGES = (
+    Stage("tokenizing", "tokenize", lambda cluster: TARGET in cluster.router.requests),
+    Stage(
+        "queued-at-router",
+        "prefill",
+        _router_in(dsrouter.request.Phase.QUEUED),
+        Shape(prefill_queue=1),
+        blocked=True,
+    ),
+    Stage("queued-at-prefill", "prefill", _prefill_in(dsprefill.state.Phase.QUEUED), blocked=True),
+    Stage("prefilling", "prefill", _prefill_in(dsprefill.state.Phase.RUNNING)),
+    Stage("sealing", "seal", _prefill_in(dsprefill.state.Phase.SEALING)),
+    Stage("placing", "", _unplaced, missing="decode-0"),
+    Stage(
+        "waiting-for-decode",
+        "step",
+        _decode_in(dsdecode.sequence.Phase.WAITING),
+        Shape(decode_batch=1),
+        blocked=True,
+    ),
+    Stage("pull-asked", "copy", _decode_in(_PULLING)),
+    Stage("transferring-shm", "copy", _decode_in(_PULLING, copying=True)),
+    Stage("staging-tcp-loop", "stage", _staging, _TCP),
+    Stage("transferring-tcp-loop", "chunk", _decode_in(_PULLING, copying=True), _TCP),
+    Stage("staging-tcp", "stage", _staging, _NODES),
+    Stage("transferring-tcp", "chunk", _decode_in(_PULLING, copying=True), _NODES),
+    Stage("decoding", "step", _decode_in(dsdecode.sequence.Phase.RUNNING, stepping=True)),
+)
