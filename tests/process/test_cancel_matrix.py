@@ -15,8 +15,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from dswire.messages import client
-from support.raw_client import RawClient
 from support.system import System, running_system
+from support.wire_client import WireClient
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -70,8 +70,8 @@ class Case:
     def __init__(self, system: System, ending: str) -> None:
         self.system = system
         self.ending = ending
-        self.subject = RawClient(system.address)
-        self.observer = RawClient(system.address)
+        self.subject = WireClient(system.address)
+        self.observer = WireClient(system.address)
         self.request_id = ""
 
     async def submit(self, prompt_tokens: int, max_tokens: int) -> None:
