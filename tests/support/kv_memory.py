@@ -7,7 +7,7 @@ is seen for what it is: by the checksum of a hand-off, and by every decode step 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 #: tokens of one block; a negative number is memory in the middle of being written
@@ -40,9 +40,9 @@ class KvMemory:
         """Fill a block of a pool."""
         self._files[path][block] = content
 
-    def read(self, path: str, blocks: Sequence[int]) -> tuple[Block, ...]:
-        """Contents of blocks of a pool."""
-        return tuple(self._files[path].get(block, GARBAGE) for block in blocks)
+    def pool(self, path: str) -> Mapping[int, Block]:
+        """A mapping of a pool; like a real one it outlives its file."""
+        return self._files[path]
 
     def fill_slot(self, path: str, slot: int, contents: tuple[Block, ...]) -> None:
         """Fill a staging slot."""
@@ -51,6 +51,11 @@ class KvMemory:
     def slot(self, path: str, slot: int) -> tuple[Block, ...]:
         """Content of a staging slot."""
         return self._slots[path].get(slot, (GARBAGE,))
+
+
+def read(pool: Mapping[int, Block], blocks: Sequence[int]) -> tuple[Block, ...]:
+    """Contents of blocks of a pool."""
+    return tuple(pool.get(block, GARBAGE) for block in blocks)
 
 
 def checksum(contents: Sequence[Block]) -> int:

@@ -28,7 +28,7 @@ from dswire.errors import ErrorInfo, KvCorrupt, TransferFailed
 from dswire.machine import Machine, PeerLost, Received, Send, Tick
 from dswire.messages import kv
 from support.handles import LAYOUT
-from support.kv_memory import GARBAGE, Block, KvMemory, checksum, in_blocks, torn
+from support.kv_memory import GARBAGE, Block, KvMemory, checksum, in_blocks, read, torn
 from support.script import VOCAB, Script
 from support.virtual_clock import VirtualClock
 from support.wires import Parcel, Wire, Wires
@@ -241,7 +241,7 @@ class PrefillProcess(Process):
         return prefill.PrefillStepped(self.now, tuple(tokens), self.now - began, tuple(failed))
 
     def _sealed(self, key: KvKey, blocks: tuple[int, ...]) -> prefill.Sealed:
-        contents = self.world.memory.read(self.segment, blocks)
+        contents = read(self.world.memory.pool(self.segment), blocks)
         assert GARBAGE not in contents, f"{key} is sealed over blocks that somebody writes"
         return prefill.Sealed(self.now, key, checksum(contents))
 
@@ -251,7 +251,9 @@ class PrefillProcess(Process):
             return None
         handle, chunk = action.handle, action.chunk
         blocks = handle.blocks[chunk.first : chunk.first + chunk.count]
-        self.world.memory.fill_slot(welcome.staging, action.slot, self.world.memory.read(self.segment, blocks))
+        self.world.memory.fill_slot(
+            welcome.staging, action.slot, read(self.world.memory.pool(self.segment), blocks)
+        )
         return prefill.Staged(self.now, handle.key, chunk)
 
 
@@ -295,7 +297,7 @@ class DecodeProcess(Process):
             assert (tokens[-1], len(tokens) - 1) == (run.token, run.position)
             size = LAYOUT.block_size
             wanted = in_blocks(tokens[:-1], size)
-            found = self.world.memory.read(self.segment, run.blocks[: len(wanted)])
+            found = read(self.world.memory.pool(self.segment), run.blocks[: len(wanted)])
             assert list(found) == wanted, f"{run.key} would read the wrong KV"
             place = run.position // size
             rest = tuple(tokens[place * size : run.position + 1])
@@ -318,12 +320,11 @@ class DecodeProcess(Process):
             error = TransferFailed(f"{handle.segment} is gone").info()
             self.copy("copy", lambda: decode.CopyEnded(self.now, handle.key, None, True, error))
             return
-        before = memory.read(handle.segment, handle.blocks)
+        source = memory.pool(handle.segment)
+        before = read(source, handle.blocks)
 
         def end() -> decode.CopyEnded:
-            # a mapping outlives its file
-            after = memory.read(handle.segment, handle.blocks) if memory.exists(handle.segment) else before
-            self._receive(handle, action.blocks, torn(before, after))
+            self._receive(handle, action.blocks, torn(before, read(source, handle.blocks)))
             return decode.CopyEnded(self.now, handle.key, None, True, self._verify(handle, action.blocks))
 
         self.copy("copy", end)
@@ -348,7 +349,7 @@ class DecodeProcess(Process):
             self.world.memory.write(self.segment, block, content)
 
     def _verify(self, handle: KvHandle, blocks: tuple[int, ...]) -> ErrorInfo | None:
-        contents = self.world.memory.read(self.segment, blocks[: len(handle.blocks)])
+        contents = read(self.world.memory.pool(self.segment), blocks[: len(handle.blocks)])
         if checksum(contents) == handle.checksum:
             return None
         self.world.note(f"corrupt {handle.key}")
