@@ -7,18 +7,21 @@ cd "$(dirname "$0")/.."
 
 dsctl=${1:-.venv/bin}/dsctl
 topology=deploy/topologies/laptop.yaml
-prompt=${PROMPT:-Why is the sky blue? Answer in two sentences.}
+prompt=${PROMPT:-"Give me three tips for a good night's sleep."}
 
-say() { printf '\n\033[1m==> %s\033[0m\n' "$1"; }
+# where nobody looks, the tables need not fit a terminal
+[ -t 1 ] || export COLUMNS=100
 
-say "starting: dsctl up -f $topology --detach"
+say() { printf '\n==> %s\n' "$1"; }
+
+say "starting four processes: dsctl up -f $topology --detach"
 # set before the start, so that an interrupted start is cleaned up as well
 trap 'say "stopping: dsctl down"; "$dsctl" down -f "$topology"' EXIT
 "$dsctl" up -f "$topology" --detach
 
-say "four processes: dsctl status"
+say "what runs: dsctl status"
 "$dsctl" status -f "$topology"
 
-say "an answer, streamed: dsctl generate --chat"
-printf '\033[2m%s\033[0m\n' "$prompt"
+say "an answer, streamed: dsctl generate --chat --ledger"
+printf '%s\n\n' "$prompt"
 "$dsctl" generate -f "$topology" --chat --ledger --temperature 0 --max-tokens 96 "$prompt"
