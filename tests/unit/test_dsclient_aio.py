@@ -22,6 +22,7 @@ from dsclient.errors import (
     VersionMismatch,
 )
 from dswire.messages.client import Attach, Cancel, ClientBye, StatusQuery, StatusReport, Submit, TokenLogprob
+from support.rebind import rebind
 from support.scripted_router import ScriptedRouter, events, failed
 
 Leave = Callable[[Stream], Awaitable[None]]
@@ -224,7 +225,7 @@ async def test_connection_that_breaks_is_taken_up_under_the_same_identity() -> N
         router.send(*events("r", "a", "b")[:2])
         assert (await anext(stream)).text == "a"
         router.close()
-        async with ScriptedRouter(router.address, forgetful=True) as back:
+        async with await rebind(lambda: ScriptedRouter(router.address, forgetful=True)) as back:
             attach = await back.expect(Attach)
             assert (attach, back.peer) == (Attach("r", 2), client.identity)
             back.answer("r", "a", "b", start=2)
@@ -265,7 +266,7 @@ async def test_a_restarted_router_has_lost_the_request() -> None:
         router.send(*events("r", "a")[:2])
         assert (await anext(stream)).text == "a"
         router.close()
-        async with ScriptedRouter(router.address, incarnation="two", forgetful=True):
+        async with await rebind(lambda: ScriptedRouter(router.address, incarnation="two", forgetful=True)):
             with pytest.raises(RouterLost, match="restarted"):
                 await anext(stream)
 
@@ -275,7 +276,7 @@ async def test_a_request_the_restarted_router_never_heard_of_is_sent_to_it() -> 
         task = asyncio.create_task(client.generate("hi", request_id="r"))
         await router.expect(Submit)
         router.close()
-        async with ScriptedRouter(router.address, incarnation="two", forgetful=True) as back:
+        async with await rebind(lambda: ScriptedRouter(router.address, incarnation="two", forgetful=True)) as back:
             await back.expect(Submit)
             back.answer("r", "a")
             assert (await task).text == "a"
