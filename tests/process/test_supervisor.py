@@ -1,22 +1,29 @@
-"""``dsctl up`` and ``down`` with real processes; the services in them are fakes that misbehave as told."""
+"""``dsctl up`` and ``down`` with real processes; the services in them are fakes that misbehave as told.
+
+The last test does it with the real services and the real model.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from dsclient import Client
 from dsctl.supervise.record import RunRecord, start_ticks
 from dsctl.supervise.rundir import RunDir
 from support import fake_service
+from support.system import free_port
 
 NAMES = ("relay-n0", "prefill-0", "decode-0", "router-0")
 #: a test that waits longer fails
@@ -28,6 +35,8 @@ class Host:
     """A directory in which ``dsctl`` finds fake services, a model, and room for a run."""
 
     root: Path
+    #: whether fakes stand in for the services
+    fakes: bool = True
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -38,14 +47,16 @@ class Host:
             (self.root / "model" / file).write_text("{}")
         self.topology = self.root / "t.yaml"
         self.topology.write_text(f"model: {self.root / 'model'}\nkv: {{memory: 1MiB}}\nrelay: {{staging: 4MiB}}\n")
-        self.run = RunDir(self.root / "run")
+        # socket paths are short, and a test's directory need not be
+        self.run = RunDir(Path(tempfile.mkdtemp(prefix="ds-")) / "run")
 
     @property
     def env(self) -> dict[str, str]:
         tests = Path(__file__).parents[1]
+        path = {"PYTHONPATH": f"{self.root / 'fakes'}:{tests}"} if self.fakes else {}
         return {
             **os.environ,
-            "PYTHONPATH": f"{self.root / 'fakes'}:{tests}",
+            **path,
             "DS_RUN_DIR": str(self.run.path),
             "DS_SHM_DIR": str(self.root / "shm"),
             "FAKE_DIR": str(self.root / "fake"),
@@ -101,6 +112,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
         os.kill(holder.pid, signal.SIGKILL)
     for pid in host.alive():
         os.killpg(pid, signal.SIGKILL)
+    shutil.rmtree(host.run.path.parent)
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:
@@ -218,7 +230,7 @@ def test_a_deaf_process_that_outlives_its_supervisor_is_ended_by_the_next_comman
     up.wait(LIMIT_S)
     assert start_ticks(pid) is not None
     down = host.dsctl("down", "-f", str(host.topology))
-    assert f"decode-0 (pid {pid}) had outlived its supervisor: killed" in down.stdout
+    assert f"left by a supervisor that was killed: ended decode-0 (pid {pid})" in down.stdout
     wait_gone(pid)
 
 
@@ -299,3 +311,33 @@ def test_a_running_system_is_found_after_its_file_was_changed(host: Host) -> Non
     assert "stopped in" in down.stdout
     up.communicate(timeout=LIMIT_S)
     assert up.returncode == 0
+
+
+REAL = """
+model: {{path: smollm2-135m-instruct, dtype: float32, max_model_len: 1024}}
+router: {{frontend: "tcp://127.0.0.1:{port}"}}
+kv: {{memory: 64MiB}}
+relay: {{staging: 8MiB}}
+"""
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_the_real_services_serve_and_die_with_a_killed_supervisor(host: Host) -> None:
+    host.fakes = False
+    host.topology.write_text(REAL.format(port=free_port()))
+    up = host.up()
+    read_until(up, "ready in")
+    record = host.record()
+    with Client(record.frontend) as client:
+        assert client.generate("The capital of France is", max_tokens=4).choices[0].text
+    status = host.dsctl("status", "-f", str(host.topology))
+    assert status.returncode == 0, status.stdout
+    up.kill()
+    for process in record.processes:
+        assert process.pid is not None
+        wait_gone(process.pid)
+    assert list((host.root / "shm").iterdir()) == []
+    assert list(host.run.path.glob("*.ready")) == []
+    assert "not running" in host.dsctl("down", "-f", str(host.topology)).stdout
+    assert host.left() == []

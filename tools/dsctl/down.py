@@ -35,7 +35,8 @@ def command(file: Path | None, timeout_s: float) -> None:
     path = find(file)
     run = locate(path)
     if run is None or run.holder() is None:
-        _clean_up(run)
+        if run is not None:
+            _clean_up(run, path)
         click.echo(f"{path}: not running")
         return
     began = time.monotonic()
@@ -43,17 +44,13 @@ def command(file: Path | None, timeout_s: float) -> None:
     click.echo(f"{path}: stopped in {time.monotonic() - began:.1f} s")
 
 
-def _clean_up(run: RunDir | None) -> None:
-    """End what outlived a supervisor that was killed."""
-    from dsctl.supervise.leftovers import end
+def _clean_up(run: RunDir, path: Path) -> None:
+    """End and remove what a supervisor that was killed has left."""
+    from dsctl.supervise.leftovers import clean_record
 
-    record = run.read() if run is not None else None
-    if run is None or record is None:
-        return
-    for process in record.processes:
-        if end(process):
-            click.echo(f"{process.name} (pid {process.pid}) had outlived its supervisor: killed")
-    run.forget()
+    with run.locked(path.resolve()):
+        for line in clean_record(run):
+            click.echo(f"left by a supervisor that was killed: {line}")
 
 
 def stop(run: RunDir, timeout_s: float) -> None:

@@ -30,8 +30,10 @@ class Row:
     pid: int | None
     restarts: int | None
     uptime_s: float | None
-    #: what its last crash said, "" when there was none
-    error: str
+    #: how it crashed last, "" when it never did
+    crash: str
+    #: seconds since 1970
+    crashed_at: float | None
     worker: WorkerStatus | None
 
     @property
@@ -98,7 +100,8 @@ def _own(process: ProcessRecord, worker: WorkerStatus | None) -> Row:
         pid=process.pid,
         restarts=process.restarts,
         uptime_s=None if process.ready_at is None or process.phase != "ready" else time.time() - process.ready_at,
-        error=process.error,
+        crash=process.crash,
+        crashed_at=process.crashed_at if process.crash else None,
         worker=worker,
     )
 
@@ -106,7 +109,7 @@ def _own(process: ProcessRecord, worker: WorkerStatus | None) -> Row:
 def _foreign(worker: WorkerStatus) -> Row:
     """A process that another host's supervisor, or none, looks after."""
     uptime_s = worker.uptime_s if worker.state == "up" else None
-    return Row(worker.name, worker.role, worker.node, (), worker.state, None, None, uptime_s, "", worker)
+    return Row(worker.name, worker.role, worker.node, (), worker.state, None, None, uptime_s, "", None, worker)
 
 
 def ask(address: str, keys_dir: Path | None) -> tuple[StatusReport | None, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,8 +81,10 @@ def _print(seen: Overview) -> None:
     else:
         console.print(Text(seen.reason, "yellow"), soft_wrap=True)
     for row in seen.rows:
-        if row.error:
-            console.print(Text.assemble((row.name, "bold"), ": ", (row.error, "yellow")), soft_wrap=True)
+        if row.crash and row.crashed_at is not None:
+            when = time.strftime("%H:%M:%S", time.localtime(row.crashed_at))
+            told = Text.assemble((row.name, "bold"), f" crashed last at {when}: ", (row.crash, "yellow"))
+            console.print(told, soft_wrap=True)
 
 
 def table(seen: Overview) -> Table:

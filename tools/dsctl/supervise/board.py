@@ -43,6 +43,8 @@ class Board:
 
     def show(self, record: RunRecord) -> None:
         """Show the present state."""
+        if record.stopping and not (self._record and self._record.stopping):
+            self._console.print("stopping: router, then prefill and decode, then relays", style="dim")
         self._record = record
         if not self._console.is_terminal:
             self._print_changes(record)

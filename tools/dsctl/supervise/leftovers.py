@@ -11,11 +11,11 @@ import os
 import select
 import signal
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dsctl.supervise.plan import Plan, ipc_paths
-from dsctl.supervise.record import ProcessRecord, RunRecord, start_ticks
+from dsctl.supervise.record import ProcessRecord, start_ticks
 from dsctl.supervise.rundir import RunDir
 
 #: longest wait for a process to be gone after SIGKILL
@@ -23,19 +23,28 @@ KILL_WAIT_S = 5.0
 
 
 def clean(run: RunDir, plan: Plan) -> list[str]:
-    """Remove everything; returns a line for each thing found."""
-    told: list[str] = []
-    record = run.read()
-    if record is not None:
-        told += [f"ended {process.name} (pid {process.pid})" for process in record.processes if end(process)]
-        told += _segments(plan.topology.shm_dir, record.digest, (process.name for process in record.processes))
+    """Remove the files of the plan's processes, none of which runs; returns a line for each thing removed."""
     names = [spec.name for spec in plan.specs]
-    told += _segments(plan.topology.shm_dir, plan.topology.digest, names)
-    for path in (*ipc_paths(plan), *(run.path / f"{name}.ready" for name in names)):
-        if _remove(path):
-            told.append(f"removed {path}")
-    run.forget()
+    topology = plan.topology
+    return _files(run, topology.shm_dir, topology.digest, names, ipc_paths(plan))
+
+
+def clean_record(run: RunDir) -> list[str]:
+    """End and remove what the state file of a killed run tells of; returns a line for each thing found."""
+    record = run.read()
+    if record is None:
+        return []
+    told = [f"ended {process.name} (pid {process.pid})" for process in record.processes if end(process)]
+    names = [process.name for process in record.processes]
+    told += _files(run, Path(record.shm_dir), record.digest, names, map(Path, record.sockets))
     return told
+
+
+def _files(run: RunDir, shm_dir: Path, digest: str, names: Sequence[str], sockets: Iterable[Path]) -> list[str]:
+    segments = [path for name in names for path in sorted(shm_dir.glob(f"ds-{digest}-{name}.*"))]
+    ready = [run.path / f"{name}.ready" for name in names]
+    run.forget()
+    return [f"removed {path}" for path in (*segments, *sockets, *ready) if _remove(path)]
 
 
 def end(process: ProcessRecord) -> bool:
@@ -56,20 +65,6 @@ def end(process: ProcessRecord) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-def alive(record: RunRecord) -> list[ProcessRecord]:
-    """The processes of a run that are still there."""
-    return [
-        process
-        for process in record.processes
-        if process.pid is not None and start_ticks(process.pid) == process.start_ticks is not None
-    ]
-
-
-def _segments(shm_dir: Path, digest: str, names: Iterable[str]) -> list[str]:
-    found = [path for name in names for path in sorted(shm_dir.glob(f"ds-{digest}-{name}.*"))]
-    return [f"removed {path}" for path in found if _remove(path)]
 
 
 def _remove(path: Path) -> bool:

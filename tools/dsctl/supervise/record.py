@@ -24,8 +24,9 @@ class ProcessRecord(msgspec.Struct, frozen=True):
     restarts: int
     started_at: float | None
     ready_at: float | None
-    #: what its last end said, "" when it has not ended yet
-    error: str
+    #: how it crashed last, in words; "" when it never did
+    crash: str
+    crashed_at: float | None
 
 
 class RunRecord(msgspec.Struct, frozen=True):
@@ -37,6 +38,9 @@ class RunRecord(msgspec.Struct, frozen=True):
     topology: str
     digest: str
     nodes: tuple[str, ...]
+    shm_dir: str
+    #: paths of the Unix sockets that the processes bind
+    sockets: tuple[str, ...]
     model: str
     #: where clients connect
     frontend: str

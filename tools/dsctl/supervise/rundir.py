@@ -84,7 +84,9 @@ class RunDir:
     def make(self) -> None:
         """Make the directory. Raises :class:`Refused` when it, or its parent in /tmp, is another user's."""
         try:
-            self.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # mkdir gives its mode to the last directory only
+            for path in (self.path.parent, self.path, self.logs):
+                path.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise Failed(f"{self.path}: cannot be made: {error}", remedy="set DS_RUN_DIR to another") from error
         for path in (self.path.parent, self.path):

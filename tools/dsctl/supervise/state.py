@@ -102,8 +102,10 @@ class Process:
     start_at: float | None = None
     #: set in STOPPING until the SIGKILL, and in a restart: the limit of its start
     kill_at: float | None = None
-    #: the reason it gave for its last end
+    #: the reason it gave for its next end
     error: ErrorInfo | None = None
+    #: how it crashed last, in words; "" when it never did
+    crash: str = ""
 
     @property
     def phase(self) -> Phase:
@@ -219,6 +221,7 @@ class Machine:
             process.row = 0
         process.row += 1
         process.crashes.append(now)
+        process.crash = how
         if len(process.crashes) == CRASH_LIMIT and now - process.crashes[0] <= CRASH_WINDOW_S:
             return self._give_up(process, now, how)
         wait_s = min(BACKOFF_MIN_S * 2 ** (process.row - 1), BACKOFF_MAX_S)

@@ -39,8 +39,8 @@ from dsctl.supervise.events import (
     Terminate,
     Told,
 )
-from dsctl.supervise.leftovers import clean
-from dsctl.supervise.plan import Plan, Spec
+from dsctl.supervise.leftovers import clean, clean_record
+from dsctl.supervise.plan import Plan, Spec, ipc_paths
 from dsctl.supervise.record import ProcessRecord, RunRecord, start_ticks
 from dsctl.supervise.rundir import RunDir
 from dsctl.supervise.state import Machine, Process
@@ -78,7 +78,7 @@ class _Report(msgspec.Struct):
 
 def supervise(plan: Plan, run: RunDir, view: View, wait_s: float) -> Over:
     """Run the plan to its end; the caller holds the lock of ``run``."""
-    for line in clean(run, plan):
+    for line in [*clean_record(run), *clean(run, plan)]:
         log.info("left by an earlier run", what=line)
     try:
         return asyncio.run(_Supervisor(plan, run, view, wait_s).run())
@@ -101,7 +101,7 @@ class _Supervisor:
         self._began_at = time.time()
         self._started_at: dict[str, float] = {}
         self._ready_at: dict[str, float] = {}
-        self._endings: dict[str, str] = {}
+        self._crashed_at: dict[str, float] = {}
 
     async def run(self) -> Over:
         """Start, supervise, stop."""
@@ -161,8 +161,6 @@ class _Supervisor:
                 self._children[name].kill()
             case AllReady(took_s):
                 self._ready_s = took_s
-            case Note(name, level, text) if level != "info":
-                self._endings[name] = text
             case _:
                 pass
 
@@ -244,6 +242,7 @@ class _Supervisor:
 
     def _exited(self, name: str, status: int) -> None:
         del self._children[name]
+        self._crashed_at[name] = time.time()
         self._feed(Exited(self._loop.time(), name, status))
 
     # what others see
@@ -260,6 +259,8 @@ class _Supervisor:
             topology=str(topology.path),
             digest=topology.digest,
             nodes=self._plan.nodes,
+            shm_dir=str(topology.shm_dir),
+            sockets=tuple(map(str, ipc_paths(self._plan))),
             model=topology.model.name,
             frontend=topology.router.frontend_connect,
             keys_dir=str(topology.security.keys_dir) if topology.security.encrypted else None,
@@ -283,7 +284,8 @@ class _Supervisor:
             restarts=process.restarts,
             started_at=self._started_at.get(process.name),
             ready_at=self._ready_at.get(process.name),
-            error=self._endings.get(process.name, ""),
+            crash=process.crash,
+            crashed_at=self._crashed_at.get(process.name),
         )
 
 
