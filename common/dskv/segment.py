@@ -93,15 +93,19 @@ class Segment:
         for theirs, mine in pairs:
             self.slot(mine)[:] = source.slot(theirs)
 
+    def unlink(self) -> None:
+        """Remove the file, if it is ours; the mapping stays usable."""
+        if self._owner:
+            self.path.unlink(missing_ok=True)
+            self._owner = False
+
     def close(self) -> None:
         """Unmap; the owner also removes the file. Doing it twice is harmless.
 
         A tensor that still looks at the mapping keeps the pages (not the file) until it is gone.
         """
         self._view.release()
-        if self._owner:
-            self.path.unlink(missing_ok=True)
-            self._owner = False
+        self.unlink()
         try:
             self._map.close()
         except BufferError:

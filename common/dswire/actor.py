@@ -120,6 +120,9 @@ class Actor:
     def closed(self) -> None:
         """Called once when all is over, sockets closed: give everything else back."""
 
+    def abandon(self) -> None:
+        """Called when an orderly end took too long: remove what would outlive the process. Never blocks."""
+
     def finish(self, error: Exception | None = None) -> None:
         """End the actor from within, well or with ``error``."""
         if not self._ended.done():

@@ -19,7 +19,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 import structlog
@@ -69,12 +69,14 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 async def _serve(name: str, run_dir: Path, build: Build, report: _Reporter) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    actors: list[Actor] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _stop, stop, loop)
-    _watch_lifeline(stop, loop)
+        loop.add_signal_handler(number, _stop, stop, loop, actors)
+    _watch_lifeline(stop, loop, actors)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_only_one(run_dir, name))
         actor = await build(report.phase)
+        actors.append(actor)
 
         def on_ready() -> None:
             stack.enter_context(_ready_file(run_dir, name))
@@ -86,13 +88,20 @@ async def _serve(name: str, run_dir: Path, build: Build, report: _Reporter) -> N
     log.info("stopped", process=name)
 
 
-def _stop(stop: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:
+def _stop(stop: asyncio.Event, loop: asyncio.AbstractEventLoop, actors: Sequence[Actor]) -> None:
     stop.set()
+    loop.call_later(STOP_LIMIT_S, _end_hard, actors)
+
+
+def _end_hard(actors: Sequence[Actor]) -> None:
     # a step that hangs in a kernel cannot be interrupted from Python
-    loop.call_later(STOP_LIMIT_S, os._exit, 1)
+    for actor in actors:
+        actor.abandon()
+    log.error("the orderly stop took too long", limit_s=STOP_LIMIT_S)
+    os._exit(1)
 
 
-def _watch_lifeline(stop: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:
+def _watch_lifeline(stop: asyncio.Event, loop: asyncio.AbstractEventLoop, actors: Sequence[Actor]) -> None:
     number = os.environ.get("DS_LIFELINE_FD")
     if number is None:
         return
@@ -102,7 +111,7 @@ def _watch_lifeline(stop: asyncio.Event, loop: asyncio.AbstractEventLoop) -> Non
         # nobody writes to it: readable means end of file, the supervisor is gone
         loop.remove_reader(fd)
         log.warning("the supervisor is gone, stopping")
-        _stop(stop, loop)
+        _stop(stop, loop, actors)
 
     loop.add_reader(fd, on_readable)
 

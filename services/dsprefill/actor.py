@@ -50,6 +50,10 @@ class PrefillActor(Actor):
         """Let the router try elsewhere at once."""
         self.send(ROUTER, worker.WorkerBye())
 
+    def abandon(self) -> None:
+        """The pool's file would outlive us."""
+        self._running.segment.unlink()
+
     def closed(self) -> None:
         """Give threads and memory back."""
         self._running.close()

@@ -101,16 +101,8 @@ class Case:
                     while Counter((await self.status()).ended)["cancelled"] == before["cancelled"]:
                         await asyncio.sleep(0.1)
             case "deadline":
-                failed = await self._await_deadline()
+                failed = await self.subject.expect(client.Failed)
                 assert failed.error.code == "deadline_exceeded"
-
-    async def _await_deadline(self) -> client.Failed:
-        waiting = asyncio.ensure_future(self.subject.expect(client.Failed, DEADLINE_S + 2.0))
-        while not waiting.done():
-            for one in (self.subject, self.observer):
-                one.send(client.ClientPing())
-            await asyncio.wait([waiting], timeout=LEASE_S / 3)
-        return waiting.result()
 
     def close(self) -> None:
         """Leave in good order."""
@@ -132,7 +124,7 @@ async def _bring_to(case: Case, stage: str) -> None:
             await case.submit(8, 4)
             assert (await case.status()).requests == {"prefilling": 1}
         case "prefilling":
-            await case.submit(7000, 4)
+            await case.submit(4000, 4)
             await system.await_status(
                 case.status, lambda worker: worker.name == "prefill-0" and worker.running == 1
             )

@@ -16,18 +16,21 @@ MessageT = TypeVar("MessageT", bound=msgspec.Struct)
 
 
 class WireClient:
-    """One connection; nothing is sent that a test did not ask for."""
+    """One connection; but for the pings that keep its lease, nothing is sent that a test did not ask for."""
 
     def __init__(self, address: str) -> None:
         self._socket = ConnectedSocket(address, f"c-{uuid.uuid4().hex}")
         self._decoder: Decoder[msgspec.Struct] = Decoder(client.ToClient)
         self._inbox: asyncio.Queue[msgspec.Struct] = asyncio.Queue()
+        self._pings: asyncio.Task[None] | None = None
         self._socket.start(lambda _, frames: self._inbox.put_nowait(self._decoder.decode(frames[0])))
 
     async def hello(self) -> client.ClientWelcome:
-        """Say hello and wait for the welcome."""
+        """Say hello, wait for the welcome, and keep the lease from then on."""
         self.send(client.ClientHello(PROTOCOL, "test"))
-        return await self.expect(client.ClientWelcome)
+        welcome = await self.expect(client.ClientWelcome)
+        self._pings = asyncio.create_task(self._ping(welcome.lease_s / 3))
+        return welcome
 
     def send(self, message: msgspec.Struct) -> None:
         """Send a message."""
@@ -47,4 +50,11 @@ class WireClient:
 
     def drop(self) -> None:
         """Be gone, without a goodbye."""
+        if self._pings is not None:
+            self._pings.cancel()
         self._socket.close()
+
+    async def _ping(self, every_s: float) -> None:
+        while True:
+            await asyncio.sleep(every_s)
+            self.send(client.ClientPing())
