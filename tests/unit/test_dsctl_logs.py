@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from dsctl.__main__ import dsctl
 from dsctl.logfiles import LogFile, LogFiles
 from dsctl.logs import Age
+from dsctl.supervise.child import last_words
 from dsctl.supervise.rundir import RunDir
 from dswire.errors import BadInput
 
@@ -53,6 +54,28 @@ def test_other_output_stays_where_it_came(logs: Callable[..., Path]) -> None:
     directory = logs(decode_0="early\n" + line(2, "a") + crash + line(5, "b"), prefill_0=line(3, "between"))
     texts = [entry.text for entry in LogFiles(directory).tail(10)]
     assert texts == ["early", "a", "Fatal Python error: Segmentation fault", "  File x.py", "between", "b"]
+
+
+def test_a_file_without_any_time_has_that_of_its_last_change(logs: Callable[..., Path]) -> None:
+    directory = logs(decode_0="ImportError: x\n")
+    (entry,) = LogFiles(directory).tail(10)
+    assert entry.time == (directory / "decode-0.log").stat().st_mtime
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Traceback\nImportError: no x\n\n", "ImportError: no x"),
+        ("Traceback\nImportError: no x\n" + line(1, "stopped"), ""),
+        ("", ""),
+        ("y" * 5000, "y" * 1000),
+    ],
+)
+def test_last_words(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "a.log"
+    assert last_words(path) == ""
+    path.write_text(text)
+    assert last_words(path) == words
 
 
 def test_json_that_is_no_log_line_is_shown_as_it_is(logs: Callable[..., Path]) -> None:

@@ -112,6 +112,17 @@ def test_restart_backs_off_and_says_why() -> None:
     assert world.ready("decode-0") == [Note("decode-0", "info", "serves again")]
 
 
+def test_last_words_are_told_unless_the_process_gave_its_reason() -> None:
+    world = World().up()
+    (note,) = world.feed(Exited(world.now, "decode-0", 1, "ImportError: no module named x"))
+    assert note == Note(
+        "decode-0", "warning", "exit status 1: ImportError: no module named x; starts again in 0.5 s"
+    )
+    world.feed(Told(world.now, "prefill-0", ErrorInfo("engine_failed", "no such layer")))
+    (note,) = world.feed(Exited(world.now, "prefill-0", 5, "some warning"))
+    assert note == Note("prefill-0", "warning", "exit status 5: no such layer; starts again in 0.5 s")
+
+
 def test_five_crashes_within_a_minute_give_up_on_that_process_only() -> None:
     world = World().up()
     for _ in range(4):

@@ -1,7 +1,7 @@
 """The log files of a run as one stream of entries, in time order.
 
-A line that is no JSON (the output of a crash, of a native library) belongs to the time of the line before it in its
-file. Invariant: nothing of a file is shown twice or left out, and lines of one time keep their order.
+A line that is no JSON (the output of a crash, of a native library) belongs to the time of the line before it in
+its file. Invariant: nothing of a file is shown twice or left out, and lines of one time keep their order.
 """
 
 from __future__ import annotations
@@ -83,8 +83,9 @@ class LogFile:
 
     def _entries(self, lines: Iterable[bytes]) -> list[Entry]:
         entries = [self._entry(line.decode(errors="replace")) for line in lines]
-        # lines at the very beginning have no line before them, and take the time of the first that has one
-        known = next((entry.time for entry in entries if entry.time), 0.0)
+        # lines at the very beginning have no line before them: they take the time of the first that has one, or,
+        # where a process never came to log anything, of the file
+        known = next((entry.time for entry in entries if entry.time), 0.0) or self.path.stat().st_mtime
         return [entry if entry.time else replace(entry, time=known) for entry in entries]
 
     def _entry(self, raw: str) -> Entry:

@@ -19,6 +19,8 @@ from pathlib import Path
 LOG_LIMIT_NBYTES = 64 << 20
 #: a report line that is longer is dropped
 REPORT_LIMIT_NBYTES = 64 << 10
+#: how much of a log's end is looked at for last words, and so their longest length
+WORDS_NBYTES = 1000
 
 
 class Child:
@@ -114,3 +116,15 @@ def _popen(
             pass_fds=(lifeline, report),
             env={**env, "DS_LIFELINE_FD": str(lifeline), "DS_REPORT_FD": str(report)},
         )
+
+
+def last_words(log: Path) -> str:
+    """The last line of a log unless it is one of ours: what Python or a library said as the process died."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - WORDS_NBYTES))
+            lines = file.read().decode(errors="replace").split("\n")
+    except OSError:
+        return ""
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    return "" if last.startswith("{") else last.strip()

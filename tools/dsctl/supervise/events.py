@@ -61,6 +61,8 @@ class Exited:
     name: str
     #: exit status, or minus the number of the signal that killed it
     status: int
+    #: the last line of its output that is no log line: what Python or a library said as it died; "" for none
+    last_words: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -210,7 +210,8 @@ class Machine:
             error = process.error or _unexplained(process.name, event.status)
             self._end(process, Phase.ENDED, event.now, error.message)
             return self._fail(event.now, error, event.status)
-        return self._ended(process, event.now, describe(event.status))
+        words = event.last_words if process.error is None else ""
+        return self._ended(process, event.now, describe(event.status) + (f": {words}" if words else ""))
 
     def _ended(self, process: Process, now: float, how: str) -> list[Action]:
         """It crashed: it is started again later, or given up."""

@@ -21,7 +21,7 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from dsctl.supervise.child import Child
+from dsctl.supervise.child import Child, last_words
 from dsctl.supervise.events import (
     Action,
     AllReady,
@@ -243,7 +243,8 @@ class _Supervisor:
     def _exited(self, name: str, status: int) -> None:
         del self._children[name]
         self._crashed_at[name] = time.time()
-        self._feed(Exited(self._loop.time(), name, status))
+        words = last_words(self._run.log_of(name)) if status else ""
+        self._feed(Exited(self._loop.time(), name, status, words))
 
     # what others see
 
