@@ -196,7 +196,8 @@ class Requests:
         elif request.left:
             self._send(client.Cancel(request.request_id))
         elif request.have and not known:
-            self._end(request, RouterLost(f"{request.request_id}: was lost when the router was restarted"))
+            text = f"{request.request_id}: was lost when the router was restarted"
+            self._end(request, RouterLost(text, remedy="send the request again"))
         else:
             request.incarnation = incarnation
             self._catch_up(now, request)

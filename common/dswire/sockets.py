@@ -168,7 +168,10 @@ class ConnectedSocket(_Socket):
             self._zmq.connect(endpoint)
         except zmq.ZMQError as error:
             self.close()
-            raise StartFailed(f"{endpoint}: is no address to connect to: {error}") from error
+            raise StartFailed(
+                f"{endpoint}: is no address to connect to: {error}",
+                remedy="give one like tcp://HOST:PORT or ipc:///PATH/OF/SOCKET",
+            ) from error
 
     def start(self, on_frames: OnFrames) -> None:
         """Begin to deliver to ``on_frames`` in the running loop."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--logprobs", type=int, help="With --json: log-probabilities, of this many likeliest tokens too.")
 @click.option("--deadline", "deadline_s", type=float, help="Give up after this many seconds.")
 @click.option("--stream/--no-stream", default=True, show_default=True, help="Print as it comes.")
-@click.option("--json", "as_json", is_flag=True, help="Print the whole answer as one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole answer as one line of JSON.")
 @click.option("--ledger", is_flag=True, help="Tell on stderr where the time went.")
 def command(
     prompt: str | None,
@@ -59,7 +59,7 @@ def command(
     if as_json:
         import msgspec
 
-        click.echo(msgspec.json.format(msgspec.json.encode(completion), indent=2))
+        click.echo(msgspec.json.encode(completion).decode())
     elif not live:
         _print_choices(completion)
     if ledger:

@@ -46,6 +46,8 @@ def table(completion: Completion) -> Table:
     shown.add_column("")
     total_s = ledger.total_s or 1.0
     for name, seconds in stages(ledger).items():
+        if name == "retry_s" and not ledger.retries:
+            continue
         share = seconds / total_s
         colour = "cyan" if name in _TTFT else "magenta"
         bar = f"[{colour}]{'█' * round(share * _BAR)}[/]"
