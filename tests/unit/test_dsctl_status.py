@@ -13,7 +13,8 @@ from rich.console import Console
 
 from dsctl import overview as overview_module
 from dsctl.__main__ import dsctl
-from dsctl.status import duration
+from dsctl.overview import Overview
+from dsctl.status import duration, table
 from dsctl.supervise.board import Board
 from dsctl.supervise.events import Note, Over
 from dsctl.supervise.record import ProcessRecord, RunRecord
@@ -133,9 +134,7 @@ def status(
     monkeypatch.setattr(overview_module, "ask", lambda address, keys: (answer, "" if answer else "no answer"))
     with run.locked(file):
         run.write(record(*processes, topology=str(file)))
-        done = CliRunner().invoke(
-            dsctl, ["status", "-f", str(file), *arguments], env={"COLUMNS": "140"}, standalone_mode=False
-        )
+        done = CliRunner().invoke(dsctl, ["status", "-f", str(file), *arguments], standalone_mode=False)
     assert done.exception is None, done.output
     code: int = done.return_value
     return code, done.output
@@ -148,6 +147,16 @@ def test_all_up(running: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     assert row[1:3] == ["cpu:0", "ready"]
     assert row[-4:] == ["2", "30/91", "3", "ready"]
     assert "requests: 2 decoding; ended: 7 finished" in out
+
+
+def test_the_table_fits_a_terminal_of_eighty_columns() -> None:
+    report_ = report(msgspec.structs.replace(worker("decode-0"), handles={}))
+    rows = [overview_module.own_row(one, worker) for one in UP for worker in report_.workers]
+    seen = Overview("/t.yaml", "tiny", "tcp://127.0.0.1:5555", 42, tuple(rows), report_, "")
+    out = io.StringIO()
+    Console(file=out, width=80).print(table(seen))
+    assert "…" not in out.getvalue()
+    assert "handles" not in out.getvalue()
 
 
 def test_one_down(running: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

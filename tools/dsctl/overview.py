@@ -85,12 +85,13 @@ def overview(path: Path) -> Overview:
 def _supervised(record: RunRecord) -> Overview:
     report, reason = ask(record.frontend, Path(record.keys_dir) if record.keys_dir else None)
     workers = {worker.name: worker for worker in report.workers} if report else {}
-    rows = [_own(process, workers.pop(process.name, None)) for process in record.processes]
+    rows = [own_row(process, workers.pop(process.name, None)) for process in record.processes]
     rows += [_foreign(worker) for worker in workers.values()]
     return Overview(record.topology, record.model, record.frontend, record.pid, tuple(rows), report, reason)
 
 
-def _own(process: ProcessRecord, worker: WorkerStatus | None) -> Row:
+def own_row(process: ProcessRecord, worker: WorkerStatus | None) -> Row:
+    """The row of a process that this host's supervisor looks after."""
     return Row(
         name=process.name,
         role=process.role,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,7 +73,8 @@ def _print(seen: Overview) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False)
+    # what goes to a file or a pipe is not cut
+    console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
     by = "no supervisor here" if seen.supervisor_pid is None else f"supervisor pid {seen.supervisor_pid}"
     console.print(Text.assemble((seen.model, "bold"), f" at {seen.frontend} ({by})"), soft_wrap=True)
     console.print(table(seen))
@@ -91,11 +93,15 @@ def table(seen: Overview) -> Table:
     """A row for each process."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right" if heading in RIGHT else "left", no_wrap=True)
-    for row in seen.rows:
-        table.add_row(*_cells(row))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    cells = [_cells(row) for row in seen.rows]
+    # a column without anything in it would only crowd out the others where the terminal is narrow
+    shown = [index for index in range(len(HEADINGS)) if any(row[index] for row in cells)]
+    for index in shown:
+        heading = HEADINGS[index]
+        table.add_column(heading, justify="right" if heading in RIGHT else "left", no_wrap=heading != "handles")
+    for row in cells:
+        table.add_row(*(row[index] for index in shown))
     return table
 
 
