@@ -12,7 +12,7 @@ class KvKey(msgspec.Struct, frozen=True, array_like=True):
 
     #: ``request_id/choice``
     sequence: str
-    #: attempt number, from 0
+    #: number of the attempt; no two attempts of one life of the router have the same
     epoch: int
 
     def __str__(self) -> str:

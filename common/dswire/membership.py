@@ -33,9 +33,13 @@ class Membership:
 
     def hello(self, now: float) -> list[Send]:
         """Say hello."""
+        self.forget(now)
+        return [Send(self.peer, self._hello())]
+
+    def forget(self, now: float) -> None:
+        """Not registered any more; the next hello is due in ``HELLO_RETRY_S``."""
         self.lease_s = None
         self._heard_at = now
-        return [Send(self.peer, self._hello())]
 
     def welcomed(self, now: float, lease_s: float) -> None:
         """The hello was answered."""

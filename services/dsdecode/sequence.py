@@ -51,6 +51,8 @@ class Sequence:
     copies: int = 0
     #: part of the step that runs
     in_step: bool = False
+    #: when the relay last moved its hand-off on
+    heard_at: float = 0.0
     #: the relay must be told when the last copy of a doomed pull has ended
     abort_pull: bool = False
     transfer_wait_s: float = 0.0

@@ -95,6 +95,7 @@ class DecodeState:
                 self._stepped(event)
         self._admit(event.now)
         self._run(event.now)
+        self.links.count(self._out)
         return self._out
 
     def next_deadline(self) -> float | None:
@@ -131,10 +132,10 @@ class DecodeState:
             case kv.KvGrant(key=key):
                 one = self._pulling(key)
                 if one is not None:
-                    one.copies += 1
+                    one.copies, one.heard_at = one.copies + 1, now
                     self._out.append(CopyDirect(one.work.handle, tuple(one.blocks)))
             case kv.KvChunkReady():
-                self._chunk_ready(message)
+                self._chunk_ready(now, message)
             case kv.KvFailed(key=key, error=error):
                 one = self._pulling(key)
                 if one is not None:
@@ -155,9 +156,10 @@ class DecodeState:
 
     def _accept(self, now: float, work: worker.DecodeWork) -> None:
         key = work.handle.key
-        if key in self.sequences:
+        known = self.sequences.get(key)
+        if known is not None and known.life.phase is not Phase.DOOMED:
             return
-        refusal = self._refusal(work)
+        refusal = self._refusal(work) if known is None else Overloaded(f"{self.config.name} still drops {key}")
         if refusal is not None:
             self._out.append(Send(ROUTER, worker.SequenceFailed(key, refusal.info())))
             return
@@ -202,11 +204,11 @@ class DecodeState:
             one.transfer_wait_s = one.life.move(Phase.PULLING, now, "blocks taken")
             self._out.append(Send(RELAY, kv.KvPull(one.work.handle)))
 
-    def _chunk_ready(self, ready: kv.KvChunkReady) -> None:
+    def _chunk_ready(self, now: float, ready: kv.KvChunkReady) -> None:
         one = self._pulling(ready.key)
         if one is None:
             return
-        one.copies += 1
+        one.copies, one.heard_at = one.copies + 1, now
         handle, chunk = one.work.handle, ready.chunk
         last = chunk.first + chunk.count >= len(handle.blocks)
         self._out.append(CopyChunk(handle, tuple(one.blocks), chunk, ready.slot, last))
@@ -240,11 +242,20 @@ class DecodeState:
             if one.life.phase in (Phase.WAITING, Phase.PULLING)
         )
         self._extend_at = now + self._extend_s if self.sequences else None
+        for one in [one for one in self.sequences.values() if self._stuck(one, now)]:
+            error = TransferFailed(f"the relay of node {self.config.node} said nothing of {one.key} for two leases")
+            self._fail(one, now, error.info(), tell_relay=True)
         if wanted and self.links.relay.joined:
             self._out.append(Send(RELAY, kv.KvExtend(wanted)))
 
+    def _stuck(self, one: Sequence, now: float) -> bool:
+        """Whether the relay's last word on a pull is so old that its end must have been lost on the way."""
+        pulling = one.life.phase is Phase.PULLING and not one.copies
+        return pulling and now - max(one.life.since, one.heard_at) > 6 * self._extend_s
+
     @property
     def _extend_s(self) -> float:
+        """A third of the relay's lease."""
         return (self.links.staging.lease_s if self.links.staging else 30.0) / 3
 
     def _relay_lost(self, now: float) -> None:

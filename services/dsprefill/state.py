@@ -8,7 +8,9 @@ Life of a sequence here::
        └──────────────> GONE
 
 Blocks are taken when a step begins and given back in one place, ``_drop``. An offered sequence keeps them until
-the relay releases the handle, or until no relay has known the handle for a whole lease. At most one step runs.
+the relay releases the handle, or until no relay has known the handle for a whole lease. A release that was lost
+is made good by another offer after two leases, by when a handle that nobody wants would have expired. At most one
+step runs.
 """
 
 from __future__ import annotations
@@ -96,6 +98,8 @@ class _Sequence:
     blocks: tuple[int, ...] = ()
     #: set from OFFERED on
     handle: KvHandle | None = None
+    #: aborted while OFFERED; said again with every offer
+    withdrawn: bool = False
     started: float = field(default=0.0)
 
     @property
@@ -114,8 +118,8 @@ class PrefillState:
         self.sequences: dict[KvKey, _Sequence] = {}
         #: whether a step runs
         self.busy = False
-        #: offered handles that no live relay knows: give up at that time
-        self._orphans: Timers[KvKey] = Timers()
+        #: for each offered handle: when to offer it again, or while no relay is there, to give it up
+        self._offers: Timers[KvKey] = Timers()
         self.links = Links(self._router_hello, self._relay_hello, self._load)
         self._out: list[Action] = []
 
@@ -130,8 +134,8 @@ class PrefillState:
                 self._message(now, peer, message)
             case Tick(now):
                 self._linked(now, *self.links.tick(now))
-                for key in self._orphans.due(now):
-                    self._give_up(key, now)
+                for key in self._offers.due(now):
+                    self._overdue(self.sequences[key], now)
             case PeerLost(now, peer):
                 self._linked(now, *self.links.peer_lost(now, peer))
             case PrefillStepped():
@@ -141,11 +145,12 @@ class PrefillState:
             case Staged(now, key, chunk):
                 self._out.append(Send(RELAY, kv.KvStaged(key, chunk)))
         self._run(event.now)
+        self.links.count(self._out)
         return self._out
 
     def next_deadline(self) -> float | None:
-        """Silence of a link, or the end of an unknown handle."""
-        return min((at for at in (self.links.deadline(), self._orphans.next()) if at is not None), default=None)
+        """Silence of a link, or an offer without an answer."""
+        return min((at for at in (self.links.deadline(), self._offers.next()) if at is not None), default=None)
 
     def validate(self) -> None:
         """Blocks and phases agree."""
@@ -157,7 +162,7 @@ class PrefillState:
         assert self.busy or Phase.RUNNING not in phases
         for one in self.sequences.values():
             assert (one.life.phase is Phase.QUEUED) == (not one.blocks)
-            assert (one.life.phase is Phase.OFFERED) == (one.handle is not None)
+            assert (one.life.phase is Phase.OFFERED) == (one.handle is not None) == (one.work.key in self._offers)
 
     # messages
 
@@ -190,18 +195,19 @@ class PrefillState:
             elif link is Link.ROUTER_LOST:
                 for key in list(self.sequences):
                     self._abort(now, key)
-            elif link is Link.RELAY_JOINED:
-                self._reoffer()
-            elif link is Link.RELAY_LOST:
-                self._orphan(now)
+            elif link in (Link.RELAY_JOINED, Link.RELAY_LOST):
+                self._offer_all(now)
 
     def _accept(self, now: float, work: worker.PrefillWork) -> None:
         layout, blocks = self.config.capacity.layout, self.config.capacity.blocks
         length = len(work.prompt_ids) + len(work.output_ids)
         waiting = sum(one.life.phase is Phase.QUEUED for one in self.sequences.values())
-        if work.key in self.sequences:
-            return
-        if waiting >= self.config.max_queue:
+        known = self.sequences.get(work.key)
+        if known is not None:
+            if known.withdrawn or known.life.phase is Phase.DOOMED:
+                # a router that was restarted counts attempts anew; another attempt has another key
+                self._fail(work.key, Overloaded(f"{self.config.name} still drops {work.key}").info())
+        elif waiting >= self.config.max_queue:
             self._fail(work.key, Overloaded(f"{self.config.name} has {waiting} sequences waiting").info())
         elif layout.blocks_for(length) > blocks:
             have = blocks * layout.block_size
@@ -225,6 +231,7 @@ class PrefillState:
                 one.life.move(Phase.DOOMED, now, "aborted")
             case Phase.OFFERED:
                 # the relay answers with KvRelease as soon as nobody reads the blocks
+                one.withdrawn = True
                 self._out.append(Send(RELAY, kv.KvWithdraw(key)))
 
     # steps
@@ -286,10 +293,8 @@ class PrefillState:
             return
         one.life.move(Phase.OFFERED, now, "sealed")
         one.handle = self._make_handle(one, checksum)
-        self._out.append(Send(RELAY, kv.KvOffer(one.handle)))
+        self._offer(one, one.handle, now)
         self._out.append(Send(ROUTER, worker.KvSealed(one.handle)))
-        if not self.links.relay.joined:
-            self._orphans.set(key, now + self._orphan_s)
 
     def _make_handle(self, one: _Sequence, checksum: int) -> KvHandle:
         config = self.config
@@ -305,26 +310,30 @@ class PrefillState:
             checksum=checksum,
         )
 
-    def _reoffer(self) -> None:
+    def _offer_all(self, now: float) -> None:
         for one in self.sequences.values():
             if one.handle is not None:
-                self._orphans.cancel(one.work.key)
-                self._out.append(Send(RELAY, kv.KvOffer(one.handle)))
+                self._offer(one, one.handle, now)
 
-    def _orphan(self, now: float) -> None:
-        for key, one in self.sequences.items():
-            if one.handle is not None:
-                self._orphans.set(key, now + self._orphan_s)
+    def _offer(self, one: _Sequence, handle: KvHandle, now: float) -> None:
+        """Offer, for the first time or again; while no relay is there it only begins to run out of patience."""
+        joined = self.links.relay.joined
+        self._offers.set(handle.key, now + (2.0 * self._lease_s + 1.0 if joined else self._lease_s))
+        if joined:
+            self._out.append(Send(RELAY, kv.KvOffer(handle)))
+            if one.withdrawn:
+                self._out.append(Send(RELAY, kv.KvWithdraw(handle.key)))
+
+    def _overdue(self, one: _Sequence, now: float) -> None:
+        if self.links.relay.joined and one.handle is not None:
+            self._offer(one, one.handle, now)
+            return
+        self._fail(one.work.key, TransferFailed(f"the relay of node {self.config.node} is down").info())
+        self._drop(one, now, "no relay for a whole lease")
 
     @property
-    def _orphan_s(self) -> float:
-        """How long a handle is kept while no relay knows it: the relay's own lease."""
+    def _lease_s(self) -> float:
         return self.links.staging.lease_s if self.links.staging else 30.0
-
-    def _give_up(self, key: KvKey, now: float) -> None:
-        one = self.sequences[key]
-        self._fail(key, TransferFailed(f"the relay of node {self.config.node} is down").info())
-        self._drop(one, now, "no relay for a whole lease")
 
     # ends
 
@@ -334,7 +343,7 @@ class PrefillState:
     def _drop(self, one: _Sequence, now: float, why: str) -> None:
         one.life.move(Phase.GONE, now, why)
         self.pool.give(one.blocks)
-        self._orphans.cancel(one.work.key)
+        self._offers.cancel(one.work.key)
         del self.sequences[one.work.key]
 
     # what others are told of us

@@ -57,10 +57,10 @@ class RouterActor(Actor):
     def perform(self, action: Any) -> None:
         """Perform one action of ``dsrouter.events``."""
         match action:
-            case Tokenize(request_id, submit) if _chars(submit) <= INLINE_CHARS:
-                self.soon(self._tokenize(request_id, submit))
-            case Tokenize(request_id, submit):
-                self.spawn(asyncio.to_thread(self._tokenize, request_id, submit), "tokenize")
+            case Tokenize(submit) if _chars(submit) <= INLINE_CHARS:
+                self.soon(self._tokenize(submit))
+            case Tokenize(submit):
+                self.spawn(asyncio.to_thread(self._tokenize, submit), "tokenize")
             case _:
                 super().perform(action)
 
@@ -70,12 +70,12 @@ class RouterActor(Actor):
         if peer.startswith(CLIENT):
             self.send(peer, client.ClientRefused(error.info()))
 
-    def _tokenize(self, request_id: str, submit: Submit) -> Tokenized:
+    def _tokenize(self, submit: Submit) -> Tokenized:
         try:
             tokens = self._tokens(submit)
         except DsError as error:
-            return Tokenized(self.now(), request_id, error=error.info())
-        return Tokenized(self.now(), request_id, tuple(tokens))
+            return Tokenized(self.now(), submit, error=error.info())
+        return Tokenized(self.now(), submit, tuple(tokens))
 
     def _tokens(self, submit: Submit) -> list[int]:
         limit = self.machine.config.max_model_len * self._text.max_token_chars

@@ -14,7 +14,6 @@ from dswire.messages.client import Submit
 class Tokenize:
     """Turn the text of a request into tokens; ends with :class:`Tokenized`."""
 
-    request_id: str
     submit: Submit
 
 
@@ -26,7 +25,8 @@ class Tokenized:
     """The tokens of a request, or why there are none."""
 
     now: float
-    request_id: str
+    #: what was tokenised, the very object: the request of that id may be another one by now
+    submit: Submit
     prompt_ids: tuple[int, ...] = ()
     error: ErrorInfo | None = None
 

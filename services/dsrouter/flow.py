@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from itertools import count
 from typing import Protocol
 
 import msgspec
@@ -53,6 +54,7 @@ class Flow:
         self.choices: dict[str, tuple[Request, Choice]] = {}
         self._queued: deque[str] = deque()
         self._unplaced: deque[str] = deque()
+        self._epochs = count()
 
     def validate(self) -> None:
         """Phases, queues and registry agree."""
@@ -68,6 +70,10 @@ class Flow:
             assert one.tokens == sum(one.sequences.values())
 
     # forward
+
+    def next_key(self, sequence: str) -> KvKey:
+        """The key of a new attempt. Its epoch is never used again, so late messages match nothing."""
+        return KvKey(sequence, next(self._epochs))
 
     def add(self, request: Request, choice: Choice) -> None:
         """A new choice waits for prefill."""
@@ -193,7 +199,7 @@ class Flow:
         self._withdraw(choice, abort=True)
         choice.account.spend("retry_s", now)
         choice.life.move(Phase.QUEUED, now, why)
-        choice.key = KvKey(choice.key.sequence, choice.key.epoch + 1)
+        choice.key = self.next_key(choice.key.sequence)
         # it has waited before: it goes first
         self._queued.appendleft(choice.key.sequence)
 

@@ -55,5 +55,5 @@ class Account:
     def close(self, now: float) -> Ledger:
         """The ledger, all time up to ``now`` booked."""
         self._book("decode_s", self._elapsed(now))
-        ttft_s = (self._first_token_at or now) - self._arrived
+        ttft_s = (now if self._first_token_at is None else self._first_token_at) - self._arrived
         return Ledger(**self._stages, ttft_s=ttft_s, total_s=now - self._arrived, retries=self.retries)

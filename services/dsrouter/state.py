@@ -13,15 +13,15 @@ from typing import TypeAlias
 
 import msgspec
 
-from dskv.handle import KvKey
 from dsrouter.checks import check_submit, check_tokens
 from dsrouter.clients import Client, Clients
 from dsrouter.config import RouterConfig
 from dsrouter.events import Stopping, Tokenize, Tokenized
 from dsrouter.flow import Flow
 from dsrouter.ledger import Account
+from dsrouter.registrar import Registrar
 from dsrouter.request import TRANSITIONS, Choice, Phase, Request, Writer
-from dsrouter.workers import PROBE_S, Worker, Workers
+from dsrouter.workers import Workers
 from dswire.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -67,6 +67,7 @@ class RouterState:
         #: ("ping", ""), ("claim", worker), ("deadline", request) and ("forget", request)
         self._timers: Timers[tuple[str, str]] = Timers()
         self._timers.set(("ping", ""), now)
+        self._registrar = Registrar(config, self.workers, self.flow, self._timers, self.send)
         self._out: list[Action] = []
 
     # the machine's interface
@@ -85,7 +86,7 @@ class RouterState:
             case PeerLost(_, peer) if peer.startswith(CLIENT):
                 self.clients.unreachable(peer)
             case PeerLost(_, peer):
-                self._lose(now, self.workers.at(peer))
+                self._registrar.unreachable(now, peer)
             case Stopping():
                 for request in [one for one in self.requests.values() if one.live]:
                     self.fail(request, RouterLost("the router is shutting down"), now)
@@ -209,11 +210,11 @@ class RouterState:
         if submit.prompt_ids is not None:
             self._begin(now, request, submit.prompt_ids)
         else:
-            self._out.append(Tokenize(request.id, submit))
+            self._out.append(Tokenize(submit))
 
     def _tokenized(self, event: Tokenized) -> None:
-        request = self.requests.get(event.request_id)
-        if request is None or not request.live:
+        request = self.requests.get(event.submit.request_id)
+        if request is None or request.submit is not event.submit or not request.live:
             return
         if event.error is not None:
             self.fail(request, from_info(event.error), event.now)
@@ -237,7 +238,7 @@ class RouterState:
             own = msgspec.structs.replace(
                 sampling, seed=(seed + number) % 2**63, max_tokens=max_tokens, min_tokens=min_tokens
             )
-            key = KvKey(f"{request.id}/{number}", 0)
+            key = self.flow.next_key(f"{request.id}/{number}")
             life = Lifecycle(f"choice {key}", TRANSITIONS, Phase.QUEUED, request.arrived)
             choice = Choice(number, own, self._make_writer(own), life, Account(request.arrived), key)
             request.choices.append(choice)
@@ -246,8 +247,11 @@ class RouterState:
     # what the flow tells us
 
     def send(self, peer: str, message: msgspec.Struct) -> None:
-        """Send a message."""
+        """Send a message, counting what a worker is sent."""
         self._out.append(Send(peer, message))
+        known = self.workers.at(peer)
+        if known is not None and not isinstance(message, worker.RouterPing | worker.WorkerWelcome):
+            known.sent += 1
 
     def emit(self, request: Request, event: msgspec.Struct) -> None:
         """Keep an event of a request, and send it if its client can be reached."""
@@ -291,19 +295,16 @@ class RouterState:
 
     def _from_worker(self, now: float, peer: str, message: msgspec.Struct) -> None:
         if isinstance(message, worker.WorkerHello):
-            self._worker_hello(now, peer, message)
+            self._registrar.hello(now, peer, message)
             return
-        known = self.workers.at(peer)
+        known = self._registrar.known(now, peer, message)
         if known is None:
-            self.send(peer, worker.HelloWanted())
             return
-        known.heard_at = now
         match message:
-            case worker.WorkerReport(load=load):
-                known.load, known.load_at = load, now
-                self._alive(known)
+            case worker.WorkerReport():
+                self._registrar.report(now, known, message)
             case worker.WorkerBye():
-                self._lose(now, known)
+                self._registrar.lose(now, known)
             case worker.PrefillDone():
                 self.flow.prefilled(now, message)
             case worker.KvSealed(handle=handle):
@@ -315,44 +316,6 @@ class RouterState:
             case worker.SequenceFailed(key=key, error=error):
                 self.flow.failed(now, key, error)
 
-    def _worker_hello(self, now: float, peer: str, hello: worker.WorkerHello) -> None:
-        refusal = self.workers.refusal(hello)
-        holder = self.workers.get(hello.name)
-        if refusal is not None:
-            self.send(peer, worker.WorkerRefused(refusal.info()))
-        elif holder is None:
-            self._welcome(now, peer, hello)
-        elif holder.peer == peer:
-            # said again: it holds nothing of ours, or must drop it
-            self.flow.worker_lost(now, holder)
-            self.workers.leave(now, holder)
-            self._welcome(now, peer, hello)
-        else:
-            holder.claim, holder.claim_until = (peer, hello), now + PROBE_S
-            self._timers.set(("claim", hello.name), holder.claim_until)
-            self.send(holder.peer, worker.RouterPing())
-
-    def _welcome(self, now: float, peer: str, hello: worker.WorkerHello) -> None:
-        self.workers.join(now, peer, hello)
-        welcome = worker.WorkerWelcome(self.config.name, self.config.incarnation, self.config.worker_lease_s)
-        self.send(peer, welcome)
-
-    def _alive(self, holder: Worker) -> None:
-        if holder.claim is not None:
-            peer, hello = holder.claim
-            holder.claim = None
-            self._timers.cancel(("claim", hello.name))
-            self.send(peer, worker.WorkerRefused(self.workers.duplicate(hello).info()))
-
-    def _lose(self, now: float, lost: Worker | None) -> None:
-        if lost is None:
-            return
-        self.workers.leave(now, lost)
-        self._timers.cancel(("claim", lost.hello.name))
-        self.flow.worker_lost(now, lost)
-        if lost.claim is not None:
-            self._welcome(now, *lost.claim)
-
     # time
 
     def _due(self, now: float, kind: str, name: str) -> None:
@@ -360,7 +323,7 @@ class RouterState:
             case "ping":
                 self._ping(now)
             case "claim":
-                self._lose(now, self.workers.get(name))
+                self._registrar.probed(now, name)
             case "deadline":
                 request = self.requests[name]
                 waited_s = now - request.arrived
@@ -370,11 +333,7 @@ class RouterState:
 
     def _ping(self, now: float) -> None:
         self._timers.set(("ping", ""), now + PING_S)
-        for one in self.workers:
-            if now - one.heard_at > self.config.worker_lease_s:
-                self._lose(now, one)
-            else:
-                self.send(one.peer, worker.RouterPing())
+        self._registrar.ping(now)
         for gone in self.clients.silent(now):
             self._client_gone(now, gone, "its client fell silent")
         self.flow.starve(now, lambda role: self.workers.down_since(role, self._started))

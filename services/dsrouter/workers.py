@@ -37,6 +37,9 @@ class Worker:
     #: tokens of all of them
     tokens: int = 0
     last_used: int = 0
+    #: messages to it since its welcome and from it since its hello; pings and reports do not count
+    sent: int = 0
+    received: int = 0
     #: connection and hello of another process that claims this name, and until when we wait
     claim: tuple[str, WorkerHello] | None = None
     claim_until: float = 0.0
@@ -85,9 +88,11 @@ class Workers:
         """The live workers of a role."""
         return [worker for worker in self._up.values() if worker.hello.role == role]
 
-    def refusal(self, hello: WorkerHello) -> DsError | None:
+    def refusal(self, peer: str, hello: WorkerHello) -> DsError | None:
         """Why this hello cannot be accepted at all."""
         name = hello.name
+        if self._names.get(peer, name) != name:
+            return Refused(f"the connection of {self._names[peer]} cannot be that of {name!r} too")
         if hello.protocol != PROTOCOL:
             return VersionMismatch(f"{name} speaks protocol {hello.protocol}, the router speaks {PROTOCOL}")
         if self._expected.get(name) != hello.role:

@@ -192,7 +192,7 @@ class RouterProcess(Process):
             super().perform(action, lost)
         text = action.submit.prompt or "".join(turn.content for turn in action.submit.chat or ())
         ids = tuple(ord(char) % VOCAB for char in text)
-        self.work("tokenize", lambda: Tokenized(self.now, action.request_id, ids))
+        self.work("tokenize", lambda: Tokenized(self.now, action.submit, ids))
 
 
 class PrefillProcess(Process):

@@ -122,6 +122,13 @@ class Wires:
                 self._clock.after(BREAK_S, partial(self._give_up, wire, wire.held))
                 self._clock.after(seconds, partial(self._heal, wire))
 
+    def reset(self, one: str, other: str) -> None:
+        """The connections between two processes break and heal at once: what was on its way is lost, unnoticed."""
+        for wire in self._all:
+            if {wire.dealer.name, wire.bound} == {one, other} and wire.connected_to is not None:
+                self._break(wire)
+                self._join(wire)
+
     def _give_up(self, wire: Wire, cut: list[tuple[bool, Parcel]]) -> None:
         if wire.held is cut:
             wire.held = []

@@ -64,10 +64,13 @@ class WorkerHello(msgspec.Struct, frozen=True, tag=True):
     capacity: Capacity | None = None
 
 
-class WorkerReport(msgspec.Struct, frozen=True, tag=True):
+class WorkerReport(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Answer to a :class:`RouterPing`."""
 
     load: Load
+    #: messages sent since the hello, reports not counted; None where nobody counts (relays). The router forgets
+    #: a worker of which it has received another number: a connection that broke and healed took some with it
+    sent: int | None = None
 
 
 class WorkerBye(msgspec.Struct, frozen=True, tag=True):
@@ -155,8 +158,12 @@ class HelloWanted(msgspec.Struct, frozen=True, tag=True):
     """The receiver is not known here (a restart): drop what this connection holds, say hello again."""
 
 
-class RouterPing(msgspec.Struct, frozen=True, tag=True):
+class RouterPing(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Every second to each worker."""
+
+    #: messages sent since the welcome, pings not counted; an instance that has received another number says hello
+    #: again
+    sent: int = 0
 
 
 class PrefillWork(msgspec.Struct, frozen=True, tag=True):
