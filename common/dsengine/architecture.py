@@ -1,211 +1,157 @@
-"""The architecture of a model, read from the ``config.json`` of a Hugging Face directory.
+"""The architecture of a model: what the decoder has to know of it, and nothing of how its files say so.
 
-Invariant: what :func:`load_architecture` returns is a model that :mod:`dsengine.llama` computes exactly; every
-feature that it would not compute is refused with :class:`UnsupportedModel` that names it. No torch here.
+Invariant: every :class:`Architecture` is one that :mod:`dsengine.decoder` computes exactly; which configurations
+lead to one is told in :mod:`dsengine.families`. No torch here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import msgspec
+from dsengine.rope_settings import Rope
 
-from dswire.errors import ModelNotFound, UnsupportedModel
-
-#: values of ``architectures`` whose tensors and arithmetic are those of Llama
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM")
+#: functions of one number that an MLP may use, by their names in configurations
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "quick_gelu"]
 
 
 @dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary position embedding; ``dynamic`` equals ``default`` up to ``original_len``, and is refused beyond."""
+class AttentionRule:
+    """How the heads of a layer attend, apart from causality."""
 
-    kind: Literal["default", "linear", "llama3", "dynamic"]
-    #: base of the geometric row of wavelengths
-    theta: float
-    #: how many times longer the context became by scaling
-    factor: float
-    #: llama3: wavelengths above ``original_len / low_freq_factor`` are stretched by ``factor``
-    low_freq_factor: float
-    #: llama3: wavelengths under ``original_len / high_freq_factor`` stay
-    high_freq_factor: float
-    #: positions that the model was trained on before scaling
-    original_len: int
+    #: factor of the product of query and key; None for ``1 / sqrt(head_dim)``
+    scale: float | None = None
+    #: tokens that a query sees, itself included; None for all before it
+    window: int | None = None
+    #: scores become ``softcap * tanh(scores / softcap)``
+    softcap: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """In what one layer may differ from another."""
+
+    rule: AttentionRule
+    #: None: the layer's queries and keys carry no position of their own
+    rope: Rope | None
+    #: the MLP is a mixture of experts
+    sparse: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """Normalisation over the hidden dimension."""
+
+    #: ``rms_plus_one``: the factor is one more than the stored weight, and is applied in float32
+    kind: Literal["rms", "rms_plus_one", "layer"]
+    eps: float
+    #: weights (and a layer norm's biases) are stored
+    affine: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """A feed-forward part."""
+
+    #: width of its inner dimension
+    size: int
+    activation: Activation
+    #: ``down(act(gate(x)) * up(x))``; else ``down(act(up(x)))``
+    gated: bool = True
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts in the place of an MLP; experts use the model's activation, gated, without bias."""
+
+    count: int
+    #: experts that a token goes to
+    per_token: int
+    #: width of an expert's inner dimension
+    size: int
+    #: the weights of a token's experts add up to one
+    renormalise: bool
+    #: width of the expert that every token goes to, behind a gate of its own; 0 for none
+    shared_size: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Names:
+    """Tensor names without ``.weight`` and ``.bias``; the defaults are those of Llama. Empty: there is none."""
+
+    #: before everything but the head; checkpoints of the bare model lack its first word
+    root: str = "model."
+    embedding: str = "embed_tokens"
+    positions: str = ""
+    #: from and to the embedding's width
+    project_in: str = ""
+    project_out: str = ""
+    layer: str = "layers.{}."
+    #: Q, K and V, or one tensor with the rows of all three
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    q_norm: str = ""
+    k_norm: str = ""
+    attention_out: str = "self_attn.o_proj"
+    #: gate and up, or one tensor with the rows of both; only up where the MLP is not gated
+    mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    mlp_out: str = "mlp.down_proj"
+    #: norms of the branch's input; of its output; of the sum of residual and output
+    attention_before: str = "input_layernorm"
+    attention_after: str = ""
+    attention_outer: str = ""
+    mlp_before: str = "post_attention_layernorm"
+    mlp_after: str = ""
+    mlp_outer: str = ""
+    router: str = "mlp.gate"
+    expert: str = "mlp.experts.{}."
+    expert_in: tuple[str, ...] = ("gate_proj", "up_proj")
+    expert_out: str = "down_proj"
+    shared: str = "mlp.shared_expert."
+    shared_gate: str = "mlp.shared_expert_gate"
+    final_norm: str = "norm"
+    head: str = "lm_head"
+    #: full names in a layer that old checkpoints carry along and that follow from the configuration
+    ignored: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """Shapes and switches of a Llama-like decoder."""
+    """Shapes and switches of a decoder."""
 
+    #: value of ``architectures`` in the configuration
     name: str
     vocab_size: int
     hidden_size: int
-    #: width of the MLP
-    mlp_size: int
+    #: width of the token embedding; projected where it differs from ``hidden_size``
+    embedding_size: int
     layers: int
     heads: int
     #: divides ``heads``
     kv_heads: int
     head_dim: int
-    norm_eps: float
     #: positions that the model knows
     max_positions: int
-    #: the output head is the embedding
-    tied: bool
-    attention_bias: bool
-    mlp_bias: bool
-    rope: Rope
     eos_ids: frozenset[int]
-
-
-class _HfConfig(msgspec.Struct):
-    """``config.json``; defaults as in transformers' LlamaConfig, unknown keys ignored."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    architectures: list[str] = []
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    hidden_act: str = "silu"
-    rms_norm_eps: float = 1e-6
-    max_position_embeddings: int = 2048
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    sliding_window: int | None = None
-    rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
-    quantization_config: dict[str, Any] | None = None
-    eos_token_id: int | list[int] | None = None
-
-
-class _HfRope(msgspec.Struct):
-    """``rope_parameters`` (transformers 5) or ``rope_scaling`` (before)."""
-
-    rope_theta: float | None = None
-    rope_type: str | None = None
-    type: str | None = None
-    factor: float | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    partial_rotary_factor: float = 1.0
-
-
-class _HfGeneration(msgspec.Struct):
-    """``generation_config.json``."""
-
-    eos_token_id: int | list[int] | None = None
-
-
-def load_architecture(model_dir: Path) -> Architecture:
-    """Read ``config.json`` and, for the end-of-text tokens, ``generation_config.json`` of ``model_dir``.
-
-    Raises :class:`ModelNotFound` where there is no readable configuration and :class:`UnsupportedModel` for what
-    the engine lacks.
-    """
-    path = model_dir / "config.json"
-    if not path.is_file():
-        raise ModelNotFound(
-            f"{model_dir}: there is no config.json",
-            remedy="point model.path at a Hugging Face directory, or fetch one with `dsctl model pull`",
-        )
-    try:
-        raw = msgspec.json.decode(path.read_bytes())
-        name = _supported_name(path, raw)
-        config = msgspec.convert(raw, _HfConfig)
-    except msgspec.DecodeError as error:
-        raise ModelNotFound(f"{path}: {error}", remedy="the file is damaged: fetch the model again") from error
-    _refuse_features(path, config)
-    return Architecture(
-        name=name,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        mlp_size=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads or config.num_attention_heads,
-        head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
-        norm_eps=config.rms_norm_eps,
-        max_positions=config.max_position_embeddings,
-        tied=config.tie_word_embeddings,
-        attention_bias=config.attention_bias,
-        mlp_bias=config.mlp_bias,
-        rope=_rope(path, config),
-        eos_ids=_eos_ids(model_dir, config),
-    )
-
-
-def _supported_name(path: Path, raw: object) -> str:
-    names = raw.get("architectures") if isinstance(raw, dict) else None
-    name = names[0] if isinstance(names, list) and names else None
-    if name not in SUPPORTED:
-        raise UnsupportedModel(
-            f"{path}: architecture {name or 'unnamed'} is not supported",
-            remedy=f"use a model of {' or '.join(SUPPORTED)}",
-        )
-    return str(name)
-
-
-def _refuse_features(path: Path, config: _HfConfig) -> None:
-    kv_heads = config.num_key_value_heads or config.num_attention_heads
-    problems = [
-        (config.hidden_act != "silu", f"hidden_act {config.hidden_act!r} (only silu)"),
-        (config.sliding_window is not None, f"sliding_window {config.sliding_window}"),
-        (config.quantization_config is not None, "quantised weights (quantization_config)"),
-        (config.num_attention_heads % kv_heads != 0, f"{kv_heads} KV heads for {config.num_attention_heads} heads"),
-        (
-            config.head_dim is None and config.hidden_size % config.num_attention_heads != 0,
-            f"hidden_size {config.hidden_size} over {config.num_attention_heads} heads",
-        ),
-    ]
-    found = [text for wrong, text in problems if wrong]
-    if found:
-        raise UnsupportedModel(f"{path}: not supported: {'; '.join(found)}")
-
-
-def _rope(path: Path, config: _HfConfig) -> Rope:
-    raw = msgspec.convert(config.rope_parameters or config.rope_scaling or {}, _HfRope)
-    kind = raw.rope_type or raw.type or "default"
-    if raw.partial_rotary_factor != 1.0:
-        raise UnsupportedModel(f"{path}: not supported: partial_rotary_factor {raw.partial_rotary_factor}")
-    needed = {
-        "default": (),
-        "linear": ("factor",),
-        "dynamic": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    }
-    if kind not in needed:
-        raise UnsupportedModel(f"{path}: rope type {kind!r} is not supported, only {', '.join(needed)}")
-    missing = [key for key in needed[kind] if getattr(raw, key) is None]
-    if missing:
-        raise UnsupportedModel(f"{path}: rope type {kind!r} lacks {', '.join(missing)}")
-    return Rope(
-        kind=kind,  # type: ignore[arg-type]  # checked against the keys of `needed`
-        theta=raw.rope_theta or config.rope_theta,
-        factor=raw.factor or 1.0,
-        low_freq_factor=raw.low_freq_factor or 1.0,
-        high_freq_factor=raw.high_freq_factor or 1.0,
-        original_len=raw.original_max_position_embeddings or config.max_position_embeddings,
-    )
-
-
-def _eos_ids(model_dir: Path, config: _HfConfig) -> frozenset[int]:
-    """As transformers' ``generate``: the generation configuration's tokens go before the model's."""
-    eos = config.eos_token_id
-    path = model_dir / "generation_config.json"
-    if path.is_file():
-        try:
-            generation = msgspec.json.decode(path.read_bytes(), type=_HfGeneration)
-        except msgspec.DecodeError as error:
-            raise ModelNotFound(f"{path}: {error}", remedy="the file is damaged: fetch the model again") from error
-        eos = generation.eos_token_id if generation.eos_token_id is not None else eos
-    if eos is None:
-        return frozenset()
-    return frozenset(eos) if isinstance(eos, list) else frozenset((eos,))
+    norm: Norm
+    mlp: Mlp
+    #: one for each layer
+    plan: tuple[LayerPlan, ...]
+    experts: Experts | None = None
+    #: the output head is the embedding
+    tied: bool = False
+    #: what embeddings are multiplied by
+    embedding_scale: float = 1.0
+    #: rows of the table of learned positions before that of position 0; None: no such table
+    position_offset: int | None = None
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    #: the rows of the one QKV tensor go by head: Q, K and V of the first, of the second...
+    qkv_by_head: bool = False
+    #: matrices are stored ``[in, out]``
+    transposed: bool = False
+    #: attention and MLP of a layer see the same input
+    parallel: bool = False
+    #: logits become ``softcap * tanh(logits / softcap)``
+    logit_softcap: float | None = None
+    names: Names = Names()

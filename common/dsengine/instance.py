@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from dsengine.architecture import load_architecture
 from dsengine.config import EngineConfig
+from dsengine.families import load_architecture
 from dsengine.runner import Engine
 from dsengine.sampler import Sampled
 from dsengine.store import resolve

@@ -7,12 +7,22 @@ many rows come with it. Where that is not to be had (other devices, float16 with
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 #: rows that the packed layout is tuned for: a decode batch
 _PACK_ROWS = 8
+
+
+class AnyLinear(Protocol):
+    """What a matrix of weights is to the parts of a model."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[rows, in] -> [rows, out]``."""
+        ...
 
 
 class Linear:

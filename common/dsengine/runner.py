@@ -16,12 +16,15 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from dsengine.architecture import Architecture, load_architecture
+from dsengine.architecture import Architecture
 from dsengine.attention import DecodeAttention, PrefillAttention
 from dsengine.config import EngineConfig, ModelInfo
-from dsengine.llama import Llama
+from dsengine.decoder import Decoder
+from dsengine.families import load_architecture
+from dsengine.parts import Parts
 from dsengine.pool import DTYPES, KvPool
 from dsengine.rope import RopeTable
+from dsengine.rope_settings import Rope
 from dsengine.sampler import Sampled, SamplerState, sample
 from dsengine.weights import Checkpoint
 from dskv.layout import KvLayout
@@ -79,7 +82,7 @@ class Engine:
             eos_ids=arch.eos_ids,
             dtype=config.dtype,
         )
-        self._llama = _load(arch, config, self._device)
+        self._decoder = _load(arch, config, self._device)
         layout = KvLayout(
             layers=arch.layers,
             kv_heads=arch.kv_heads,
@@ -138,10 +141,10 @@ class Engine:
         """Logits ``[len(rows), vocab_size]``, of all tokens where ``rows`` is None."""
         try:
             with torch.inference_mode():
-                hidden = self._llama.forward(
+                hidden = self._decoder.forward(
                     torch.tensor(tokens).to(self._device), positions.to(self._device), attention
                 )
-                return self._llama.logits(hidden if rows is None else hidden[rows])
+                return self._decoder.logits(hidden if rows is None else hidden[rows])
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
                 f"no room on {self._device} for a step of {len(tokens)} tokens",
@@ -169,10 +172,13 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _load(arch: Architecture, config: EngineConfig, device: torch.device) -> Llama:
+def _load(arch: Architecture, config: EngineConfig, device: torch.device) -> Decoder:
     dtype = DTYPES[config.dtype]
-    rope = RopeTable(arch.rope, arch.head_dim, config.max_model_len, dtype, device)
+
+    def table(rope: Rope) -> RopeTable:
+        return RopeTable(rope, arch.head_dim, config.max_model_len, dtype, device)
+
     try:
-        return Llama(arch, Checkpoint(config.model_dir, dtype, device), rope)
+        return Decoder(Parts(arch, Checkpoint(config.model_dir, dtype, device)), table)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"no room on {device} for the weights of {config.model_dir}") from error

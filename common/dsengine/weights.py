@@ -56,6 +56,14 @@ class Checkpoint:
             part.copy_(self._read(name, (count, *columns)))
         return out
 
+    def root_of(self, root: str, name: str) -> str:
+        """``root``, or what is left of it without its first word where only so ``name`` is there.
+
+        Checkpoints that were saved from the bare model lack that word.
+        """
+        bare = root.partition(".")[2]
+        return bare if f"{bare}{name}.weight" in self._files else root
+
     def skip(self, name: str) -> None:
         """Let ``name`` be there without being taken."""
         self._left.discard(name)

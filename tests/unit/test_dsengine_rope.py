@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from dsengine.architecture import Rope
 from dsengine.rope import RopeTable, inverse_frequencies
+from dsengine.rope_settings import Rope
 from dswire.errors import UnsupportedModel
 
 DEFAULT = Rope("default", 10000.0, 1.0, 1.0, 1.0, 64)

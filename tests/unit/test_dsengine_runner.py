@@ -236,8 +236,8 @@ def test_no_model(tmp_path: Path) -> None:
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
-    edit_config(make_model(tmp_path), architectures=["GPT2LMHeadModel"])
-    with pytest.raises(UnsupportedModel, match="GPT2LMHeadModel"):
+    edit_config(make_model(tmp_path), architectures=["MambaForCausalLM"])
+    with pytest.raises(UnsupportedModel, match="MambaForCausalLM"):
         Engine(engine_config(tmp_path))
 
 

@@ -1,0 +1,95 @@
+"""The feed-forward part of a layer: one network, or a mixture of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dsengine.architecture import Activation
+from dsengine.linear import AnyLinear
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+class Mlp:
+    """``down(act(up(x)))``."""
+
+    def __init__(self, up: AnyLinear, down: AnyLinear, activation: Activation) -> None:
+        self._up = up
+        self._down = down
+        self._act = ACTIVATIONS[activation]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[tokens, hidden] -> [tokens, hidden]``."""
+        return self._down(self._act(self._up(x)))
+
+
+class GatedMlp:
+    """``down(act(gate(x)) * up(x))``, gate and up in one product."""
+
+    def __init__(self, gate_up: AnyLinear, down: AnyLinear, activation: Activation) -> None:
+        self._gate_up = gate_up
+        self._down = down
+        self._act = ACTIVATIONS[activation]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[tokens, hidden] -> [tokens, hidden]``."""
+        gate, up = self._gate_up(x).chunk(2, -1)
+        return self._down(self._act(gate) * up)
+
+
+class SharedExpert:
+    """The expert that every token goes to, weighted by a gate of its own."""
+
+    def __init__(self, gate: AnyLinear, mlp: GatedMlp) -> None:
+        self._gate = gate
+        self._mlp = mlp
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[tokens, hidden] -> [tokens, hidden]``."""
+        return torch.sigmoid(self._gate(x)) * self._mlp(x)
+
+
+class MixtureOfExperts:
+    """Each token goes to the ``per_token`` experts that the router likes best (arXiv 2401.04088).
+
+    Experts are added in the order of their numbers, whatever comes with a token in its batch.
+    """
+
+    def __init__(
+        self,
+        router: AnyLinear,
+        experts: Sequence[GatedMlp],
+        per_token: int,
+        renormalise: bool,
+        shared: SharedExpert | None,
+    ) -> None:
+        self._router = router
+        self._experts = experts
+        self._per_token = per_token
+        self._renormalise = renormalise
+        self._shared = shared
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[tokens, hidden] -> [tokens, hidden]``."""
+        weights, chosen = self._router(x).float().softmax(-1).topk(self._per_token, -1)
+        if self._renormalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights.to(x.dtype)
+        out = torch.zeros_like(x)
+        for number in sorted(set(chosen.flatten().tolist())):
+            rows, slots = (chosen == number).nonzero(as_tuple=True)
+            out.index_add_(0, rows, self._experts[number](x[rows]) * weights[rows, slots, None])
+        return out if self._shared is None else out + self._shared(x)
+
+
+AnyMlp = Mlp | GatedMlp | MixtureOfExperts

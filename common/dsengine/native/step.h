@@ -1,0 +1,295 @@
+// One step of a model: rows of tokens in, logits of the wanted rows out, keys and values written to the pool.
+//
+// A batch holds any mixture of whole prompts, chunks and single tokens. The residual stream stays in single precision.
+#pragma once
+
+#include <memory>
+
+#include "rows.h"
+
+namespace ds {
+
+// Memory that only grows, on a cache line; not cleared.
+template <class T>
+class Buffer {
+ public:
+  T* reserve(size_t count) {
+    if (count > size_) {
+      memory_.reset(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
+      if (!memory_) throw std::bad_alloc();
+      size_ = count;
+      std::memset(static_cast<void*>(memory_.get()), 0, count * sizeof(T));
+    }
+    return memory_.get();
+  }
+  T* get() const { return memory_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> memory_;
+  size_t size_ = 0;
+};
+
+class Runner {
+ public:
+  virtual ~Runner() = default;
+  virtual void forward(const Batch& batch, const Pool& pool) = 0;
+};
+
+// Query rows of one sequence and KV head; `chunk` -1: all chunks one after the other.
+struct Task {
+  int32_t sequence, row, count, head, chunk, slot;
+};
+
+template <class E>
+class Step : public Runner {
+  using active = typename E::active;
+  using weight = typename E::weight;
+
+ public:
+  Step(const Model& model, Team& team)
+      : m_(model),
+        team_(team),
+        qkv_width_(padded((model.shape.heads + 2 * model.shape.kv_heads) * model.shape.head_dim)),
+        q_width_(padded(model.shape.heads * model.shape.head_dim)),
+        hidden_width_(padded(model.hidden)),
+        mlp_width_(padded(model.mlp)),
+        head_width_(padded(model.shape.head_dim)),
+        group_(model.shape.heads / model.shape.kv_heads) {}
+
+  void forward(const Batch& batch, const Pool& pool) override {
+    b_ = &batch, pool_ = &pool;
+    prepare();
+    std::function<void()> job = [this] { work(); };
+    team_.run(job);
+  }
+
+ private:
+  void prepare() {
+    size_t rows = b_->rows;
+    hidden_.reserve(rows * hidden_width_), extra_.reserve(rows * hidden_width_);
+    normed_.reserve(rows * hidden_width_), qkv_.reserve(rows * qkv_width_);
+    q_.reserve(rows * q_width_), mixed_.reserve(rows * q_width_), mlp_.reserve(rows * mlp_width_);
+    sequence_of_.resize(rows), positions_.resize(rows), tasks_.clear(), merges_.clear();
+    int row = 0, slots = 0;
+    for (int s = 0; s < b_->sequences; ++s) {
+      int first = row;
+      for (; row < b_->row_ends[s]; ++row) sequence_of_[row] = s, positions_[row] = b_->starts[s] + row - first;
+      plan(s, first, row - first, slots);
+    }
+    size_t state_rows = static_cast<size_t>(slots) * group_;
+    highest_.reserve(state_rows), total_.reserve(state_rows), out_.reserve(state_rows * head_width_);
+  }
+
+  // Long prompts in blocks of queries; single tokens by chunks of keys, so that one long sequence keeps all threads
+  // busy.
+  void plan(int sequence, int first, int count, int& slots) {
+    int per_task = QUERY_ROWS / group_ > 0 ? QUERY_ROWS / group_ : 1;
+    int chunks = (b_->starts[sequence] + CHUNK) / CHUNK;
+    for (int head = 0; head < m_.shape.kv_heads; ++head) {
+      if (count == 1 && chunks > 1) {
+        merges_.push_back({sequence, first, 1, head, chunks, slots});
+        for (int c = 0; c < chunks; ++c) tasks_.push_back({sequence, first, 1, head, c, slots++});
+        continue;
+      }
+      // The longest first, so that no thread ends with one.
+      for (int at = (count - 1) / per_task * per_task; at >= 0; at -= per_task)
+        tasks_.push_back({sequence, first + at, count - at < per_task ? count - at : per_task, head, -1, 0});
+    }
+  }
+
+  void work() {
+    clear_blocks();
+    embed();
+    for (int layer = 0; layer < m_.layers; ++layer) {
+      const Layer& l = m_.layer[layer];
+      attention(layer, l);
+      mlp(l);
+    }
+    logits();
+  }
+
+  // A block that this step begins and does not fill is cleared: see dsengine/pool.py.
+  void clear_blocks() {
+    int size = pool_->block_size;
+    team_.share(b_->rows, 64, [&](int begin, int end) {
+      for (int row = begin; row < end; ++row) {
+        int s = sequence_of_[row];
+        if (positions_[row] % size || row + size <= b_->row_ends[s]) continue;
+        int block = b_->tables[b_->table_starts[s] + positions_[row] / size];
+        std::memset(pool_->base + block * pool_->block_nbytes, 0, pool_->block_nbytes);
+      }
+    });
+  }
+
+  void embed() {
+    rows(b_->rows, [&](int row) {
+      const weight* from = static_cast<const weight*>(m_.embedding) + static_cast<size_t>(b_->tokens[row]) * m_.hidden;
+      float* to = hidden_.get() + row * hidden_width_;
+      for (int i = 0; i < m_.hidden; ++i) to[i] = E::one(from[i]) * m_.embedding_scale;
+      if (!m_.position_embedding) return;
+      const float* position = m_.position_embedding + static_cast<size_t>(positions_[row]) * m_.hidden;
+      for (int i = 0; i < m_.hidden; ++i) to[i] += position[i];
+    });
+  }
+
+  template <class Body>
+  void rows(int count, Body body) {
+    int piece = count / (team_.count() * 4);
+    team_.share(count, piece < 1 ? 1 : piece > 32 ? 32 : piece, [&](int begin, int end) {
+      for (int row = begin; row < end; ++row) body(row);
+    });
+  }
+
+  void norm_rows(const Norm& norm) {
+    rows(b_->rows, [&](int row) {
+      active* to = normed_.get() + row * hidden_width_;
+      normalise(hidden_.get() + row * hidden_width_, m_.hidden, norm, m_.eps,
+                [&](int i, int n, vf y) { activate_some<E>(to + i, y, n); });
+    });
+  }
+
+  // The product joins the residual stream, through a norm of its own where the model has one.
+  void join(const Linear& linear, const active* from, size_t width, const Norm& after) {
+    float* to = after.weight ? extra_.get() : hidden_.get();
+    product<E>(team_, b_->rows, from, width, linear, [&](int row, int column, vf y) {
+      float* at = to + row * hidden_width_ + column;
+      store(at, after.weight ? y : load(at) + y);
+    });
+    if (!after.weight) return;
+    rows(b_->rows, [&](int row) {
+      float* at = hidden_.get() + row * hidden_width_;
+      normalise(extra_.get() + row * hidden_width_, m_.hidden, after, m_.eps,
+                [&](int i, int n, vf y) { store_some(at + i, load_some(at + i, n) + y, n); });
+    });
+  }
+
+  void attention(int index, const Layer& l) {
+    norm_rows(l.before_attention);
+    product<E>(team_, b_->rows, normed_.get(), hidden_width_, l.qkv,
+               [&](int row, int column, vf y) { store(qkv_.get() + row * qkv_width_ + column, y); });
+    rows(b_->rows, [&](int row) { place(index, l, row); });
+    team_.share(static_cast<int>(tasks_.size()), 1, [&](int task, int) { attend(index, l, tasks_[task]); });
+    if (!merges_.empty())
+      team_.share(static_cast<int>(merges_.size()), 1, [&](int task, int) { merge_chunks(merges_[task]); });
+    if (!m_.parallel) return join(l.attention_out, mixed_.get(), q_width_, l.after_attention);
+    // The MLP reads the same input: its norm goes first, before the residual stream moves on.
+    norm_rows(l.before_mlp);
+    join(l.attention_out, mixed_.get(), q_width_, l.after_attention);
+  }
+
+  void mlp(const Layer& l) {
+    if (!m_.parallel) norm_rows(l.before_mlp);
+    auto keep = [&](int row, int column, vf y) { E::activate(mlp_.get() + row * mlp_width_ + column, y); };
+    if (l.gate.panels)
+      gated_product<E>(team_, b_->rows, normed_.get(), hidden_width_, l.gate, l.up,
+                       [&](int row, int column, vf gate, vf up) {
+                         keep(row, column, activation(m_.activation, gate) * up);
+                       });
+    else
+      product<E>(team_, b_->rows, normed_.get(), hidden_width_, l.up,
+                 [&](int row, int column, vf y) { keep(row, column, activation(m_.activation, y)); });
+    join(l.down, mlp_.get(), mlp_width_, l.after_mlp);
+  }
+
+  // Norm and rotation of a row's heads; queries made ready, keys and values written to the pool.
+  void place(int index, const Layer& l, int row) {
+    const Shape& shape = m_.shape;
+    int position = positions_[row], dim = shape.head_dim;
+    const int32_t* table = b_->tables + b_->table_starts[sequence_of_[row]];
+    size_t turn_row = static_cast<size_t>(position) * (m_.rotary / 2);
+    const float* cos = l.cos ? l.cos + turn_row : nullptr;
+    const float* sin = l.cos ? l.sin + turn_row : nullptr;
+    for (int head = 0; head < shape.heads + 2 * shape.kv_heads; ++head) {
+      float* x = qkv_.get() + row * qkv_width_ + head * dim;
+      int kv = head - shape.heads;
+      if (kv < 0) {
+        turn_head(x, dim, l.q_norm, m_.eps, m_.rotary, cos, sin);
+        active* to = q_.get() + row * q_width_ + head * dim;
+        in_lanes(dim, [&](int i, int n) { activate_some<E>(to + i, load_some(x + i, n), n); });
+        continue;
+      }
+      int which = kv >= shape.kv_heads;
+      if (!which) turn_head(x, dim, l.k_norm, m_.eps, m_.rotary, cos, sin);
+      weight* to = key_values<E>(*pool_, table, shape, index, which, kv % shape.kv_heads, position + 1).at(position);
+      in_lanes(dim, [&](int i, int n) { narrow_some<E>(to + i, load_some(x + i, n), n); });
+    }
+  }
+
+  void attend(int index, const Layer& l, const Task& task) {
+    static thread_local Scratch<E> scratch;
+    const int dim = m_.shape.head_dim, first = positions_[task.row];
+    Queries queries{task.count * group_, group_, first, l.window};
+    scratch.reserve(queries.rows, head_width_);
+    for (int row = 0; row < queries.rows; ++row)
+      std::memcpy(scratch.q.data() + row * head_width_,
+                  q_.get() + (task.row + row / group_) * q_width_ + (task.head * group_ + row % group_) * dim,
+                  dim * sizeof(active));
+    const int32_t* table = b_->tables + b_->table_starts[task.sequence];
+    int end = first + task.count;
+    auto keys = key_values<E>(*pool_, table, m_.shape, index, 0, task.head, end);
+    auto values = key_values<E>(*pool_, table, m_.shape, index, 1, task.head, end);
+    if (task.chunk >= 0) {
+      attend_chunk<E>(scratch, queries, m_.shape, keys, values, task.chunk, slot(task.slot));
+      return;
+    }
+    State chunk{scratch.chunk_max.data(), scratch.chunk_sum.data(), scratch.chunk_out.data()};
+    static thread_local std::vector<float> all;
+    all.resize(queries.rows * (head_width_ + 2));
+    State state{all.data(), all.data() + queries.rows, all.data() + 2 * queries.rows};
+    attend_chunk<E>(scratch, queries, m_.shape, keys, values, 0, state);
+    for (int c = 1; c * CHUNK < end; ++c)
+      if (attend_chunk<E>(scratch, queries, m_.shape, keys, values, c, chunk))
+        merge(queries.rows, head_width_, state, chunk);
+    finish(task, state);
+  }
+
+  State slot(int number) const {
+    size_t at = static_cast<size_t>(number) * group_;
+    return {highest_.get() + at, total_.get() + at, out_.get() + at * head_width_};
+  }
+
+  void merge_chunks(const Task& task) {
+    State state = slot(task.slot);
+    for (int c = 1; c < task.chunk; ++c) merge(group_, head_width_, state, slot(task.slot + c));
+    finish(task, state);
+  }
+
+  void finish(const Task& task, const State& state) {
+    const int dim = m_.shape.head_dim;
+    for (int row = 0; row < task.count * group_; ++row) {
+      active* to = mixed_.get() + (task.row + row / group_) * q_width_ + (task.head * group_ + row % group_) * dim;
+      const float* from = state.out + row * head_width_;
+      float scale = 1.0f / state.total[row];
+      in_lanes(dim, [&](int i, int n) { activate_some<E>(to + i, load_some(from + i, n) * scale, n); });
+    }
+  }
+
+  void logits() {
+    team_.share(b_->logit_rows, 1, [&](int row, int) {
+      active* to = normed_.get() + row * hidden_width_;
+      normalise(hidden_.get() + b_->picked[row] * hidden_width_, m_.hidden, m_.final_norm, m_.eps,
+                [&](int i, int n, vf y) { activate_some<E>(to + i, y, n); });
+    });
+    size_t width = padded(m_.vocab);
+    product<E>(team_, b_->logit_rows, normed_.get(), hidden_width_, m_.head, [&](int row, int column, vf y) {
+      if (m_.logit_softcap != 0) y = soft_cap(y, m_.logit_softcap);
+      store(b_->logits + row * width + column, y);
+    });
+  }
+
+  const Model m_;
+  Team& team_;
+  const size_t qkv_width_, q_width_, hidden_width_, mlp_width_, head_width_;
+  const int group_;
+  const Batch* b_ = nullptr;
+  const Pool* pool_ = nullptr;
+  Buffer<float> hidden_, extra_, qkv_, highest_, total_, out_;
+  Buffer<active> normed_, q_, mixed_, mlp_;
+  std::vector<int32_t> sequence_of_, positions_;
+  std::vector<Task> tasks_, merges_;
+};
+
+}  // namespace ds
