@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from dstopology.load import check_servable, load
 from dstopology.resolved import Topology
 from dswire.actor import Actor
 from dswire.errors import DsError, TopologyError
-from dswire.process import run
+from dswire.process import leave, refuse, run
 
 #: builds the actor of a process: (topology, name, phase)
 Build = Callable[[Topology, str, Callable[[str], None]], Awaitable[Actor]]
@@ -30,9 +29,8 @@ def service_command(role: str, build: Build) -> click.Command:
         try:
             topology = _load(path, name, role)
         except DsError as error:
-            click.echo(f"error[{error.code}]: {error.message}\nremedy: {error.remedy}", err=True)
-            sys.exit(error.exit_code)
-        sys.exit(run(name, topology.run_dir, lambda phase: build(topology, name, phase)))
+            leave(refuse(error))
+        leave(run(name, topology.run_dir, lambda phase: build(topology, name, phase)))
 
     return command
 

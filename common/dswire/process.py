@@ -16,11 +16,13 @@ import asyncio
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import structlog
 import uvloop
@@ -52,6 +54,19 @@ def run(name: str, run_dir: Path, build: Build) -> int:
         report.error(Failed(f"{name}: {_first(group)!r}"))
         status = EXIT_BUG
     return status
+
+
+def refuse(error: DsError) -> int:
+    """Tell log and supervisor why this process does not even begin; returns the exit status."""
+    return _told(_Reporter(), error)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process now: taking torch down again module by module would cost a second or more."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _told(report: _Reporter, error: BaseException) -> int:
