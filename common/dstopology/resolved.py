@@ -94,7 +94,7 @@ class Instance:
     threads: int
     #: file under the shared-memory directory that holds the KV pool of a CPU instance
     segment: Path
-    #: sequences that wait
+    #: sequences there, waiting or running, that the router sends
     max_queue: int
     #: sequences of one batch
     max_batch: int

@@ -158,7 +158,7 @@ class GroupSection:
 class PrefillSection(GroupSection):
     """Prefill instances. Short form: their number."""
 
-    max_queue: int = key(COUNT, "sequences that wait at an instance", 64)
+    max_queue: int = key(COUNT, "sequences at an instance, waiting or running; more wait at the router", 64)
     max_batch: int = key(COUNT, "sequences of a batch", 64)
     max_batch_tokens: int = key(COUNT, "tokens of a batch (the paper's Lm): as many as saturate the device", 2048)
 
@@ -167,7 +167,7 @@ class PrefillSection(GroupSection):
 class DecodeSection(GroupSection):
     """Decode instances. Short form: their number."""
 
-    max_queue: int = key(COUNT, "sequences that wait at an instance", 256)
+    max_queue: int = key(COUNT, "sequences at an instance, waiting or running; more wait at the router", 4096)
     max_batch: int = key(COUNT, "sequences of a batch", 256)
 
 

@@ -105,6 +105,7 @@ async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> 
         workers={one.name: one.role for one in topology.instances} | {one.name: "relay" for one in topology.relays},
         max_requests=router.max_requests,
         max_prefill_queue=min((one.max_queue for one in topology.role("prefill")), default=1),
+        max_decode_queue=min((one.max_queue for one in topology.role("decode")), default=1),
         max_deadline_s=router.max_deadline_s,
         client_lease_s=router.client_lease_s,
         worker_lease_s=router.worker_lease_s,

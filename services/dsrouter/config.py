@@ -20,7 +20,9 @@ class RouterConfig:
     #: role of each worker of the topology, by name
     workers: Mapping[str, str]
     max_requests: int
+    #: sequences that one prefill instance, and one decode instance, is given; more wait here
     max_prefill_queue: int
+    max_decode_queue: int
     max_deadline_s: float
     client_lease_s: float
     worker_lease_s: float

@@ -7,7 +7,7 @@ so late messages of earlier attempts and repeated ones change nothing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Protocol
 
@@ -44,12 +44,12 @@ class Sink(Protocol):
 class Flow:
     """Moves choices along."""
 
-    def __init__(self, workers: Workers, sink: Sink, *, retries: int, max_prefill_queue: int) -> None:
+    def __init__(self, workers: Workers, sink: Sink, *, retries: int, limits: Mapping[str, int]) -> None:
+        """``limits``: sequences that one instance of each role is given; the rest waits here, in order."""
         self.workers = workers
         self._sink = sink
         self._retries = retries
-        #: sequences that one prefill instance is given ahead; the rest waits here, first come first served
-        self._max_prefill_queue = max_prefill_queue
+        self._limits = limits
         #: every choice that is not DONE, by sequence id, with its request
         self.choices: dict[str, tuple[Request, Choice]] = {}
         self._queued: deque[str] = deque()
@@ -83,13 +83,13 @@ class Flow:
     def pump(self, now: float) -> None:
         """Send what can be sent."""
         while self._queued:
-            target = self.workers.choose("prefill", self._max_prefill_queue)
+            target = self.workers.choose("prefill", self._limits["prefill"])
             if target is None:
                 break
             request, choice = self.choices[self._queued.popleft()]
             self._send_prefill(now, target, request, choice)
         while self._unplaced:
-            target = self.workers.choose("decode")
+            target = self.workers.choose("decode", self._limits["decode"])
             if target is None:
                 break
             request, choice = self.choices[self._unplaced.popleft()]

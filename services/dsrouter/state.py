@@ -56,7 +56,8 @@ class RouterState:
         self.config = config
         self.clients = Clients(config.client_lease_s)
         self.workers = Workers(config.workers, config.model)
-        self.flow = Flow(self.workers, self, retries=config.retries, max_prefill_queue=config.max_prefill_queue)
+        limits = {"prefill": config.max_prefill_queue, "decode": config.max_decode_queue}
+        self.flow = Flow(self.workers, self, retries=config.retries, limits=limits)
         #: every request whose end is not forgotten yet
         self.requests: dict[str, Request] = {}
         self.ended: Counter[str] = Counter()

@@ -129,9 +129,9 @@ class Workers:
         """The refusal of a second process under a live name."""
         return DuplicateName(f"a live {hello.role} worker is already named {hello.name!r}")
 
-    def choose(self, role: str, max_sequences: int | None = None) -> Worker | None:
+    def choose(self, role: str, max_sequences: int) -> Worker | None:
         """The worker that gets the next sequence (``dssched.dispatch``), if any has room."""
-        open_to = [one for one in self.role(role) if max_sequences is None or len(one.sequences) < max_sequences]
+        open_to = [one for one in self.role(role) if len(one.sequences) < max_sequences]
         name = pick(Candidate(one.tokens, one.last_used, one.hello.name) for one in open_to)
         if name is None:
             return None

@@ -53,6 +53,7 @@ class Life:
             "kill": self.kill,
             "start": self.start,
             "cut": self.cut,
+            "reset": self.reset,
             "stall": self.stall,
             "leave": self.leave,
         }
@@ -91,8 +92,13 @@ class Life:
     def cut(self, one: int, two: int) -> None:
         names = sorted(self.cluster.shape.roles)
         others = [ROUTER, *(name for name in names if name.startswith("relay"))]
-        # a connection that breaks and heals within a ping is a known gap of the protocol
-        self.cluster.wires.cut(names[one % len(names)], others[two % len(others)], (0.5, 3.0, 8.0, 15.0)[two % 4])
+        name, other = names[one % len(names)], others[two % len(others)]
+        self.cluster.wires.cut(name, other, (0.5, 3.0, 6.2, 8.0, 15.0)[two % 5])
+
+    def reset(self, one: int, two: int) -> None:
+        names = sorted(self.cluster.shape.roles)
+        others = [ROUTER, *(name for name in names if name.startswith("relay"))]
+        self.cluster.wires.reset(names[one % len(names)], others[two % len(others)])
 
     def stall(self, one: int, two: int) -> None:
         names = sorted(self.cluster.processes)
@@ -135,7 +141,9 @@ def check(cluster: Cluster, heard: Heard) -> None:
 steps = st.lists(
     st.tuples(
         st.sampled_from((0.0, 0.003, 0.01, 0.03, 0.1, 0.5, 2.0, 7.0)),
-        st.sampled_from(("submit",) * 8 + ("cancel",) * 2 + ("kill", "start", "start", "cut", "stall", "leave")),
+        st.sampled_from(
+            ("submit",) * 8 + ("cancel",) * 2 + ("kill", "start", "start", "cut", "reset", "stall", "leave")
+        ),
         st.integers(0, 1000),
         st.integers(0, 1000),
     ),

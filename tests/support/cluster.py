@@ -231,6 +231,7 @@ class Cluster:
             workers=shape.roles,
             max_requests=shape.max_requests,
             max_prefill_queue=shape.prefill_queue,
+            max_decode_queue=shape.decode_queue,
             max_deadline_s=shape.max_deadline_s,
             client_lease_s=shape.client_lease_s,
             worker_lease_s=shape.worker_lease_s,

@@ -94,6 +94,10 @@ class RawClient:
         """Stop a request."""
         self.say(client.Cancel(request_id))
 
+    def status(self) -> client.StatusReport:
+        """The last status report."""
+        return next(one for one in reversed(self.other) if isinstance(one, client.StatusReport))
+
     def leave(self) -> None:
         """Say good-bye and nothing more."""
         self.say(client.ClientBye())

@@ -80,7 +80,7 @@ def test_the_least_file_has_all_defaults(desk: Desk) -> None:
     assert router.backend_bind == f"ipc://{topology.run_dir}/router-backend.sock"
     prefill, decode = topology.instances
     assert (prefill.max_queue, prefill.max_batch, prefill.max_batch_tokens) == (64, 64, 2048)
-    assert (decode.max_queue, decode.max_batch) == (256, 256)
+    assert (decode.max_queue, decode.max_batch) == (4096, 256)
     assert (prefill.block_size, prefill.kv_memory_nbytes, prefill.kv_blocks) == (16, 512 << 20, None)
     relay = topology.relay("relay-n0")
     assert (relay.data_bind, relay.data_connect) == (None, None)
