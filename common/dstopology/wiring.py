@@ -14,7 +14,7 @@ from dswire.sockets import ConnectedSocket
 
 
 def system_keys(topology: Topology) -> CurveKeys | None:
-    """The system's keys; None where the topology is not encrypted. Raises :class:`StartFailed`."""
+    """The system's keys; None where the topology is not encrypted. Raises :class:`BadInput`."""
     return load_system(topology.security.keys_dir) if topology.security.encrypted else None
 
 

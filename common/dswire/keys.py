@@ -24,7 +24,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
-from dswire.errors import BadInput, DsError, StartFailed
+from dswire.errors import BadInput, DsError
 
 SYSTEM_SECRET = "system.key"
 SYSTEM_PUBLIC = "system.pub"
@@ -59,11 +59,11 @@ class CurveKeys:
 
 
 def read_key(path: Path) -> bytes:
-    """The key in a file. Raises :class:`StartFailed` when it is missing, :class:`BadInput` when it is none."""
+    """The key in a file. Raises :class:`BadInput` when it cannot be read or is none."""
     try:
         text = path.read_text(errors="replace").strip()
     except OSError as error:
-        raise StartFailed(
+        raise BadInput(
             f"{path}: the key cannot be read: {error.strerror}", remedy="make the keys with `dsctl keys make`"
         ) from error
     return check_key(text, str(path))
@@ -83,7 +83,7 @@ def check_key(text: str, where: str) -> bytes:
 
 
 def load_system(directory: Path) -> CurveKeys:
-    """The system's own keys. Raises :class:`StartFailed` when they are missing."""
+    """The system's own keys. Raises :class:`BadInput` when they are missing: a restart would not help."""
     secret = read_key(directory / SYSTEM_SECRET)
     public = zmq.curve_public(secret)
     return CurveKeys(public, secret, public)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dsclient import AsyncClient
-from dsclient.errors import BadInput, RouterLost, StartFailed, Unauthorized
+from dsclient.errors import BadInput, RouterLost, Unauthorized
 from dswire import keys
 from dswire.keys import CurveKeys
 from dswire.messages.client import Submit
@@ -111,7 +111,7 @@ def test_keys_are_never_overwritten(home: Path) -> None:
 
 
 def test_missing_keys_tell_how_to_make_them(tmp_path: Path) -> None:
-    with pytest.raises(StartFailed) as caught:
+    with pytest.raises(BadInput) as caught:
         keys.load_system(tmp_path)
     assert "dsctl keys make" in caught.value.remedy
 

@@ -8,7 +8,7 @@ import pytest
 
 from dsctl.__main__ import run
 from dswire import keys
-from dswire.errors import BadInput, StartFailed
+from dswire.errors import BadInput
 
 
 @pytest.fixture
@@ -76,5 +76,5 @@ def test_a_topology_may_have_keys_of_its_own(home: Path, tmp_path: Path) -> None
 
 
 def test_without_the_systems_keys_nothing_can_be_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["keys", "list", "--dir", str(tmp_path / "empty")]) == StartFailed.exit_code
+    assert run(["keys", "list", "--dir", str(tmp_path / "empty")]) == BadInput.exit_code
     assert "dsctl keys make" in capsys.readouterr().err
