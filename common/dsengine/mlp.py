@@ -24,27 +24,27 @@ class Mlp:
     """``down(act(up(x)))``."""
 
     def __init__(self, up: AnyLinear, down: AnyLinear, activation: Activation) -> None:
-        self._up = up
-        self._down = down
+        self.up = up
+        self.down = down
         self._act = ACTIVATIONS[activation]
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[tokens, hidden] -> [tokens, hidden]``."""
-        return self._down(self._act(self._up(x)))
+        return self.down(self._act(self.up(x)))
 
 
 class GatedMlp:
     """``down(act(gate(x)) * up(x))``, gate and up in one product."""
 
     def __init__(self, gate_up: AnyLinear, down: AnyLinear, activation: Activation) -> None:
-        self._gate_up = gate_up
-        self._down = down
+        self.gate_up = gate_up
+        self.down = down
         self._act = ACTIVATIONS[activation]
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[tokens, hidden] -> [tokens, hidden]``."""
-        gate, up = self._gate_up(x).chunk(2, -1)
-        return self._down(self._act(gate) * up)
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(self._act(gate) * up)
 
 
 class SharedExpert:

@@ -11,28 +11,28 @@ class RmsNorm:
     """Root mean square norm (arXiv 1910.07467), computed in float32."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        self._weight = weight
+        self.weight = weight
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
         """Over the last dimension."""
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._eps)
-        return self._weight * (wide * scale).to(x.dtype)
+        return self.weight * (wide * scale).to(x.dtype)
 
 
 class RmsNormPlusOne:
     """Gemma's: the stored weight is what the factor has above one, and the product too is in float32."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        self._weight = weight.float() + 1.0
+        self.weight = weight.float() + 1.0
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
         """Over the last dimension."""
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._eps)
-        return (wide * scale * self._weight).to(x.dtype)
+        return (wide * scale * self.weight).to(x.dtype)
 
 
 class LayerNorm:
@@ -40,13 +40,13 @@ class LayerNorm:
 
     def __init__(self, size: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
         self._shape = (size,)
-        self._weight = weight
-        self._bias = bias
+        self.weight = weight
+        self.bias = bias
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
         """Over the last dimension."""
-        return functional.layer_norm(x, self._shape, self._weight, self._bias, self._eps)
+        return functional.layer_norm(x, self._shape, self.weight, self.bias, self._eps)
 
 
 AnyNorm = RmsNorm | RmsNormPlusOne | LayerNorm

@@ -48,6 +48,11 @@ class KvPool:
         self._heads = [heads[layer * step :] for layer in range(layout.layers)]
         self._rows = [rows[layer * step * layout.block_size :] for layer in range(layout.layers)]
 
+    @property
+    def base(self) -> int:
+        """The address of block 0."""
+        return self._blocks.data_ptr()
+
     def clear(self, blocks: Tensor) -> None:
         """Zero ``blocks`` ``[n]``."""
         self._blocks.index_fill_(0, blocks, 0)

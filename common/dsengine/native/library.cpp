@@ -1,4 +1,4 @@
-// The C interface that native/library.py loads.
+// The C interface that native/library.py loads. Built once for each element kind: ELEMENT is F32, Bf16 or F16.
 #include <exception>
 
 #include "step.h"
@@ -7,14 +7,12 @@ namespace {
 
 using namespace ds;
 
+using Element = ELEMENT;
+
 struct Session {
-  Session(const Model& model, int element, int threads) : team(threads) {
-    if (element == 0) runner = std::make_unique<Step<F32>>(model, team);
-    if (element == 1) runner = std::make_unique<Step<Bf16>>(model, team);
-    if (element == 2) runner = std::make_unique<Step<F16>>(model, team);
-  }
+  Session(const Model& model, int threads) : team(threads), step(model, team) {}
   Team team;
-  std::unique_ptr<Runner> runner;
+  Step<Element> step;
 };
 
 }  // namespace
@@ -27,19 +25,14 @@ void ds_sizes(int32_t* sizes) {
   sizes[3] = sizeof(Model), sizes[4] = sizeof(Batch), sizes[5] = sizeof(Pool);
 }
 
-void ds_pack(int32_t element, const void* weights, int32_t out, int32_t in, void* panels) {
-  if (element == 1)
-    pack<Bf16>(static_cast<const uint16_t*>(weights), out, in, static_cast<uint16_t*>(panels));
-  else if (element == 2)
-    pack<F16>(static_cast<const uint16_t*>(weights), out, in, static_cast<uint16_t*>(panels));
-  else
-    pack<F32>(static_cast<const float*>(weights), out, in, static_cast<float*>(panels));
+void ds_pack(const void* weights, int32_t out, int32_t in, void* panels) {
+  pack<Element>(static_cast<const Element::weight*>(weights), out, in, static_cast<Element::weight*>(panels));
 }
 
 // `model` and what it points to, but for itself, must outlive the session. Null where there is no memory.
-void* ds_open(const Model* model, int32_t element, int32_t threads) {
+void* ds_open(const Model* model, int32_t threads) {
   try {
-    return new Session(*model, element, threads);
+    return new Session(*model, threads);
   } catch (const std::exception&) {
     return nullptr;
   }
@@ -48,7 +41,7 @@ void* ds_open(const Model* model, int32_t element, int32_t threads) {
 // 0, or 1 where there is no memory for the step.
 int32_t ds_forward(void* session, const Batch* batch, const Pool* pool) {
   try {
-    static_cast<Session*>(session)->runner->forward(*batch, *pool);
+    static_cast<Session*>(session)->step.forward(*batch, *pool);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;

@@ -19,7 +19,7 @@ struct Layer {
   int32_t reserved;
 };
 
-enum Activation : int32_t { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3 };
+enum Activation : int32_t { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3, QUICK_GELU = 4 };
 
 struct Model {
   int32_t layers, hidden, mlp, vocab, rotary, activation;

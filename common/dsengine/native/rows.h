@@ -83,6 +83,7 @@ inline vf activation(int kind, vf x) {
     case SILU: return x / (1.0f + exp(-x));
     case GELU_TANH: return 0.5f * x * (1.0f + tanh(0.79788456f * (x + 0.044715f * x * x * x)));
     case GELU: return gelu_erf(x);
+    case QUICK_GELU: return x / (1.0f + exp(x * -1.702f));
     default: return max(x, vf{});
   }
 }

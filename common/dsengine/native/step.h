@@ -32,19 +32,13 @@ class Buffer {
   size_t size_ = 0;
 };
 
-class Runner {
- public:
-  virtual ~Runner() = default;
-  virtual void forward(const Batch& batch, const Pool& pool) = 0;
-};
-
 // Query rows of one sequence and KV head; `chunk` -1: all chunks one after the other.
 struct Task {
   int32_t sequence, row, count, head, chunk, slot;
 };
 
 template <class E>
-class Step : public Runner {
+class Step {
   using active = typename E::active;
   using weight = typename E::weight;
 
@@ -59,7 +53,7 @@ class Step : public Runner {
         head_width_(padded(model.shape.head_dim)),
         group_(model.shape.heads / model.shape.kv_heads) {}
 
-  void forward(const Batch& batch, const Pool& pool) override {
+  void forward(const Batch& batch, const Pool& pool) {
     b_ = &batch, pool_ = &pool;
     prepare();
     std::function<void()> job = [this] { work(); };

@@ -1,0 +1,238 @@
+"""A decoder whose whole step is one call into the compiled kernels.
+
+Invariants:
+
+* A row's logits have the same bits whatever comes with it in its step, and whether it is reached in a whole prompt,
+  in chunks or token by token: the order of every sum is fixed (product.h, attention.h).
+* The residual stream is kept in float32, and each sum is made in float32 whatever the dtype.
+
+Which architectures it can compute is told by :func:`obstacle`; the others go the way of :mod:`dsengine.decoder`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsengine.architecture import Activation, Architecture, LayerPlan
+from dsengine.mlp import GatedMlp, Mlp
+from dsengine.native.arena import Arena
+from dsengine.native.library import Library, linear, padded
+from dsengine.native.structs import CBatch, CLayer, CLinear, CModel, CNorm, CPool, CShape
+from dsengine.norm import AnyNorm, LayerNorm, RmsNormPlusOne
+from dsengine.parts import Parts
+from dsengine.pool import KvPool
+from dsengine.rope import inverse_frequencies
+from dsengine.rope_settings import Rope
+
+_ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "gelu", "relu", "quick_gelu")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive tokens of one sequence."""
+
+    tokens: Sequence[int]
+    #: position of the first; the KV of all positions before it lies in ``blocks``
+    start: int
+    #: hold ``start + len(tokens)`` tokens or more
+    blocks: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class RawLinear:
+    """A matrix as it was stored: what :class:`~dsengine.parts.Parts` makes of it here."""
+
+    #: ``[out, in]``
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[rows, in] -> [rows, out]``."""
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+def obstacle(arch: Architecture) -> str | None:
+    """What of ``arch`` the kernels cannot compute; None when they can compute all of it."""
+    names = arch.names
+    scales = {(plan.rule.scale, plan.rule.softcap) for plan in arch.plan}
+    sizes = {plan.rope.fraction for plan in arch.plan if plan.rope is not None}
+    odd = [size for size in (arch.hidden_size, arch.mlp.size, arch.head_dim) if size % 2]
+    problems = (
+        (any(plan.sparse for plan in arch.plan), "a mixture of experts"),
+        (bool(names.project_in or names.project_out), "a projected embedding"),
+        (bool(names.attention_outer or names.mlp_outer), "norms behind the residual"),
+        (not (names.attention_before and names.mlp_before and names.final_norm), "layers without a norm"),
+        (not arch.norm.affine, "norms without weights"),
+        (len(scales) > 1 or len(sizes) > 1, "layers with unequal attention"),
+        (bool(odd), f"a dimension of {odd[0] if odd else 0}"),
+    )
+    return next((text for found, text in problems if found), None)
+
+
+class NativeDecoder:
+    """One replica on this host's CPU."""
+
+    def __init__(self, parts: Parts, library: Library, max_len: int, threads: int) -> None:
+        """Take every tensor from ``parts``, which makes :class:`RawLinear`; ``max_len`` positions get a rotation.
+
+        Raises :class:`~dswire.errors.UnsupportedModel`, :class:`~dswire.errors.OutOfMemory`.
+        """
+        self._library = library
+        self._arena = Arena()
+        self._kept: list[Tensor] = []
+        self._ropes: dict[Rope, tuple[int, int]] = {}
+        self._max_len = max_len
+        self._vocab = parts.arch.vocab_size
+        self._logits = torch.empty(0)
+        model = self._model(parts)
+        parts.checkpoint.finish()
+        self._session = library.open(model, threads)
+
+    def forward(self, spans: Sequence[Span], picked: Sequence[int], pool: KvPool) -> Tensor:
+        """Logits ``[len(picked), vocab_size]`` float32 of the rows ``picked``; writes the KV of all rows.
+
+        Rows count through the tokens of all ``spans`` in order. The result is overwritten by the next call.
+        """
+        tokens, tables = array("i"), array("i")
+        starts, ends, table_starts = array("i"), array("i"), array("i")
+        for span in spans:
+            tokens.extend(span.tokens)
+            starts.append(span.start)
+            ends.append(len(tokens))
+            table_starts.append(len(tables))
+            tables.extend(span.blocks)
+        wanted = array("i", picked)
+        logits = self._room(len(wanted))
+        addresses = [part.buffer_info()[0] for part in (tokens, starts, ends, tables, table_starts, wanted)]
+        batch = CBatch(len(spans), len(tokens), len(wanted), 0, *addresses, logits.data_ptr())
+        self._session.forward(batch, CPool(pool.base, pool.layout.block_nbytes, pool.layout.block_size))
+        return logits[:, : self._vocab]
+
+    def close(self) -> None:
+        """End the threads. Doing it twice is harmless."""
+        self._session.close()
+
+    def _room(self, rows: int) -> Tensor:
+        if len(self._logits) < rows:
+            self._logits = torch.empty((rows, padded(self._vocab)))
+        return self._logits[:rows]
+
+    def _model(self, parts: Parts) -> CModel:
+        arch = parts.arch
+        rule = arch.plan[0].rule
+        embedding = parts.embedding()
+        positions = parts.positions()
+        self._layers = (CLayer * arch.layers)(*(self._layer(parts, i, plan) for i, plan in enumerate(arch.plan)))
+        self._kept.append(embedding)
+        rotary = next((int(arch.head_dim * plan.rope.fraction) for plan in arch.plan if plan.rope is not None), 0)
+        head = parts.head(embedding)
+        assert isinstance(head, RawLinear)
+        return CModel(
+            layers=arch.layers,
+            hidden=arch.hidden_size,
+            mlp=arch.mlp.size,
+            vocab=arch.vocab_size,
+            rotary=rotary,
+            activation=_ACTIVATIONS.index(arch.mlp.activation),
+            parallel=arch.parallel,
+            eps=arch.norm.eps,
+            # As in transformers, the scale is rounded to the dtype of the weights before it is used.
+            embedding_scale=torch.tensor(arch.embedding_scale, dtype=embedding.dtype).item(),
+            logit_softcap=arch.logit_softcap or 0,
+            shape=CShape(
+                heads=arch.heads,
+                kv_heads=arch.kv_heads,
+                head_dim=arch.head_dim,
+                scale=arch.head_dim**-0.5 if rule.scale is None else rule.scale,
+                softcap=rule.softcap or 0,
+            ),
+            embedding=embedding.data_ptr(),
+            position_embedding=None if positions is None else self._floats(positions),
+            final_norm=self._norm(parts.norm(arch.names.final_norm, arch.hidden_size)),
+            head=self._linear(head.weight, head.bias),
+            layer=ctypes.addressof(self._layers),
+        )
+
+    def _layer(self, parts: Parts, index: int, plan: LayerPlan) -> CLayer:
+        arch, names, prefix = parts.arch, parts.arch.names, parts.layer(index)
+
+        def norm(name: str, size: int = arch.hidden_size) -> CNorm:
+            return self._norm(parts.norm(name and prefix + name, size))
+
+        cos, sin = (None, None) if plan.rope is None else self._rotation(plan.rope, arch.head_dim)
+        qkv, out = parts.qkv(prefix), parts.attention_out(prefix)
+        assert isinstance(qkv, RawLinear)
+        assert isinstance(out, RawLinear)
+        gate, up, down = self._mlp(parts, prefix)
+        return CLayer(
+            before_attention=norm(names.attention_before),
+            after_attention=norm(names.attention_after),
+            before_mlp=norm(names.mlp_before),
+            after_mlp=norm(names.mlp_after),
+            q_norm=norm(names.q_norm, arch.head_dim),
+            k_norm=norm(names.k_norm, arch.head_dim),
+            qkv=self._linear(qkv.weight, qkv.bias),
+            attention_out=self._linear(out.weight, out.bias),
+            gate=gate,
+            up=up,
+            down=down,
+            cos=cos,
+            sin=sin,
+            window=plan.rule.window or 0,
+        )
+
+    def _mlp(self, parts: Parts, prefix: str) -> tuple[CLinear, CLinear, CLinear]:
+        """gate, up and down; gate null where there is none."""
+        mlp = parts.mlp(prefix, sparse=False)
+        assert isinstance(mlp, Mlp | GatedMlp)
+        first = mlp.gate_up if isinstance(mlp, GatedMlp) else mlp.up
+        assert isinstance(first, RawLinear)
+        assert isinstance(mlp.down, RawLinear)
+        down = self._linear(mlp.down.weight, mlp.down.bias)
+        if isinstance(mlp, Mlp):
+            return CLinear(), self._linear(first.weight, first.bias), down
+        weights = first.weight.chunk(2)
+        biases = (None, None) if first.bias is None else first.bias.chunk(2)
+        gate, up = (self._linear(weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        return gate, up, down
+
+    def _linear(self, weight: Tensor, bias: Tensor | None) -> CLinear:
+        rows, columns = weight.shape
+        panels = self._library.pack(weight, self._arena)
+        self._kept.append(panels)
+        if bias is not None:
+            wide = torch.zeros(padded(rows))
+            wide[:rows] = bias
+            self._kept.append(bias := wide)
+        return linear(panels, bias, rows, columns)
+
+    def _norm(self, norm: AnyNorm | None) -> CNorm:
+        if norm is None:
+            return CNorm()
+        assert norm.weight is not None  # obstacle() lets no other norm pass
+        if isinstance(norm, LayerNorm):
+            bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
+            return CNorm(self._floats(norm.weight), self._floats(bias))
+        # A norm that adds one to its weight has done so already.
+        assert not isinstance(norm, RmsNormPlusOne) or norm.weight.dtype == torch.float32
+        return CNorm(self._floats(norm.weight), None)
+
+    def _rotation(self, rope: Rope, head_dim: int) -> tuple[int, int]:
+        """Addresses of cosines and sines ``[max_len, turned / 2]``."""
+        if rope not in self._ropes:
+            frequencies = inverse_frequencies(rope, int(head_dim * rope.fraction), self._max_len)
+            angles = torch.outer(torch.arange(self._max_len, dtype=torch.float32), frequencies)
+            cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+            self._ropes[rope] = (self._floats(cos), self._floats(sin))
+        return self._ropes[rope]
+
+    def _floats(self, values: Tensor) -> int:
+        """The address of ``values`` in float32, kept as long as this object."""
+        self._kept.append(values.float().contiguous())
+        return self._kept[-1].data_ptr()

@@ -1,0 +1,91 @@
+"""The compiled kernels as Python calls. Every call lets go of the interpreter's lock while it runs."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, byref, c_int32, c_void_p, sizeof
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from dsengine.native import structs
+from dsengine.native.arena import Arena
+from dsengine.native.build import build
+from dsengine.native.structs import CBatch, CLinear, CModel, CPool
+from dswire.errors import EngineFailed, OutOfMemory
+
+#: output columns of one panel of packed weights
+PANEL = 32
+
+
+def padded(count: int) -> int:
+    """``count`` columns in whole panels."""
+    return -(-count // PANEL) * PANEL
+
+
+class Library:
+    """The kernels for one dtype."""
+
+    def __init__(self, dtype: str) -> None:
+        """Build where needed, and load. Raises :class:`EngineFailed`."""
+        path = build(dtype)
+        try:
+            self._c = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise EngineFailed(f"{path} cannot be loaded: {error}", remedy=f"remove {path}") from error
+        self._c.ds_open.argtypes, self._c.ds_open.restype = (POINTER(CModel), c_int32), c_void_p
+        self._c.ds_forward.argtypes = (c_void_p, POINTER(CBatch), POINTER(CPool))
+        self._c.ds_close.argtypes, self._c.ds_close.restype = (c_void_p,), None
+        self._c.ds_pack.argtypes, self._c.ds_pack.restype = (c_void_p, c_int32, c_int32, c_void_p), None
+        sizes = (c_int32 * len(structs.ALL))()
+        self._c.ds_sizes(sizes)
+        if list(sizes) != [sizeof(kind) for kind in structs.ALL]:
+            raise EngineFailed(f"{path} was built of other sources", remedy=f"remove {path}")
+
+    def pack(self, weight: Tensor, arena: Arena) -> Tensor:
+        """``weight`` ``[out, in]``, ``in`` even, in panels: a flat tensor out of ``arena``."""
+        rows, columns = weight.shape
+        panels = arena.take(padded(rows) * columns, weight.dtype)
+        self._c.ds_pack(weight.contiguous().data_ptr(), rows, columns, panels.data_ptr())
+        return panels
+
+    def open(self, model: CModel, threads: int) -> Session:
+        """A session of ``model``; all that it points to must outlive the session."""
+        handle = self._c.ds_open(byref(model), threads)
+        if not handle:
+            raise OutOfMemory(f"no room for {threads} threads of the engine")
+        return Session(self._c, handle)
+
+
+class Session:
+    """Threads and scratch memory of one loaded model."""
+
+    def __init__(self, c: ctypes.CDLL, handle: int) -> None:
+        self._c = c
+        self._handle: int | None = handle
+
+    def forward(self, batch: CBatch, pool: CPool) -> None:
+        """One step. Raises :class:`OutOfMemory`."""
+        if self._c.ds_forward(self._handle, byref(batch), byref(pool)):
+            raise OutOfMemory(
+                f"no room for a step of {batch.rows} tokens", remedy="lower the batch limits in the topology"
+            )
+
+    def close(self) -> None:
+        """End the threads. Doing it twice is harmless."""
+        if self._handle is not None:
+            self._c.ds_close(self._handle)
+            self._handle = None
+
+
+@cache
+def library(dtype: str) -> Library:
+    """The kernels for ``dtype``, loaded once a process. Raises :class:`EngineFailed`."""
+    return Library(dtype)
+
+
+def linear(panels: Tensor, bias: Tensor | None, rows: int, columns: int) -> CLinear:
+    """``panels`` of ``[rows, columns]``, with ``bias`` float32 of ``padded(rows)``."""
+    return CLinear(panels.data_ptr(), None if bias is None else bias.data_ptr(), columns, rows)
+
