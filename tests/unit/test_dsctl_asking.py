@@ -69,7 +69,7 @@ async def test_the_answer_alone_is_on_stdout(router: ScriptedRouter, capsys: pyt
     )
     submit = await router.expect(Submit)
     assert submit.prompt == "Hi"
-    assert (submit.sampling.max_tokens, submit.sampling.stop, submit.sampling.temperature) == (3, ("a", "b"), 1.0)
+    assert (submit.sampling.max_tokens, submit.sampling.stop, submit.sampling.temperature) == (3, ("a", "b"), 0.2)
     router.answer(submit.request_id, "one ", "two")
     assert await task == 0
     shown = capsys.readouterr()

@@ -74,10 +74,13 @@ def find_target(file: Path | None, address: str | None, keys: Path | None) -> Ta
     return Target(topology.router.frontend_connect, given)
 
 
+#: what a terminal gets unless it asks for more: at the protocol's 1.0 small models wander off
+TERMINAL_TEMPERATURE = 0.2
+
 #: (flag, type, help): the name of the sampling parameter is the flag's
 _SAMPLING = (
     ("--max-tokens", int, "Longest answer, in tokens."),
-    ("--temperature", float, "0 is greedy."),
+    ("--temperature", float, f"0 is greedy; {TERMINAL_TEMPERATURE} unless given."),
     ("--top-k", int, "Draw from the k likeliest tokens; 0 is off."),
     ("--top-p", float, "Draw from the likeliest tokens with this much probability; 1 is off."),
     ("--min-p", float, "Draw from tokens at least this fraction as likely as the likeliest; 0 is off."),
@@ -105,8 +108,9 @@ def sampling_options(function: CommandT) -> CommandT:
 
 
 def sampling_fields(given: dict[str, Any]) -> SamplingFields:
-    """The parameters that were given; those left out are the router's defaults."""
-    fields = {name: value for name, value in given.items() if value is not None and value != ()}
+    """The parameters that were given; those left out are the router's defaults, but for the temperature."""
+    fields: dict[str, Any] = {"temperature": TERMINAL_TEMPERATURE}
+    fields |= {name: value for name, value in given.items() if value is not None and value != ()}
     return cast("SamplingFields", fields)
 
 
