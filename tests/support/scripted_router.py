@@ -64,6 +64,7 @@ class ScriptedRouter:
         self.peer = ""
         self.hellos: list[ClientHello] = []
         self.pings = 0
+        self._kept: dict[str, tuple[Accepted | Output | Finished, ...]] = {}
         self._news = asyncio.Event()
         self._inbox: asyncio.Queue[msgspec.Struct] = asyncio.Queue()
         self._decoder: Decoder[FromClient] = Decoder(FromClient)
@@ -92,6 +93,10 @@ class ScriptedRouter:
     def answer(self, request_id: str, *texts: str, start: int = 0) -> None:
         """The events of a whole answer, one token for each text; the first ``start`` of them are left out."""
         self.send(*events(request_id, *texts)[start:])
+
+    def keep(self, *events: Accepted | Output | Finished) -> None:
+        """Answer every ``Attach`` to this request out of these events, as the real router does."""
+        self._kept[events[0].request_id] = events
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until something that comes in has made ``condition`` true."""
@@ -128,6 +133,8 @@ class ScriptedRouter:
         elif isinstance(message, ClientPing):
             self.pings += 1
             self.send(ClientPong(self.incarnation))
+        elif isinstance(message, Attach) and message.request_id in self._kept:
+            self.send(*self._kept[message.request_id][message.have :])
         else:
             self._inbox.put_nowait(message)
 

@@ -22,6 +22,7 @@ from dsclient.errors import (
     VersionMismatch,
 )
 from dswire.messages.client import Attach, Cancel, ClientBye, StatusQuery, StatusReport, Submit, TokenLogprob
+from support.cuttable import CuttablePath
 from support.rebind import rebind
 from support.scripted_router import ScriptedRouter, events, failed
 
@@ -231,6 +232,27 @@ async def test_connection_that_breaks_is_taken_up_under_the_same_identity() -> N
             back.answer("r", "a", "b", start=2)
             assert [event.text async for event in stream] == ["b"]
             assert (await stream.result()).text == "ab"
+
+
+async def test_a_path_that_breaks_and_heals_unnoticed_costs_no_event() -> None:
+    """The last events are lost with the connection, and neither side is told."""
+    async with (
+        ScriptedRouter(lease_s=BRISK_S) as router,
+        CuttablePath(int(router.address.rpartition(":")[2])) as path,
+        AsyncClient(path.address, timeout_s=5) as client,
+    ):
+        stream = client.stream("hi", request_id="r")
+        await router.expect(Submit)
+        router.send(*events("r", "a", "b")[:2])
+        assert (await anext(stream)).text == "a"
+        path.swallow = True
+        router.keep(*events("r", "a", "b"))
+        router.answer("r", "a", "b", start=2)
+        path.cut()
+        path.swallow = False
+        assert [event.text async for event in stream] == ["b"]
+        assert (await stream.result()).text == "ab"
+        assert len(router.hellos) == 1
 
 
 async def test_silence_is_bridged_by_attaching() -> None:
