@@ -1,12 +1,14 @@
 """A mapped file that the processes of one host share: a KV pool, or a relay's staging slots.
 
-Invariants: the creator owns the file and unlinks it on ``close``; whoever opened it only unmaps. A file whose
-creator was killed stays behind: the next creator of the same path replaces it, and the supervisor removes the
-run's directory. The file is sparse until written, and its size is exactly ``slots * slot_nbytes``.
+Invariants: the creator owns the file, keeps it locked while it lives, and unlinks it on ``close``; whoever opened
+it only unmaps. A file whose creator was killed stays behind: the next creator of the same path replaces it, and the
+supervisor removes the run's directory. The file is sparse until written, and its size is exactly
+``slots * slot_nbytes``.
 """
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from collections.abc import Iterable, Sequence
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import xxhash
 
-from dswire.errors import OutOfMemory, TransferFailed
+from dswire.errors import DuplicateName, OutOfMemory, TransferFailed
 
 
 class Segment:
@@ -30,9 +32,13 @@ class Segment:
 
     @classmethod
     def create(cls, path: Path, slots: int, slot_nbytes: int) -> Segment:
-        """Make the file, replacing one that a killed process left. Raises :class:`OutOfMemory`."""
+        """Make the file, replacing one that a killed process left.
+
+        Raises :class:`DuplicateName` when a live process has it, and :class:`OutOfMemory`.
+        """
         nbytes = slots * slot_nbytes
         path.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_live(path)
         room = os.statvfs(path.parent)
         if nbytes > room.f_bavail * room.f_frsize:
             raise OutOfMemory(
@@ -42,6 +48,8 @@ class Segment:
         path.unlink(missing_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
+            # the mapping keeps a duplicate of the descriptor, and with it the lock, for as long as it lives
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(fd, nbytes)
             mapped = mmap.mmap(fd, nbytes)
         finally:
@@ -111,6 +119,20 @@ class Segment:
         except BufferError:
             # somebody (a tensor) still looks at the pages; they go with that object
             return
+
+
+def _refuse_live(path: Path) -> None:
+    """A live owner keeps its file locked: a second process of its name must not take the file from under it."""
+    try:
+        fd = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DuplicateName(f"{path}: a live process of that name uses it") from error
+    finally:
+        os.close(fd)
 
 
 class SegmentCache:

@@ -100,6 +100,8 @@ class Workers:
             return Refused(f"the topology has no {hello.role} worker named {name!r}", remedy=remedy)
         if hello.role != "relay" and hello.model != self._model:
             return ModelMismatch(f"{name} serves {_tell(hello.model)}, the router serves {_tell(self._model)}")
+        if hello.role != "relay" and (hello.capacity is None or hello.capacity.blocks < 1):
+            return Refused(f"{name} has no KV pool", remedy="raise kv.memory in the topology")
         layout = self.layout()
         if layout is not None and hello.capacity is not None and hello.capacity.layout != layout:
             remedy = "give every instance the same kv.block_size and model.dtype"

@@ -97,6 +97,8 @@ class Cluster:
         #: kinds of work that are held back, with what follows when they are let go
         self._holding: dict[str, list[Callable[[], None]]] = {}
         self._incarnations = 0
+        #: the last process of each name
+        self._started: dict[str, Process] = {}
         if start:
             for name in (ROUTER, *self.shape.roles):
                 self.start(name)
@@ -147,7 +149,9 @@ class Cluster:
     def start(self, name: str) -> Process:
         """Start a process that is not running."""
         assert name not in self.processes
-        self.processes[name] = made = self._make(name)
+        if name in self._started:
+            self.memory.remove(self._started[name].segment)
+        self._started[name] = self.processes[name] = made = self._make(name)
         self.wires.started(name)
         made.feed(Tick(self.now))
         return made
@@ -169,7 +173,8 @@ class Cluster:
 
     def stall(self, name: str, seconds: float) -> None:
         """A process stands still for a while; what comes meanwhile waits for it."""
-        self.processes[name].stalled_until = self.now + seconds
+        process = self.processes[name]
+        process.stalled_until = max(process.stalled_until, self.now + seconds)
 
     def stop(self, name: str) -> None:
         """A worker ends orderly."""
@@ -193,7 +198,7 @@ class Cluster:
         self._incarnations += 1
         incarnation = str(self._incarnations)
         role = self.shape.roles.get(name, "router")
-        self.memory.create(f"/shm/{name}")
+        self.memory.create(f"/shm/{name}/{incarnation}")
         made = {"router": self._router, "relay": self._relay, "prefill": self._prefill, "decode": self._decode}[
             role
         ](name, incarnation)
@@ -248,7 +253,7 @@ class Cluster:
             model=self.shape.models.get(name, MODEL),
             capacity=worker.Capacity(self.shape.prefill_blocks, LAYOUT),
             eos_ids=frozenset({EOS}),
-            segment=f"/shm/{name}",
+            segment=f"/shm/{name}/{incarnation}",
             max_queue=self.shape.prefill_queue,
             max_batch=self.shape.prefill_batch,
             target_tokens=self.shape.target_tokens,
@@ -273,7 +278,7 @@ class Cluster:
             name=name,
             node=self.node(name),
             incarnation=incarnation,
-            staging=f"/shm/{name}",
+            staging=f"/shm/{name}/{incarnation}",
             sending_slots=self.shape.slots,
             receiving_slots=self.shape.slots,
             slot_nbytes=2 * LAYOUT.block_nbytes,

@@ -92,7 +92,7 @@ class Process:
     @property
     def segment(self) -> str:
         """Path of its pool or staging memory."""
-        return f"/shm/{self.name}"
+        return f"/shm/{self.name}/{self.incarnation}"
 
     @property
     def now(self) -> float:

@@ -7,7 +7,7 @@ come without a gap and that nothing follows its end.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -79,7 +79,7 @@ class RawClient:
         self._wires.to_bound(self._wire, (message, None))
 
     def submit(
-        self, request_id: str, prompt: int | str = 10, *, deadline_s: float | None = None, **sampling: object
+        self, request_id: str, prompt: int | str = 10, *, deadline_s: float | None = None, **sampling: Any
     ) -> Heard:
         """Ask for an answer to a text, or to that many tokens."""
         how = msgspec.convert(sampling, client.Sampling)

@@ -1,0 +1,58 @@
+"""Who may make a segment, and what is left of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dskv.segment import Segment, SegmentCache
+from dswire.errors import DuplicateName, TransferFailed
+
+
+def test_a_live_owner_keeps_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "pool.kv"
+    owner = Segment.create(path, 4, 64)
+    owner.slot(2)[:3] = b"abc"
+    with pytest.raises(DuplicateName, match="a live process of that name"):
+        Segment.create(path, 4, 64)
+    reader = Segment.open(path, 4, 64)
+    assert bytes(reader.slot(2)[:3]) == b"abc"
+    reader.close()
+    owner.close()
+    assert not path.exists()
+
+
+def test_a_reader_is_no_owner(tmp_path: Path) -> None:
+    path = tmp_path / "pool.kv"
+    first = Segment.create(path, 4, 64)
+    reader = Segment.open(path, 4, 64)
+    first.close()
+    second = Segment.create(path, 4, 64)
+    reader.close()
+    assert path.exists()
+    second.close()
+
+
+def test_what_a_dead_owner_left_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "pool.kv"
+    path.write_bytes(b"x" * 256)
+    made = Segment.create(path, 4, 64)
+    assert bytes(made.slot(0)) == bytes(64)
+    made.close()
+
+
+def test_a_replaced_file_is_mapped_anew(tmp_path: Path) -> None:
+    path = tmp_path / "pool.kv"
+    cache = SegmentCache()
+    first = Segment.create(path, 4, 64)
+    first.slot(1)[:1] = b"1"
+    assert bytes(cache.get(path, 4, 64).slot(1)[:1]) == b"1"
+    first.close()
+    with pytest.raises(TransferFailed, match="cannot be mapped"):
+        cache.get(path, 4, 64)
+    second = Segment.create(path, 4, 64)
+    second.slot(1)[:1] = b"2"
+    assert bytes(cache.get(path, 4, 64).slot(1)[:1]) == b"2"
+    cache.close()
+    second.close()
