@@ -1,0 +1,1 @@
+"""Discrete-event simulator: the services' own state machines under a virtual clock, with modelled work."""

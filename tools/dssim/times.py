@@ -1,0 +1,176 @@
+"""How long work takes: the seam between the simulator and whatever models the hardware.
+
+:class:`StepTimes` is of one instance (its model, device and parallelism), :class:`TransferTimes` of the machines
+and the network between them. Both are pure: the same arguments give the same time. Seconds and bytes throughout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol
+
+from dswire.errors import BadInput
+
+#: profiles that come with the simulator, by name; see the file for their source
+SHIPPED = ("opt-13b-a100",)
+
+
+class StepTimes(Protocol):
+    """Time of the steps of one instance."""
+
+    def prefill_s(self, lengths: Sequence[int]) -> float:
+        """One prefill step over prompts of these lengths, in tokens; never empty."""
+
+    def decode_s(self, context_lengths: Sequence[int]) -> float:
+        """One decode step over sequences with these many tokens, the one fed into the step included."""
+
+
+class TransferTimes(Protocol):
+    """Time of everything that is neither a step nor waiting."""
+
+    def message_s(self, same_node: bool) -> float:
+        """A message from one process to another, from its sending to its being looked at."""
+
+    def seal_s(self, nbytes: int) -> float:
+        """Checksum of KV in the pool of its owner; one at a time on each instance."""
+
+    def copy_s(self, nbytes: int) -> float:
+        """Copy of KV within a node, verification included; one at a time on each instance."""
+
+    def network_s(self, nbytes: int) -> float:
+        """A chunk on the way out of a node that has its link to itself, beyond :meth:`message_s`.
+
+        The kernel sends the chunks that leave a node one after the other, so that transfers share the bandwidth
+        chunk by chunk, as on the real connections.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """``base_s + per_token_s * sum(l) + per_square_s * sum(l * l) + per_sequence_s * count``."""
+
+    base_s: float
+    per_token_s: float = 0.0
+    per_square_s: float = 0.0
+    per_sequence_s: float = 0.0
+
+    def seconds(self, lengths: Sequence[int]) -> float:
+        """The time for these lengths."""
+        total = self.base_s + self.per_token_s * sum(lengths) + self.per_sequence_s * len(lengths)
+        return total + self.per_square_s * sum(n * n for n in lengths) if self.per_square_s else total
+
+
+@dataclass(frozen=True, slots=True)
+class LinearTimes:
+    """The linear form that DistServe's own simulator uses, with two fits of decode for small and large batches."""
+
+    prefill: Linear
+    decode: Linear
+    #: for ``large_batch`` sequences and more
+    decode_large: Linear | None = None
+    large_batch: int = 95
+
+    def prefill_s(self, lengths: Sequence[int]) -> float:
+        """One prefill step."""
+        return self.prefill.seconds(lengths)
+
+    def decode_s(self, context_lengths: Sequence[int]) -> float:
+        """One decode step."""
+        if self.decode_large is not None and len(context_lengths) >= self.large_batch:
+            return self.decode_large.seconds(context_lengths)
+        return self.decode.seconds(context_lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class FlatTransfer:
+    """A latency for each message and a bandwidth for each kind of transfer; a bandwidth of 0 takes no time."""
+
+    local_message_s: float = 100e-6
+    network_message_s: float = 200e-6
+    seal_bytes_per_s: float = 20e9
+    copy_bytes_per_s: float = 10e9
+    network_bytes_per_s: float = 25e9 / 8
+
+    def message_s(self, same_node: bool) -> float:
+        """A message."""
+        return self.local_message_s if same_node else self.network_message_s
+
+    def seal_s(self, nbytes: int) -> float:
+        """A checksum."""
+        return _over(nbytes, self.seal_bytes_per_s)
+
+    def copy_s(self, nbytes: int) -> float:
+        """A copy within a node."""
+        return _over(nbytes, self.copy_bytes_per_s)
+
+    def network_s(self, nbytes: int) -> float:
+        """A chunk between nodes."""
+        return _over(nbytes, self.network_bytes_per_s)
+
+
+#: messages and transfers that take no time at all, for comparison with closed forms
+INSTANT = FlatTransfer(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def _over(nbytes: int, bytes_per_s: float) -> float:
+    return nbytes / bytes_per_s if bytes_per_s else 0.0
+
+
+def linear_times(profile: str, tp: int) -> LinearTimes:
+    """Times of a profile: a name of :data:`SHIPPED`, or the path of a JSON file of the same form.
+
+    Raises :class:`BadInput` for a file that cannot be read or understood, and for a ``tp`` that it does not tell of.
+    """
+    document = _read(profile)
+    fits = document.get("tp")
+    if not isinstance(fits, dict) or str(tp) not in fits:
+        known = ", ".join(fits) if isinstance(fits, dict) else "none"
+        raise BadInput(
+            f"profile {profile} has no times for tp {tp}, only for tp {known}",
+            remedy="change tp in the topology, or add the coefficients to a profile of your own",
+        )
+    return _times(profile, tp, fits[str(tp)])
+
+
+def _read(profile: str) -> dict[str, Any]:
+    shipped = profile in SHIPPED
+    try:
+        text = (
+            files("dssim").joinpath(f"{profile}.json").read_text() if shipped else Path(profile).read_text("utf-8")
+        )
+        document = json.loads(text)
+    except OSError as error:
+        raise BadInput(
+            f"profile {profile} cannot be read: {error.strerror or error}",
+            remedy=f"name a JSON file, or one of {', '.join(SHIPPED)}",
+        ) from error
+    except ValueError as error:
+        raise BadInput(f"profile {profile} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise BadInput(f"profile {profile} must be a JSON object, not {type(document).__name__}")
+    return document
+
+
+def _times(profile: str, tp: int, fit: Any) -> LinearTimes:
+    try:
+        large = fit.get("decode_large")
+        return LinearTimes(
+            Linear(**_numbers(fit["prefill"])),
+            Linear(**_numbers(fit["decode"])),
+            None if large is None else Linear(**_numbers(large)),
+            int(fit.get("large_batch", 95)),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"profile {profile}, tp {tp}: wrong or missing coefficient {error}",
+            remedy="give prefill and decode, and perhaps decode_large and large_batch; in prefill and decode "
+            "base_ms, per_token_ms, per_square_ms and per_sequence_ms",
+        ) from error
+
+
+def _numbers(coefficients: dict[str, Any]) -> dict[str, float]:
+    return {f"{name.removesuffix('_ms')}_s": float(value) / 1e3 for name, value in coefficients.items()}
