@@ -32,6 +32,8 @@ class EngineConfig:
     threads: int
     #: tokens of the longest sequence, outputs included
     max_model_len: int
+    #: ``int8`` makes the weights of matrices int8 at load, see :mod:`dsengine.int8`; None leaves them in ``dtype``
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_NBYTES:
@@ -40,6 +42,10 @@ class EngineConfig:
             raise EngineFailed(f"device {self.device!r} is neither cpu nor cuda:N")
         if self.segment is not None and self.device != "cpu":
             raise EngineFailed(f"the KV pool of {self.device} cannot be a shared-memory file")
+        if self.quantization not in (None, "int8"):
+            raise EngineFailed(f"quantization {self.quantization!r} is not one of int8")
+        if self.quantization and self.device != "cpu":
+            raise EngineFailed(f"int8 weights are for the cpu, not for {self.device}")
         for name in ("block_size", "num_blocks", "threads", "max_model_len"):
             if getattr(self, name) < 1:
                 raise EngineFailed(f"{name} is {getattr(self, name)}, it must be at least 1")

@@ -21,6 +21,8 @@ from dsengine.attention import DecodeAttention, PrefillAttention
 from dsengine.config import EngineConfig, ModelInfo
 from dsengine.decoder import Decoder
 from dsengine.families import load_architecture
+from dsengine.int8 import Int8Linear
+from dsengine.linear import Linear
 from dsengine.parts import Parts
 from dsengine.pool import DTYPES, KvPool
 from dsengine.rope import RopeTable
@@ -178,7 +180,8 @@ def _load(arch: Architecture, config: EngineConfig, device: torch.device) -> Dec
     def table(rope: Rope) -> RopeTable:
         return RopeTable(rope, arch.head_dim, config.max_model_len, dtype, device)
 
+    make_linear = Int8Linear if config.quantization == "int8" else Linear
     try:
-        return Decoder(Parts(arch, Checkpoint(config.model_dir, dtype, device)), table)
+        return Decoder(Parts(arch, Checkpoint(config.model_dir, dtype, device), make_linear), table)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"no room on {device} for the weights of {config.model_dir}") from error

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsengine.attention import DecodeAttention, PrefillAttention
 from dsengine.runner import Engine
 from support.tiny_families import FAMILIES, make_family
 from support.tiny_llama import GREEDY, Reference, Run, engine_config, generate, prompt_of
+from support.whole_logits import logits_of
 
 #: around the borders of blocks of 16 and windows of 20, and beyond
 LENGTHS = (1, 15, 16, 17, 34, 70)
@@ -32,25 +32,10 @@ def engine(model_dir: Path) -> Engine:
     return Engine(engine_config(model_dir, max_model_len=128))
 
 
-def all_logits(engine: Engine, tokens: list[int], prefilled: int) -> torch.Tensor:
-    """Of every position: ``prefilled`` ones at once, the others one by one."""
-    blocks = [[7, 3, 12, 1]]
-    model, pool = engine._decoder, engine.pool
-    with torch.inference_mode():
-        prefill = PrefillAttention(pool, [prefilled], blocks)
-        ids = torch.tensor(tokens)
-        rows = [model.logits(model.forward(ids[:prefilled], torch.arange(prefilled), prefill))]
-        for position in range(prefilled, len(tokens)):
-            decode = DecodeAttention(pool, [position], blocks)
-            at = torch.tensor([position])
-            rows.append(model.logits(model.forward(ids[at], at, decode)))
-    return torch.cat(rows)
-
-
 @pytest.mark.parametrize("prefilled", [50, 15, 16, 17])
 def test_logits(engine: Engine, reference: Reference, prefilled: int) -> None:
     tokens = prompt_of(50)
-    got, want = all_logits(engine, tokens, prefilled), reference.logits(tokens)
+    got, want = logits_of(engine, tokens, prefilled), reference.logits(tokens)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
     assert float(want.std()) > 0.1  # otherwise everything would be near everything
 

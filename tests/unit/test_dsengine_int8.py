@@ -1,0 +1,84 @@
+"""Quantised products against exact ones, and a quantised model against its own float weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from dsengine import int8
+from dsengine.int8 import KERNEL_ROWS, Int8Linear, quantise
+from dsengine.runner import Engine
+from dswire.errors import EngineFailed
+from support.tiny_families import make_family
+from support.tiny_llama import Reference, engine_config, generate, make_model, prompt_of
+from support.whole_logits import logits_of
+
+
+@given(st.integers(0, 2**32), st.floats(1e-6, 1e6))
+def test_no_element_is_off_by_more_than_half_a_scale(seed: int, size: float) -> None:
+    weight = torch.randn(5, 16, generator=torch.Generator().manual_seed(seed)) * size
+    q, scale = quantise(weight)
+    assert q.dtype == torch.int8
+    assert bool(((q * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all())
+    assert q.abs().amax(1).tolist() == [127] * 5  # the range is used up
+
+
+def test_a_row_of_zeros() -> None:
+    weight = torch.tensor([[0.0, 0.0], [1.0, -2.0]])
+    assert torch.equal(Int8Linear(weight)(torch.ones(1, 2))[:, 0], torch.zeros(1))
+
+
+@pytest.mark.parametrize("rows", [1, KERNEL_ROWS, KERNEL_ROWS + 1])
+@pytest.mark.parametrize(("columns", "bias"), [(64, False), (64, True), (50, True)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.003)]
+)
+def test_product(
+    rows: int, columns: int, bias: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "_WIDEN_ROWS", 10)
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(37, columns, generator=generator).to(dtype)
+    offset = torch.randn(37, generator=generator).to(dtype) if bias else None
+    x = torch.randn(rows, columns, generator=generator).to(dtype)
+    q, scale = quantise(weight)
+    want = functional.linear(x.float(), q * scale[:, None], None if offset is None else offset.float())
+    got = Int8Linear(weight, offset)(x)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), want, rtol=tolerance, atol=tolerance * 10)
+
+
+def test_a_row_does_not_depend_on_its_batch() -> None:
+    linear = Int8Linear(torch.randn(48, 64).bfloat16())
+    x = torch.randn(KERNEL_ROWS, 64).bfloat16()
+    assert torch.equal(linear(x)[3:4], linear(x[3:4]))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "qwen2-moe"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_stay_near_the_unquantised_model(tmp_path: Path, family: str, dtype: str) -> None:
+    make_family(tmp_path, family, initializer_range=0.1)
+    engine = Engine(engine_config(tmp_path, dtype=dtype, quantization="int8"))
+    tokens = prompt_of(60)
+    got, want = logits_of(engine, tokens, 50), Reference(tmp_path).logits(tokens)
+    error = (got - want).norm() / want.norm()
+    assert 1e-5 < float(error) < 0.05  # it is quantised, and it is near
+
+
+def test_greedy_tokens_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+    engine = Engine(engine_config(make_model(tmp_path), dtype="bfloat16", quantization="int8"))
+    prompts = [prompt_of(length) for length in (20, 20, 20)]
+    together = generate(engine, prompts, 10)
+    assert together == [generate(engine, [prompt], 10)[0] for prompt in prompts]
+
+
+def test_what_is_not_to_be_had() -> None:
+    with pytest.raises(EngineFailed, match="'int4' is not one of int8"):
+        engine_config(Path("m"), quantization="int4")
+    with pytest.raises(EngineFailed, match="int8 weights are for the cpu"):
+        engine_config(Path("m"), quantization="int8", device="cuda:0")
