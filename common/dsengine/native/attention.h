@@ -28,28 +28,42 @@ struct Shape {
   float softcap;  // 0: none
 };
 
-// Where the K (which = 0) or V (1) of one KV head of a layer lies, by position.
+// The cached keys and values of one sequence for one KV head of one layer.
 template <class E>
-struct KeyValues {
+struct Cached {
+  using weight = typename E::weight;
   const Pool* pool;
   const int32_t* table;
-  size_t offset;  // elements from a block's start
+  size_t key_offset, value_offset;  // elements from a block's start
   int head_dim;
   int end;  // positions from here on are masked: the last one stands in for them
 
-  typename E::weight* at(int position) const {
-    int size = pool->block_size;
-    position = position < end ? position : end - 1;
-    char* block = pool->base + table[position / size] * pool->block_nbytes;
-    return reinterpret_cast<typename E::weight*>(block) + offset + static_cast<size_t>(position % size) * head_dim;
+  weight* block(int number) const {
+    return reinterpret_cast<weight*>(pool->base + table[number] * pool->block_nbytes);
+  }
+
+  weight* key(int position) const {
+    return block(position / pool->block_size) + key_offset + position % pool->block_size * head_dim;
+  }
+
+  weight* value(int position) const { return key(position) + (value_offset - key_offset); }
+
+  // The keys of positions first to first + count.
+  void rows(int first, int count, const weight** out) const {
+    int number = first / pool->block_size, offset = first % pool->block_size;
+    const weight* start = block(number) + key_offset;
+    for (int i = 0; i < count; ++i) {
+      out[i] = first + i < end ? start + offset * head_dim : out[i - 1];
+      if (++offset == pool->block_size && first + i + 1 < end) offset = 0, start = block(++number) + key_offset;
+    }
   }
 };
 
 template <class E>
-KeyValues<E> key_values(const Pool& pool, const int32_t* table, const Shape& shape, int layer, int which, int head,
-                        int end) {
-  size_t runs = (static_cast<size_t>(layer) * 2 + which) * shape.kv_heads + head;
-  return {&pool, table, runs * pool.block_size * shape.head_dim, shape.head_dim, end};
+Cached<E> cached(const Pool& pool, const int32_t* table, const Shape& shape, int layer, int head, int end) {
+  size_t run = static_cast<size_t>(pool.block_size) * shape.head_dim;
+  size_t first = static_cast<size_t>(layer) * 2 * shape.kv_heads + head;
+  return {&pool, table, first * run, (first + shape.kv_heads) * run, shape.head_dim, end};
 }
 
 #ifdef __AVX512F__
@@ -87,61 +101,77 @@ struct Scratch {
   using active = typename E::active;
   std::vector<active> q, p;
   std::vector<weight> k, v;
-  std::vector<float> scores, chunk_out, chunk_max, chunk_sum, factor;
+  std::vector<float> scores, chunk_out, chunk_max, chunk_sum;
 
   void reserve(size_t rows, size_t width) {
     if (rows <= rows_ && width == width_) return;
     rows_ = rows, width_ = width;
     q.resize(rows * width), p.resize(rows * TILE), k.resize(TILE * width), v.resize(TILE * width);
     scores.resize(rows * TILE), chunk_out.resize(rows * width);
-    chunk_max.resize(rows), chunk_sum.resize(rows), factor.resize(rows);
+    chunk_max.resize(rows), chunk_sum.resize(rows);
   }
 
  private:
   size_t rows_ = 0, width_ = 0;
 };
 
-// K of 16 keys from `first` on into the panels of a tile: [head_dim / STEP][32 keys][STEP].
+// 16 keys into the panels of a tile: [head_dim / STEP][32 keys][STEP].
 template <class E>
-inline void pack_keys(const KeyValues<E>& keys, int first, typename E::weight* to) {
-  const typename E::weight* rows[LANES];
-  for (int i = 0; i < LANES; ++i) rows[i] = keys.at(first + i);
+inline void pack_keys(const typename E::weight* const* rows, int head_dim, typename E::weight* to) {
   int dim = 0;
 #ifdef __AVX512F__
   if constexpr (sizeof(typename E::weight) * E::STEP == 4) {
     constexpr int WIDE = LANES * E::STEP;
-    for (; dim + WIDE <= keys.head_dim; dim += WIDE) {
+    for (; dim + WIDE <= head_dim; dim += WIDE) {
       const void* at[LANES];
       for (int i = 0; i < LANES; ++i) at[i] = rows[i] + dim;
       turn(at, reinterpret_cast<int32_t*>(to + static_cast<size_t>(dim) * PANEL), PANEL);
     }
   }
 #endif
-  for (; dim < keys.head_dim; ++dim)
-    for (int i = 0; i < LANES; ++i)
-      to[(dim / E::STEP * PANEL + i) * E::STEP + dim % E::STEP] = rows[i][dim];
+  for (; dim < head_dim; ++dim)
+    for (int i = 0; i < LANES; ++i) to[(dim / E::STEP * PANEL + i) * E::STEP + dim % E::STEP] = rows[i][dim];
 }
 
-// V of `count` keys (a multiple of STEP) into panels of 32 dimensions: [TILE / STEP][32][STEP] each.
+// Two rows of values side by side, `LANES` dimensions from each: [LANES][2].
+inline void interleave(const uint16_t* even, const uint16_t* odd, uint16_t* to) {
+  vi low = __builtin_convertvector(*reinterpret_cast<const vh_any*>(even), vi);
+  vi high = __builtin_convertvector(*reinterpret_cast<const vh_any*>(odd), vi);
+  *reinterpret_cast<vi_any*>(to) = low | (high << 16);
+}
+
+#ifdef __AVX512BW__
+// The same for 2 * LANES dimensions.
+inline void interleave_two(const uint16_t* even, const uint16_t* odd, uint16_t* to) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                       37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
+  _mm512_storeu_si512(to + 2 * LANES, _mm512_permutex2var_epi16(a, high, b));
+}
+#endif
+
+// `count` values (a multiple of STEP), `delta` elements behind their keys, into panels of 32 dimensions:
+// [TILE / STEP][32][STEP] each.
 template <class E>
-inline void pack_values(const KeyValues<E>& values, int first, int count, typename E::weight* to) {
+inline void pack_values(const typename E::weight* const* keys, size_t delta, int count, int head_dim,
+                        typename E::weight* to) {
   using weight = typename E::weight;
   for (int key = 0; key < count; key += E::STEP) {
-    const weight* rows[2] = {values.at(first + key), values.at(first + key + E::STEP - 1)};
+    const weight* rows[2] = {keys[key] + delta, keys[key + E::STEP - 1] + delta};
+    auto at = [&](int dim) { return to + (dim / PANEL * TILE + key) * PANEL + dim % PANEL * E::STEP; };
     int dim = 0;
-    for (; dim + LANES <= values.head_dim; dim += LANES) {
-      weight* at = to + static_cast<size_t>(dim / PANEL) * PANEL * TILE + key * PANEL + dim % PANEL * E::STEP;
-      if constexpr (E::STEP == 2) {
-        vi low = __builtin_convertvector(*reinterpret_cast<const vh_any*>(rows[0] + dim), vi);
-        vi high = __builtin_convertvector(*reinterpret_cast<const vh_any*>(rows[1] + dim), vi);
-        *reinterpret_cast<vi_any*>(at) = low | (high << 16);
-      } else {
-        std::memcpy(at, rows[0] + dim, LANES * sizeof(weight));
-      }
+    if constexpr (E::STEP == 2) {
+#ifdef __AVX512BW__
+      for (; dim + 2 * LANES <= head_dim; dim += 2 * LANES) interleave_two(rows[0] + dim, rows[1] + dim, at(dim));
+#endif
+      for (; dim + LANES <= head_dim; dim += LANES) interleave(rows[0] + dim, rows[1] + dim, at(dim));
+    } else {
+      for (; dim + LANES <= head_dim; dim += LANES) std::memcpy(at(dim), rows[0] + dim, LANES * sizeof(weight));
     }
-    for (; dim < values.head_dim; ++dim)
-      for (int s = 0; s < E::STEP; ++s)
-        to[static_cast<size_t>(dim / PANEL) * PANEL * TILE + key * PANEL + dim % PANEL * E::STEP + s] = rows[s][dim];
+    for (; dim < head_dim; ++dim)
+      for (int s = 0; s < E::STEP; ++s) at(dim)[s] = rows[s][dim];
   }
 }
 
@@ -163,9 +193,10 @@ struct State {
 
 inline vf soft_cap(vf s, float cap) { return tanh(s / cap) * cap; }
 
-// Scores -> probabilities, state moved on; factor[row] is what the sums so far shrink by.
+// Scores -> probabilities; the state so far shrinks where a higher score came.
 template <class E>
 void soften(Scratch<E>& scratch, const Queries& queries, const Shape& shape, int first, const State& state) {
+  const size_t width = padded(shape.head_dim);
   for (int row = 0; row < queries.rows; ++row) {
     float* line = scratch.scores.data() + row * TILE;
     int position = queries.at(row);
@@ -187,35 +218,52 @@ void soften(Scratch<E>& scratch, const Queries& queries, const Shape& shape, int
       E::activate(scratch.p.data() + row * TILE + v * LANES, p);
     }
     float factor = before == now ? 1.0f : exp1(before - base);
-    scratch.factor[row] = factor;
+    if (factor != 1.0f)
+      for (size_t i = 0; i < width; i += LANES) store(state.out + row * width + i, load(state.out + row * width + i) * factor);
     state.highest[row] = now;
     state.total[row] = state.total[row] * factor + sum(added);
   }
 }
 
+// Ask for the first `count` rows' keys and values: the blocks of a sequence lie anywhere.
+template <class E>
+inline void prefetch(const typename E::weight* const* keys, size_t delta, int count, int head_dim) {
+  const size_t nbytes = head_dim * sizeof(typename E::weight);
+  for (int i = 0; i < count; ++i)
+    for (size_t at = 0; at < nbytes; at += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(keys[i]) + at);
+      __builtin_prefetch(reinterpret_cast<const char*>(keys[i] + delta) + at);
+    }
+}
+
 // One tile: scores, softmax, weighted values. `count` keys are there, a multiple of 16.
 template <class E>
-void attend_tile(Scratch<E>& scratch, const Queries& queries, const Shape& shape, const KeyValues<E>& keys,
-                 const KeyValues<E>& values, int first, int count, const State& state) {
+void attend_tile(Scratch<E>& scratch, const Queries& queries, const Shape& shape, const Cached<E>& cache, int first,
+                 int count, const State& state) {
   using weight = typename E::weight;
   const size_t width = padded(shape.head_dim), panel = static_cast<size_t>(PANEL) * shape.head_dim;
+  const size_t delta = cache.value_offset - cache.key_offset;
+  const weight* rows[TILE];
+  cache.rows(first, count, rows);
   for (int key = 0; key < count; key += LANES)
-    pack_keys<E>(keys, first + key, scratch.k.data() + key / PANEL * panel + key % PANEL * E::STEP);
+    pack_keys<E>(rows + key, shape.head_dim, scratch.k.data() + key / PANEL * panel + key % PANEL * E::STEP);
+  if (first + count < cache.end) {
+    const weight* next[TILE];
+    int more = cache.end - first - count < TILE ? cache.end - first - count : TILE;
+    cache.rows(first + count, more, next);
+    prefetch<E>(next, delta, more, shape.head_dim);
+  }
   for (int pair = 0; pair < count; pair += PANEL) {
     const weight* panels[1] = {scratch.k.data() + pair / PANEL * panel};
-    strip<E, 1>(
-        queries.rows, scratch.q.data(), width, panels, shape.head_dim, [](int, int) { return vf{}; },
-        [&](int m, int v, vf s) { store(scratch.scores.data() + m * TILE + pair + v * LANES, s); });
+    strip<E, 1>(queries.rows, scratch.q.data(), width, panels, shape.head_dim,
+                {nullptr, 0, scratch.scores.data() + pair, TILE});
   }
   soften(scratch, queries, shape, first, state);
-  pack_values<E>(values, first, count, scratch.v.data());
+  pack_values<E>(rows, delta, count, shape.head_dim, scratch.v.data());
   for (size_t dim = 0; dim < width; dim += PANEL) {
     const weight* panels[1] = {scratch.v.data() + dim * TILE};
     float* out = state.out + dim;
-    strip<E, 1>(
-        queries.rows, scratch.p.data(), TILE, panels, count,
-        [&](int m, int v) { return load(out + m * width + v * LANES) * scratch.factor[m]; },
-        [&](int m, int v, vf o) { store(out + m * width + v * LANES, o); });
+    strip<E, 1>(queries.rows, scratch.p.data(), TILE, panels, count, {out, width, out, width});
   }
 }
 
@@ -242,8 +290,8 @@ inline void reset(int rows, size_t width, const State& state) {
 
 // The keys of chunk number `chunk` that the queries see, into a fresh `state`. False where they see none.
 template <class E>
-bool attend_chunk(Scratch<E>& scratch, const Queries& queries, const Shape& shape, const KeyValues<E>& keys,
-                  const KeyValues<E>& values, int chunk, const State& state) {
+bool attend_chunk(Scratch<E>& scratch, const Queries& queries, const Shape& shape, const Cached<E>& cache, int chunk,
+                  const State& state) {
   const size_t width = padded(shape.head_dim);
   int last = queries.at(queries.rows - 1) + 1, first = chunk * CHUNK;
   int end = first + CHUNK < last ? first + CHUNK : last;
@@ -252,7 +300,7 @@ bool attend_chunk(Scratch<E>& scratch, const Queries& queries, const Shape& shap
   reset(queries.rows, width, state);
   for (int at = begin; at < end; at += TILE) {
     int count = end - at < TILE ? (end - at + LANES - 1) / LANES * LANES : TILE;
-    attend_tile<E>(scratch, queries, shape, keys, values, at, count, state);
+    attend_tile<E>(scratch, queries, shape, cache, at, count, state);
   }
   return begin < end;
 }

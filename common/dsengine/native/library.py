@@ -6,7 +6,6 @@ import ctypes
 from ctypes import POINTER, byref, c_int32, c_void_p, sizeof
 from functools import cache
 
-import torch
 from torch import Tensor
 
 from dsengine.native import structs
@@ -88,4 +87,3 @@ def library(dtype: str) -> Library:
 def linear(panels: Tensor, bias: Tensor | None, rows: int, columns: int) -> CLinear:
     """``panels`` of ``[rows, columns]``, with ``bias`` float32 of ``padded(rows)``."""
     return CLinear(panels.data_ptr(), None if bias is None else bias.data_ptr(), columns, rows)
-

@@ -12,43 +12,10 @@ namespace ds {
 
 constexpr int PANEL = 32;
 constexpr int PANEL_VECTORS = PANEL / LANES;
+constexpr int FEW_ROWS = 2;
+constexpr int AHEAD = 2048;  // bytes
 
 inline size_t padded(size_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
-
-// Products of MB rows with NP panels: `out(row, vector, accumulator)` for vector in [0, NP * 2).
-template <class E, int MB, int NP, class Start, class Out>
-inline __attribute__((always_inline)) void tile(const typename E::active* a, size_t lda,
-                                                const typename E::weight* const* panels, int inner, Start start,
-                                                Out out) {
-  constexpr int NV = NP * PANEL_VECTORS;
-  vf acc[MB][NV];
-#pragma GCC unroll 16
-  for (int m = 0; m < MB; ++m)
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) acc[m][v] = start(m, v);
-  const typename E::weight* p[NP];
-  for (int n = 0; n < NP; ++n) p[n] = panels[n];
-  for (int k = 0; k < inner; k += E::STEP) {
-    decltype(E::load_weights(p[0])) w[NV];
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) {
-      const typename E::weight* at = p[v / PANEL_VECTORS] + (v % PANEL_VECTORS) * LANES * E::STEP;
-      w[v] = E::load_weights(at);
-      if (MB <= 2) __builtin_prefetch(reinterpret_cast<const char*>(at) + 2048, 0, 2);
-    }
-#pragma GCC unroll 16
-    for (int m = 0; m < MB; ++m) {
-      auto x = E::spread(a + m * lda + k);
-#pragma GCC unroll 16
-      for (int v = 0; v < NV; ++v) acc[m][v] = E::mac(acc[m][v], w[v], x);
-    }
-    for (int n = 0; n < NP; ++n) p[n] += PANEL * E::STEP;
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < MB; ++m)
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) out(m, v, acc[m][v]);
-}
 
 #ifdef __AVX512F__
 constexpr int MAX_ROWS = 6;  // 6 rows x 4 vectors of accumulators, 4 of weights: 29 of 32 registers
@@ -56,28 +23,80 @@ constexpr int MAX_ROWS = 6;  // 6 rows x 4 vectors of accumulators, 4 of weights
 constexpr int MAX_ROWS = 2;
 #endif
 
-// `rows` rows with one or two panels: start(row, vector) and out(row, vector, sum), rows counted from `a`.
-template <class E, int NP, int MB, class Start, class Out>
-inline void rows_of(int count, const typename E::active* a, size_t lda, const typename E::weight* const* panels,
-                    int inner, Start start, Out out) {
-  if constexpr (MB > 1) {
-    if (count < MB) return rows_of<E, NP, MB - 1>(count, a, lda, panels, inner, start, out);
+// Where sums begin (null: at zero) and where they go; `start_ld` 0 begins every row alike.
+struct Sums {
+  const float* start;
+  size_t start_ld;
+  float* to;
+  size_t ld;
+};
+
+// MB rows of `a` with NP panels. Not inlined: one tight loop, whatever is done with the sums.
+template <class E, int MB, int NP>
+__attribute__((noinline)) void tile(const typename E::active* a, size_t lda, const typename E::weight* const* panels,
+                                    int inner, const Sums& sums) {
+  constexpr int NV = NP * PANEL_VECTORS;
+  vf acc[MB][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < MB; ++m)
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v)
+      acc[m][v] = sums.start ? load(sums.start + m * sums.start_ld + v * LANES) : vf{};
+  const typename E::weight* first = panels[0];
+  const typename E::weight* second = panels[NP - 1];
+  for (int k = 0; k < inner; k += E::STEP) {
+    decltype(E::load_weights(first)) w[NV];
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) {
+      const typename E::weight* at = (v < PANEL_VECTORS ? first : second) + v % PANEL_VECTORS * LANES * E::STEP;
+      w[v] = E::load_weights(at);
+      // Few rows wait for memory, which the processor does not look far enough ahead in by itself.
+      if (MB <= FEW_ROWS) __builtin_prefetch(reinterpret_cast<const char*>(at) + AHEAD, 0, 3);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < MB; ++m) {
+      auto x = E::spread(a + m * lda + k);
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) acc[m][v] = E::mac(acc[m][v], w[v], x);
+    }
+    first += PANEL * E::STEP, second += PANEL * E::STEP;
   }
-  tile<E, MB, NP>(a, lda, panels, inner, start, out);
+#pragma GCC unroll 16
+  for (int m = 0; m < MB; ++m)
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) store(sums.to + m * sums.ld + v * LANES, acc[m][v]);
 }
 
-template <class E, int NP, class Start, class Out>
-inline void strip(int rows, const typename E::active* a, size_t lda, const typename E::weight* const* panels,
-                  int inner, Start start, Out out) {
-  // As even as can be: 8 rows are two tiles of 4, not one of 6 and one of 2 that starves.
-  int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
-  for (int t = 0, row = 0; t < tiles; ++t) {
-    int count = (rows - row + tiles - t - 1) / (tiles - t);
-    rows_of<E, NP, MAX_ROWS>(
-        count, a + row * lda, lda, panels, inner, [&](int m, int v) { return start(row + m, v); },
-        [&](int m, int v, vf sum) { out(row + m, v, sum); });
+// The same with the number of rows known only now.
+template <class E, int NP, int MB = MAX_ROWS>
+inline void tile_of(int rows, const typename E::active* a, size_t lda, const typename E::weight* const* panels,
+                    int inner, const Sums& sums) {
+  if constexpr (MB > 1) {
+    if (rows < MB) return tile_of<E, NP, MB - 1>(rows, a, lda, panels, inner, sums);
+  }
+  tile<E, MB, NP>(a, lda, panels, inner, sums);
+}
+
+// Cut rows into tiles as even as can be (8 are two of 4, not one of 6 and one of 2 that starves): each(row, count).
+template <class Each>
+inline void tiles(int rows, Each each) {
+  int left = (rows + MAX_ROWS - 1) / MAX_ROWS;
+  for (int row = 0; left > 0; --left) {
+    int count = (rows - row + left - 1) / left;
+    each(row, count);
     row += count;
   }
+}
+
+// Any number of rows, sums to memory.
+template <class E, int NP>
+inline void strip(int rows, const typename E::active* a, size_t lda, const typename E::weight* const* panels,
+                  int inner, const Sums& sums) {
+  tiles(rows, [&](int row, int count) {
+    const float* start = sums.start ? sums.start + row * sums.start_ld : nullptr;
+    tile_of<E, NP>(count, a + row * lda, lda, panels, inner,
+                   {start, sums.start_ld, sums.to + row * sums.ld, sums.ld});
+  });
 }
 
 // One weight matrix, `in` even.
@@ -90,35 +109,50 @@ struct Linear {
 
 constexpr int ROW_BLOCK = 96;  // activations of so many rows stay in the second-level cache
 
-// y = x W^T + b, shared out over the team; out(row, column, sixteen sums) with columns up to padded(out).
+// Rows [row, row + count) with two panels (or one): each(row, sums of 64 or 32 columns) while they are in the cache.
+template <class E, int NP, class Each>
+inline void finish_tiles(int row, int count, const typename E::active* a, size_t lda,
+                         const typename E::weight* const* panels, int inner, const float* start, Each each) {
+  alignas(64) float sums[MAX_ROWS][NP * PANEL];
+  tiles(count, [&](int at, int some) {
+    tile_of<E, NP>(some, a + (row + at) * lda, lda, panels, inner, {start, 0, sums[0], NP * PANEL});
+    for (int m = 0; m < some; ++m) each(row + at + m, sums[m]);
+  });
+}
+
+// Tasks are (block of rows, run of panels), shared out over the team: each(first row, rows, first panel, last panel).
+template <class Each>
+void share_product(Team& team, int rows, int panels, Each each) {
+  const int blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
+  int piece = panels / (team.count() * 4);
+  piece = piece < 1 ? 1 : piece > 8 ? 8 : piece;
+  const int pieces = (panels + piece - 1) / piece;
+  team.share(blocks * pieces, 1, [&](int task, int) {
+    int row = task / pieces * ROW_BLOCK, first = task % pieces * piece;
+    each(row, rows - row < ROW_BLOCK ? rows - row : ROW_BLOCK, first,
+         first + piece < panels ? first + piece : panels);
+  });
+}
+
+// y = x W^T + b; out(row, column, sixteen sums) with columns up to padded(out).
 template <class E, class Out>
 void product(Team& team, int rows, const typename E::active* a, size_t lda, const Linear& linear, Out out) {
   using weight = typename E::weight;
   const weight* packed = static_cast<const weight*>(linear.panels);
   const size_t panel_size = static_cast<size_t>(linear.in) * PANEL;
-  const int panels = static_cast<int>(padded(linear.out) / PANEL);
-  const int blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-  int piece = panels / (team.count() * 4);
-  piece = piece < 1 ? 1 : piece > 8 ? 8 : piece / 2 * 2 + (piece == 1);
-  const int pieces = (panels + piece - 1) / piece;
-  team.share(blocks * pieces, 1, [&](int task, int) {
-    int row = task / pieces * ROW_BLOCK;
-    int count = rows - row < ROW_BLOCK ? rows - row : ROW_BLOCK;
-    int first = task % pieces * piece;
-    int last = first + piece < panels ? first + piece : panels;
-    for (int panel = first; panel < last;) {
+  share_product(team, rows, padded(linear.out) / PANEL, [&](int row, int count, int first, int last) {
+    for (int panel = first; panel < last; panel += 2) {
       const weight* both[2] = {packed + panel * panel_size, packed + (panel + 1) * panel_size};
-      auto start = [&](int, int v) {
-        return linear.bias ? load(linear.bias + panel * PANEL + v * LANES) : vf{};
+      const float* bias = linear.bias ? linear.bias + panel * PANEL : nullptr;
+      auto each = [&](int vectors) {
+        return [&, vectors](int r, const float* sums) {
+          for (int v = 0; v < vectors; ++v) out(r, panel * PANEL + v * LANES, load(sums + v * LANES));
+        };
       };
-      auto done = [&](int m, int v, vf total) { out(row + m, panel * PANEL + v * LANES, total); };
-      if (panel + 1 < last) {
-        strip<E, 2>(count, a + row * lda, lda, both, linear.in, start, done);
-        panel += 2;
-      } else {
-        strip<E, 1>(count, a + row * lda, lda, both, linear.in, start, done);
-        panel += 1;
-      }
+      if (panel + 1 < last)
+        finish_tiles<E, 2>(row, count, a, lda, both, linear.in, bias, each(2 * PANEL_VECTORS));
+      else
+        finish_tiles<E, 1>(row, count, a, lda, both, linear.in, bias, each(PANEL_VECTORS));
     }
   });
 }
@@ -129,25 +163,17 @@ void gated_product(Team& team, int rows, const typename E::active* a, size_t lda
                    const Linear& up, Out out) {
   using weight = typename E::weight;
   const size_t panel_size = static_cast<size_t>(gate.in) * PANEL;
-  const int panels = static_cast<int>(padded(gate.out) / PANEL);
-  const int blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-  team.share(blocks * panels, 1, [&](int task, int) {
-    int row = task / panels * ROW_BLOCK;
-    int count = rows - row < ROW_BLOCK ? rows - row : ROW_BLOCK;
-    int panel = task % panels;
-    const weight* both[2] = {static_cast<const weight*>(gate.panels) + panel * panel_size,
-                             static_cast<const weight*>(up.panels) + panel * panel_size};
-    auto start = [&](int, int v) {
-      const float* bias = v < PANEL_VECTORS ? gate.bias : up.bias;
-      return bias ? load(bias + panel * PANEL + v % PANEL_VECTORS * LANES) : vf{};
-    };
-    vf kept[ROW_BLOCK][PANEL_VECTORS];
-    strip<E, 2>(count, a + row * lda, lda, both, gate.in, start, [&](int m, int v, vf total) {
-      if (v < PANEL_VECTORS)
-        kept[m][v] = total;
-      else
-        out(row + m, panel * PANEL + (v - PANEL_VECTORS) * LANES, kept[m][v - PANEL_VECTORS], total);
-    });
+  share_product(team, rows, padded(gate.out) / PANEL, [&](int row, int count, int first, int last) {
+    for (int panel = first; panel < last; ++panel) {
+      const weight* both[2] = {static_cast<const weight*>(gate.panels) + panel * panel_size,
+                               static_cast<const weight*>(up.panels) + panel * panel_size};
+      alignas(64) float start[2 * PANEL] = {};
+      if (gate.bias) std::memcpy(start, gate.bias + panel * PANEL, PANEL * sizeof(float));
+      if (up.bias) std::memcpy(start + PANEL, up.bias + panel * PANEL, PANEL * sizeof(float));
+      finish_tiles<E, 2>(row, count, a, lda, both, gate.in, start, [&](int r, const float* sums) {
+        for (int v = 0; v < PANEL; v += LANES) out(r, panel * PANEL + v, load(sums + v), load(sums + PANEL + v));
+      });
+    }
   });
 }
 

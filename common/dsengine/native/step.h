@@ -207,7 +207,8 @@ class Step {
       }
       int which = kv >= shape.kv_heads;
       if (!which) turn_head(x, dim, l.k_norm, m_.eps, m_.rotary, cos, sin);
-      weight* to = key_values<E>(*pool_, table, shape, index, which, kv % shape.kv_heads, position + 1).at(position);
+      auto cache = cached<E>(*pool_, table, shape, index, kv % shape.kv_heads, position + 1);
+      weight* to = which ? cache.value(position) : cache.key(position);
       in_lanes(dim, [&](int i, int n) { narrow_some<E>(to + i, load_some(x + i, n), n); });
     }
   }
@@ -223,19 +224,18 @@ class Step {
                   dim * sizeof(active));
     const int32_t* table = b_->tables + b_->table_starts[task.sequence];
     int end = first + task.count;
-    auto keys = key_values<E>(*pool_, table, m_.shape, index, 0, task.head, end);
-    auto values = key_values<E>(*pool_, table, m_.shape, index, 1, task.head, end);
+    auto cache = cached<E>(*pool_, table, m_.shape, index, task.head, end);
     if (task.chunk >= 0) {
-      attend_chunk<E>(scratch, queries, m_.shape, keys, values, task.chunk, slot(task.slot));
+      attend_chunk<E>(scratch, queries, m_.shape, cache, task.chunk, slot(task.slot));
       return;
     }
     State chunk{scratch.chunk_max.data(), scratch.chunk_sum.data(), scratch.chunk_out.data()};
     static thread_local std::vector<float> all;
     all.resize(queries.rows * (head_width_ + 2));
     State state{all.data(), all.data() + queries.rows, all.data() + 2 * queries.rows};
-    attend_chunk<E>(scratch, queries, m_.shape, keys, values, 0, state);
+    attend_chunk<E>(scratch, queries, m_.shape, cache, 0, state);
     for (int c = 1; c * CHUNK < end; ++c)
-      if (attend_chunk<E>(scratch, queries, m_.shape, keys, values, c, chunk))
+      if (attend_chunk<E>(scratch, queries, m_.shape, cache, c, chunk))
         merge(queries.rows, head_width_, state, chunk);
     finish(task, state);
   }
