@@ -165,19 +165,18 @@ class Requests:
                 self._abandon(now, request, error)
 
     def alarm(self, now: float, alarm: Alarm, request_id: str) -> None:
-        """A deadline has come; for a request that has ended in the meantime it means nothing."""
-        request = self._open.get(request_id)
-        if request is None or request.left != (alarm is Alarm.FORGET):
-            return
-        if alarm is Alarm.FORGET:
-            self._drop(request)
-        elif alarm is Alarm.PROBE:
-            self._probe(now, request)
-        elif alarm is Alarm.LATE:
-            self._abandon(now, request, DeadlineExceeded(f"{request_id}: its time was up"))
-        elif self._incarnation is None:
-            seconds = f"{self._timeout_s:g} s"
-            self._abandon(now, request, RouterLost(f"{request_id}: the router did not answer within {seconds}"))
+        """A deadline of a request has come."""
+        request = self._open[request_id]
+        match alarm:
+            case Alarm.FORGET:
+                self._drop(request)
+            case Alarm.PROBE:
+                self._probe(now, request)
+            case Alarm.LATE:
+                self._abandon(now, request, DeadlineExceeded(f"{request_id}: its time was up"))
+            case Alarm.GIVE_UP:
+                text = f"{request_id}: the router did not answer within {self._timeout_s:g} s"
+                self._abandon(now, request, RouterLost(text))
 
     def validate(self, *, readable: bool) -> None:
         """Check every invariant; ``readable``: whether there may be requests that somebody reads."""

@@ -170,18 +170,18 @@ class ClientState:
         self._fail(event.now, event.error)
 
     def _tick(self, event: Tick) -> None:
-        # a deadline of this batch may have made a later one pointless, so each looks again
         for alarm, name in self._timers.due(event.now):
-            if alarm is Alarm.HELLO and self.phase is Phase.GREETING:
-                self._say_hello(event.now)
-            elif alarm is Alarm.PING and self.phase is Phase.JOINED:
-                self._ping(event.now)
-            elif alarm is Alarm.SILENCE and self.phase is Phase.JOINED:
-                self._listen(event.now)
-            elif alarm is Alarm.ASK and name in self._asks:
-                self._answer(name, self._lost())
-            else:
-                self._requests.alarm(event.now, alarm, name)
+            match alarm:
+                case Alarm.HELLO:
+                    self._say_hello(event.now)
+                case Alarm.PING:
+                    self._ping(event.now)
+                case Alarm.SILENCE:
+                    self._listen(event.now)
+                case Alarm.ASK:
+                    self._answer(name, self._lost())
+                case _:
+                    self._requests.alarm(event.now, alarm, name)
 
     # the connection
 
