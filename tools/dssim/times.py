@@ -123,7 +123,7 @@ def _over(nbytes: int, bytes_per_s: float) -> float:
 def linear_times(profile: str, tp: int) -> LinearTimes:
     """Times of a profile: a name of :data:`SHIPPED`, or the path of a JSON file of the same form.
 
-    Raises :class:`BadInput` for a file that cannot be read or understood, and for a ``tp`` that it does not tell of.
+    Raises :class:`BadInput` for a file that cannot be read or understood, and for a ``tp`` that it has no times of.
     """
     document = _read(profile)
     fits = document.get("tp")

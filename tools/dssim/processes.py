@@ -1,0 +1,294 @@
+"""Shells around the services' machines: what ``actor.py`` does with sockets, threads and a clock, in virtual time.
+
+Each performs its machine's actions and nothing else; no decision is taken here. As in the real shells an instance
+runs one step at a time, and its copies one after the other in the order in which they were asked for, beside the
+step. Connections lose nothing and keep the order of what is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+import dsdecode.events as decode
+import dsprefill.events as prefill
+from dsrelay.events import ChunkArrived, Complain, SendChunk, StoreChunk
+from dsrelay.events import End as RelayEnd
+from dsrelay.events import Ready as RelayReady
+from dssim.kernel import Kernel
+from dssim.times import StepTimes, TransferTimes
+from dswire.errors import ErrorInfo, from_info
+from dswire.machine import Machine, Received, Send, Tick
+from dswire.messages.kv import KvChunk
+from dswire.messages.worker import Load, Preempted, WorkerReport
+
+#: every token, of prompts and answers
+TOKEN = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step that an instance ran, for timelines and traces."""
+
+    instance: str
+    began_s: float
+    seconds: float
+    sequences: int
+    #: prefill: tokens read; decode: tokens of context
+    tokens: int
+
+
+class Receiver(Protocol):
+    """The end of a connection."""
+
+    name: str
+
+    def take(self, peer: str, message: msgspec.Struct, nbytes: int) -> None:
+        """A message has come, with ``nbytes`` of raw frames behind it."""
+
+
+class Watch(Protocol):
+    """Who wants to know what happens inside."""
+
+    def step(self, step: Step) -> None:
+        """A step begins."""
+
+    def load(self, now: float, name: str, load: Load) -> None:
+        """A worker tells its load, once a second."""
+
+    def preempted(self) -> None:
+        """A decode instance had no room for a sequence that ran."""
+
+
+class Process:
+    """One process with its machine."""
+
+    def __init__(self, name: str, node: str, machine: Machine, kernel: Kernel, transfers: TransferTimes) -> None:
+        self.name = name
+        self.node = node
+        self.machine = machine
+        self.ready = False
+        #: called after every event
+        self.check: Callable[[], None] | None = None
+        self.kernel = kernel
+        self.transfers = transfers
+        #: by the machine's name for a peer: who that is, its name for us, and seconds on the way
+        self.peers: dict[str, tuple[Receiver, str, float]] = {}
+        self._copies_end = 0.0
+        #: when the tick that is scheduled comes
+        self._tick_at: float | None = None
+
+    def connect(self, peer: str, other: Receiver, us: str, seconds: float) -> None:
+        """Messages to ``peer`` go to ``other``, which knows us as ``us``, and take ``seconds``."""
+        self.peers[peer] = (other, us, seconds)
+
+    def start(self) -> None:
+        """The process comes up, and says hello to those it knows."""
+        self.feed(Tick(self.kernel.now))
+
+    def take(self, peer: str, message: msgspec.Struct, nbytes: int) -> None:
+        """A message has come."""
+        self.feed(Received(self.kernel.now, peer, message))
+
+    def feed(self, event: Any) -> None:
+        """Give the machine an event and perform what it wants."""
+        for action in self.machine.handle(event):
+            if type(action) is Send:
+                self.send(action.peer, action.message)
+            else:
+                self.perform(action)
+        if self.check is not None:
+            self.check()
+        deadline = self.machine.next_deadline()
+        # a tick that comes too early looks again; one that comes too late would be wrong
+        if deadline is not None and (self._tick_at is None or deadline < self._tick_at):
+            self._tick_at = deadline
+            self.kernel.at(deadline, self._tick, deadline)
+
+    def send(self, peer: str, message: msgspec.Struct, nbytes: int = 0, began_s: float | None = None) -> None:
+        """Send a message, which leaves now or at ``began_s``."""
+        other, us, seconds = self.peers[peer]
+        self.kernel.at((self.kernel.now if began_s is None else began_s) + seconds, other.take, us, message, nbytes)
+
+    def perform(self, action: Any) -> None:
+        """Perform an action of the service."""
+        raise TypeError(f"{self.name} cannot perform {action!r}")
+
+    def refused(self, error: ErrorInfo) -> None:
+        """The machine ends: in a simulation nothing can make it do so but a wrong set-up."""
+        raise from_info(error)
+
+    def copy(self, seconds: float, end: Callable[[float], Any]) -> None:
+        """Do a piece of work after the copies asked for before; then feed the event that ``end`` makes."""
+        self._copies_end = max(self.kernel.now, self._copies_end) + seconds
+        self.kernel.at(self._copies_end, lambda: self.feed(end(self.kernel.now)))
+
+    def _tick(self, deadline: float) -> None:
+        if self._tick_at != deadline:
+            return
+        self._tick_at = None
+        wanted = self.machine.next_deadline()
+        if wanted is None:
+            return
+        if wanted <= self.kernel.now:
+            self.feed(Tick(self.kernel.now))
+        else:
+            self._tick_at = wanted
+            self.kernel.at(wanted, self._tick, wanted)
+
+
+class Listener(Protocol):
+    """A client, that only listens to what it is told of its requests."""
+
+    def heard(self, now: float, message: msgspec.Struct) -> None:
+        """A message reaches it at ``now``, which lies ahead; they come in order."""
+
+
+class RouterProcess(Process):
+    """The router; prompts come as tokens, so there is nothing to tokenise."""
+
+    #: by the machine's name, with seconds on the way
+    clients: dict[str, tuple[Listener, float]]
+
+    def __init__(self, name: str, node: str, machine: Machine, kernel: Kernel, transfers: TransferTimes) -> None:
+        super().__init__(name, node, machine, kernel, transfers)
+        self.clients = {}
+
+    def send(self, peer: str, message: msgspec.Struct, nbytes: int = 0, began_s: float | None = None) -> None:
+        """Send a message; a client is told at once, since what it hears changes nothing here."""
+        known = self.clients.get(peer)
+        if known is None:
+            super().send(peer, message, nbytes, began_s)
+        else:
+            known[0].heard(self.kernel.now + known[1], message)
+
+
+class Worker(Process):
+    """An instance: a machine, and a model of the device under it."""
+
+    def __init__(
+        self,
+        name: str,
+        node: str,
+        machine: Machine,
+        kernel: Kernel,
+        transfers: TransferTimes,
+        *,
+        times: StepTimes,
+        watch: Watch,
+    ) -> None:
+        super().__init__(name, node, machine, kernel, transfers)
+        self.times = times
+        self.watch = watch
+
+    def send(self, peer: str, message: msgspec.Struct, nbytes: int = 0, began_s: float | None = None) -> None:
+        """Send a message; the load that is told every second is noted on the way."""
+        if type(message) is WorkerReport:
+            self.watch.load(self.kernel.now, self.name, message.load)
+        elif type(message) is Preempted:
+            self.watch.preempted()
+        super().send(peer, message, nbytes, began_s)
+
+
+class PrefillProcess(Worker):
+    """A prefill instance."""
+
+    def perform(self, action: Any) -> None:
+        """Steps and copies."""
+        match action:
+            case prefill.RunPrefill(runs):
+                self._step(runs)
+            case prefill.Seal(key, blocks):
+                nbytes = len(blocks) * self._block_nbytes
+                self.copy(self.transfers.seal_s(nbytes), lambda now: prefill.Sealed(now, key, 0))
+            case prefill.StageChunk(handle, chunk, _):
+                seconds = self.transfers.copy_s(chunk.count * handle.layout.block_nbytes)
+                self.copy(seconds, lambda now: prefill.Staged(now, handle.key, chunk))
+            case prefill.Ready():
+                self.ready = True
+            case prefill.End(error):
+                self.refused(error)
+            case _:
+                super().perform(action)
+
+    @property
+    def _block_nbytes(self) -> int:
+        nbytes: int = self.machine.config.capacity.layout.block_nbytes  # type: ignore[attr-defined]
+        return nbytes
+
+    def _step(self, runs: tuple[prefill.PrefillRun, ...]) -> None:
+        lengths = [len(run.prompt_ids) + len(run.output_ids) for run in runs]
+        seconds = self.times.prefill_s(lengths)
+        self.watch.step(Step(self.name, self.kernel.now, seconds, len(runs), sum(lengths)))
+        self.kernel.after(seconds, self._stepped, runs, seconds)
+
+    def _stepped(self, runs: tuple[prefill.PrefillRun, ...], seconds: float) -> None:
+        tokens = tuple(prefill.FirstToken(run.key, TOKEN) for run in runs)
+        self.feed(prefill.PrefillStepped(self.kernel.now, tokens, seconds))
+
+
+class DecodeProcess(Worker):
+    """A decode instance."""
+
+    def perform(self, action: Any) -> None:
+        """Steps and copies."""
+        match action:
+            case decode.RunDecode(runs):
+                self._step(runs)
+            case decode.CopyDirect(handle, _):
+                seconds = self.transfers.copy_s(handle.nbytes)
+                self.copy(seconds, lambda now: decode.CopyEnded(now, handle.key, None, True))
+            case decode.CopyChunk(handle, _, chunk, _, last):
+                seconds = self.transfers.copy_s(chunk.count * handle.layout.block_nbytes)
+                self.copy(seconds, lambda now: decode.CopyEnded(now, handle.key, chunk, last))
+            case decode.StartSequence() | decode.ForgetSequence():
+                pass
+            case decode.Ready():
+                self.ready = True
+            case decode.End(error):
+                self.refused(error)
+            case _:
+                super().perform(action)
+
+    def _step(self, runs: tuple[decode.DecodeRun, ...]) -> None:
+        contexts = [run.position + 1 for run in runs]
+        seconds = self.times.decode_s(contexts)
+        self.watch.step(Step(self.name, self.kernel.now, seconds, len(runs), sum(contexts)))
+        self.kernel.after(seconds, self._stepped, runs, seconds)
+
+    def _stepped(self, runs: tuple[decode.DecodeRun, ...], seconds: float) -> None:
+        tokens = tuple([decode.NextToken(run.key, TOKEN) for run in runs])
+        self.feed(decode.DecodeStepped(self.kernel.now, tokens, seconds))
+
+
+class RelayProcess(Process):
+    """The relay of a node, and the node's link to the others."""
+
+    _link_free_s = 0.0
+
+    def take(self, peer: str, message: msgspec.Struct, nbytes: int) -> None:
+        """A message, or a chunk with its bytes."""
+        if type(message) is KvChunk:
+            self.feed(ChunkArrived(self.kernel.now, peer, message.key, message.chunk, nbytes))
+        else:
+            super().take(peer, message, nbytes)
+
+    def perform(self, action: Any) -> None:
+        """Chunks leave one after the other."""
+        match action:
+            case StoreChunk():
+                pass
+            case SendChunk(peer, message, _, nbytes):
+                self._link_free_s = max(self.kernel.now, self._link_free_s) + self.transfers.network_s(nbytes)
+                self.send(peer, message, nbytes, self._link_free_s)
+            case Complain(_, error):
+                raise error
+            case RelayReady():
+                self.ready = True
+            case RelayEnd(error):
+                self.refused(error)
+            case _:
+                super().perform(action)

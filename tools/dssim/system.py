@@ -1,0 +1,258 @@
+"""A whole system under a virtual clock: the processes of a topology, wired as the real ones are."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from random import Random
+
+from dsdecode.state import DecodeConfig, DecodeState
+from dskv.layout import KvLayout
+from dskv.staging import halves
+from dsprefill.state import PrefillConfig, PrefillState
+from dsrelay.state import RelayConfig, RelayState
+from dsrouter.config import RouterConfig
+from dsrouter.state import RouterState
+from dssim.client import PEER, Client
+from dssim.kernel import Kernel
+from dssim.processes import TOKEN, DecodeProcess, PrefillProcess, Process, RelayProcess, RouterProcess
+from dssim.records import Observations, Record, Run
+from dssim.times import StepTimes, TransferTimes
+from dssim.workload import Arrival
+from dstopology.resolved import Instance, Topology
+from dswire.errors import TopologyError
+from dswire.messages import worker
+
+#: longest simulated time for all processes to find each other, and for all to be given back after the last end
+SETTLE_S = 120.0
+
+
+class Silent:
+    """The router's writer: tokens of a simulation have no text."""
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """No text, no stop string."""
+        return "", False
+
+    def flush(self) -> str:
+        """No text."""
+        return ""
+
+    def token_text(self, token: int) -> str:
+        """No text."""
+        return ""
+
+
+class System:
+    """Built from a topology; runs one workload."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        layout: KvLayout,
+        times: Callable[[Instance], StepTimes],
+        transfers: TransferTimes,
+        *,
+        validate: bool = False,
+        keep_steps: bool = False,
+    ) -> None:
+        """``layout``: of a KV block. ``validate``: check every machine after every event (slow).
+
+        Raises :class:`TopologyError` for what cannot be simulated yet, and what ``times`` raises.
+        """
+        check_simulable(topology)
+        self.topology = topology
+        self.kernel = Kernel()
+        self.seen = Observations(keep_steps)
+        self.processes: dict[str, Process] = {}
+        self._model = worker.ModelIdentity(topology.model.name, "simulated", topology.model.dtype)
+        self._layout = layout
+        self._transfers = transfers
+        self.router = self._router()
+        for relay in topology.relays:
+            self._relay(relay.name)
+        for instance in topology.instances:
+            self._instance(instance, times(instance))
+        for process in self.processes.values():
+            self._connect(process)
+        way_s = transfers.message_s(False)
+        self.client = Client(self.kernel, self.router, way_s, topology.router.client_lease_s)
+        self.router.clients[PEER] = (self.client, way_s)
+        for process in self.processes.values():
+            if validate:
+                process.check = process.machine.validate
+            process.start()
+
+    def run(self, arrivals: Sequence[Arrival], on_end: Callable[[Record], None] = lambda record: None) -> Run:
+        """Serve a workload to its last end; ``on_end`` is told of each. To be called once."""
+        kernel, client = self.kernel, self.client
+        client.on_end = on_end
+        began = time.perf_counter()
+        # nothing here makes garbage in cycles, and looking for it takes a third of the time
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            self._until(lambda: all(one.ready for one in self.processes.values()))
+            begun_s = kernel.now
+            client.submit_all(arrivals)
+            while not client.done:
+                kernel.step()
+            ended_s = max((one.at_s + one.total_s for one in client.records), default=0.0)
+            self._until(lambda: not self.held())
+        finally:
+            if collecting:
+                gc.enable()
+        wall_s = time.perf_counter() - began
+        return Run(tuple(client.records), ended_s, begun_s, wall_s, kernel.steps, self.seen, self.held())
+
+    def held(self) -> dict[str, int]:
+        """Whatever a process keeps for some request: name of the thing -> how many, zeros left out."""
+        found: dict[str, int] = {}
+        for name, process in self.processes.items():
+            for thing, count in _held(process.machine).items():
+                if count:
+                    found[f"{name}: {thing}"] = count
+        return found
+
+    def _until(self, reached: Callable[[], bool]) -> None:
+        end = self.kernel.now + SETTLE_S
+        while not reached() and self.kernel.now < end:
+            self.kernel.step()
+
+    # processes
+
+    def _router(self) -> RouterProcess:
+        topology, router = self.topology, self.topology.router
+        config = RouterConfig(
+            name=router.name,
+            incarnation="simulated",
+            model=self._model,
+            vocab_size=TOKEN + 1,
+            max_model_len=topology.model.max_model_len,
+            workers={one.name: one.role for one in topology.instances}
+            | {one.name: "relay" for one in topology.relays},
+            max_requests=router.max_requests,
+            max_prefill_queue=min(one.max_queue for one in topology.role("prefill")),
+            max_decode_queue=min(one.max_queue for one in topology.role("decode")),
+            max_deadline_s=router.max_deadline_s,
+            client_lease_s=router.client_lease_s,
+            worker_lease_s=router.worker_lease_s,
+            retries=router.retries,
+        )
+        writer = Silent()
+        machine = RouterState(config, lambda sampling: writer, Random(0), self.kernel.now)
+        process = RouterProcess(router.name, router.node, machine, self.kernel, self._transfers)
+        process.ready = True
+        self.processes[router.name] = process
+        return process
+
+    def _relay(self, name: str) -> None:
+        relay = self.topology.relay(name)
+        sources = sources_of(self.topology, relay.node)
+        sending, receiving = halves(relay.staging_nbytes, relay.slot_nbytes)
+        config = RelayConfig(
+            name=name,
+            node=relay.node,
+            incarnation="simulated",
+            staging=str(relay.staging),
+            sending_slots=sending,
+            receiving_slots=receiving,
+            slot_nbytes=relay.slot_nbytes,
+            lease_s=relay.lease_s,
+            transfer_timeout_s=relay.transfer_timeout_s,
+            sources=sources,
+            direct=self.topology.transport(relay.node, relay.node) == "shm",
+        )
+        self.processes[name] = RelayProcess(name, relay.node, RelayState(config), self.kernel, self._transfers)
+
+    def _instance(self, instance: Instance, times: StepTimes) -> None:
+        blocks = instance.kv_blocks or instance.kv_memory_nbytes // self._layout.block_nbytes
+        capacity = worker.Capacity(blocks, self._layout)
+        name, node = instance.name, instance.node
+        made: Process
+        if instance.role == "prefill":
+            prefill = PrefillConfig(
+                name=name,
+                node=node,
+                incarnation="simulated",
+                model=self._model,
+                capacity=capacity,
+                eos_ids=frozenset(),
+                segment=str(instance.segment),
+                max_queue=instance.max_queue,
+                max_batch=instance.max_batch,
+                target_tokens=instance.max_batch_tokens,
+            )
+            made = PrefillProcess(
+                name, node, PrefillState(prefill), self.kernel, self._transfers, times=times, watch=self.seen
+            )
+        else:
+            decode = DecodeConfig(
+                name=name,
+                node=node,
+                incarnation="simulated",
+                model=self._model,
+                capacity=capacity,
+                eos_ids=frozenset(),
+                max_queue=instance.max_queue,
+                max_batch=instance.max_batch,
+            )
+            made = DecodeProcess(
+                name, node, DecodeState(decode), self.kernel, self._transfers, times=times, watch=self.seen
+            )
+        self.processes[name] = made
+
+    # connections
+
+    def _connect(self, process: Process) -> None:
+        """The connections that a process opens, in both directions, by the names that the real shells use."""
+        if process is self.router:
+            return
+        self._join(process, "router", self.router, process.name)
+        if isinstance(process, RelayProcess):
+            for node in sources_of(self.topology, process.node):
+                other = self.processes[self.topology.relay_of(node).name]
+                self._join(process, f"relay:{node}", other, f"fetcher:{process.name}")
+        else:
+            relay = self.processes[self.topology.relay_of(process.node).name]
+            self._join(process, "relay", relay, f"worker:{process.name}")
+
+    def _join(self, one: Process, ones_name: str, other: Process, others_name: str) -> None:
+        seconds = self._transfers.message_s(one.node == other.node)
+        one.connect(ones_name, other, others_name, seconds)
+        other.connect(others_name, one, ones_name, seconds)
+
+
+def sources_of(topology: Topology, node: str) -> tuple[str, ...]:
+    """Nodes whose KV comes to ``node`` by the network."""
+    reachable = (relay.node for relay in topology.relays if relay.data_connect is not None)
+    return tuple(other for other in reachable if topology.transport(other, node) == "tcp")
+
+
+def check_simulable(topology: Topology) -> None:
+    """Raise :class:`TopologyError` for what the simulator does not know yet."""
+    if topology.mode != "disaggregated":
+        raise TopologyError(
+            f"{topology.path}: mode: this release simulates mode disaggregated only, not {topology.mode}",
+            remedy="write disaggregated, or leave the key out",
+        )
+    deep = next((one for one in topology.instances if one.pp > 1), None)
+    if deep is not None:
+        raise TopologyError(
+            f"{topology.path}: {deep.role}.pp: this release simulates pp 1 only, not {deep.pp}",
+            remedy="write 1, and have more replicas or a higher tp instead",
+        )
+
+
+def _held(machine: object) -> dict[str, int]:
+    match machine:
+        case RouterState():
+            live = sum(request.live for request in machine.requests.values())
+            return {"requests": live, "choices": len(machine.flow.choices)}
+        case PrefillState() | DecodeState():
+            return {"blocks": machine.pool.held, "sequences": len(machine.sequences)}
+        case RelayState():
+            slots = machine.outgoing.slots.held + machine.incoming.slots.held
+            return {"handles": len(machine.ledger.handles), "slots": slots}
+    return {}
