@@ -42,7 +42,7 @@ class Life:
 
     cluster: Cluster
     submitted: int = 0
-    #: whether an owner of KV, or one who knows who reads it, has died
+    #: whether an owner of KV, or one who knows who reads it, has died, or anybody was taken for dead
     bereft: bool = False
 
     def take(self, what: str, one: int, two: int) -> None:
@@ -93,7 +93,9 @@ class Life:
         names = sorted(self.cluster.shape.roles)
         others = [ROUTER, *(name for name in names if name.startswith("relay"))]
         name, other = names[one % len(names)], others[two % len(others)]
-        self.cluster.wires.cut(name, other, (0.5, 3.0, 6.2, 8.0, 15.0)[two % 5])
+        seconds = (0.5, 3.0, 6.2, 8.0, 15.0)[two % 5]
+        self.bereft |= seconds > self.cluster.shape.worker_lease_s
+        self.cluster.wires.cut(name, other, seconds)
 
     def reset(self, one: int, two: int) -> None:
         names = sorted(self.cluster.shape.roles)
@@ -103,7 +105,9 @@ class Life:
     def stall(self, one: int, two: int) -> None:
         names = sorted(self.cluster.processes)
         if names:
-            self.cluster.stall(names[one % len(names)], (0.2, 2.0, 7.0)[two % 3])
+            seconds = (0.2, 2.0, 7.0)[two % 3]
+            self.bereft |= seconds > self.cluster.shape.worker_lease_s
+            self.cluster.stall(names[one % len(names)], seconds)
 
     def leave(self, one: int, two: int) -> None:
         client = self.cluster.client(CLIENTS[one % 2])

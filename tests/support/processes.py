@@ -266,6 +266,8 @@ class DecodeProcess(Process):
         super().__init__(world, name, incarnation, machine)
         #: prompt and output of every sequence that runs
         self.tokens: dict[KvKey, list[int]] = {}
+        #: of sequences that come in chunks: index of the next one
+        self._due: dict[KvKey, int] = {}
         #: length of the prompt of each
         self._prompts: dict[KvKey, int] = {}
 
@@ -282,6 +284,7 @@ class DecodeProcess(Process):
                 self.tokens[key] = [*prompt_ids, *output_ids]
                 self._prompts[key] = len(prompt_ids)
             case decode.ForgetSequence(key):
+                self._due.pop(key, None)
                 self.tokens.pop(key, None)
                 self._prompts.pop(key, None)
             case decode.Ready():
@@ -334,9 +337,13 @@ class DecodeProcess(Process):
 
         def end() -> decode.CopyEnded:
             welcome, error = self.machine.links.staging, None
+            due = self._due.get(handle.key, 0)
             if welcome is None or not self.world.memory.exists(welcome.staging):
                 error = TransferFailed("the staging memory is gone").info()
+            elif chunk.index != due:
+                error = TransferFailed(f"chunk {chunk.index} came where {due} is due").info()
             else:
+                self._due[handle.key] = due + 1
                 contents = self.world.memory.slot(welcome.staging, action.slot)
                 self._receive(handle, action.blocks[chunk.first : chunk.first + chunk.count], contents)
                 error = self._verify(handle, action.blocks) if action.last else None

@@ -1,0 +1,314 @@
+"""The prefill machine, message by message."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+import pytest
+
+from dskv.handle import KvKey
+from dsprefill.events import End, FirstToken, PrefillStepped, Ready, RunPrefill, Seal, Sealed, StageChunk, Staged
+from dsprefill.state import Action, Event, Phase, PrefillConfig, PrefillState
+from dswire.errors import EngineFailed, ErrorInfo
+from dswire.machine import PeerLost, Received, Send, Tick
+from dswire.messages import PROTOCOL, kv, worker
+from dswire.messages.client import Sampling
+from support.handles import LAYOUT
+
+ActionT = TypeVar("ActionT")
+MessageT = TypeVar("MessageT", bound=msgspec.Struct)
+
+MODEL = worker.ModelIdentity("tiny", "f", "float16")
+LEASE_S = 30.0
+
+
+class Desk:
+    """One machine under a clock of its own, validated after every event."""
+
+    def __init__(
+        self, *, blocks: int = 16, max_queue: int = 4, max_batch: int = 4, target_tokens: int = 24
+    ) -> None:
+        capacity = worker.Capacity(blocks, LAYOUT)
+        config = PrefillConfig(
+            "prefill-0", "n0", "1", MODEL, capacity, frozenset({0}), "/pool", max_queue, max_batch, target_tokens
+        )
+        self.state = PrefillState(config)
+        self.now = 100.0
+        self.actions: list[Action] = []
+        #: work and aborts that the router sent
+        self.router_sent = 0
+
+    def feed(self, event: Event) -> list[Action]:
+        self.actions = self.state.handle(event)
+        self.state.validate()
+        return self.actions
+
+    def say(self, peer: str, message: msgspec.Struct) -> list[Action]:
+        self.router_sent += isinstance(message, worker.PrefillWork | worker.DecodeWork | worker.Abort)
+        return self.feed(Received(self.now, peer, message))
+
+    def ping(self) -> list[Action]:
+        """The router's ping."""
+        return self.say("router", worker.RouterPing(self.router_sent))
+
+    def joined(self) -> Desk:
+        self.feed(Tick(self.now))
+        self.say("router", worker.WorkerWelcome("router-0", "1", 5.0))
+        self.say("relay", kv.KvWelcome("relay-n0", "1", LEASE_S, "/staging", 4, 64))
+        return self
+
+    def work(self, name: str, tokens: int = 6, output: tuple[int, ...] = (), max_tokens: int = 8) -> KvKey:
+        key = KvKey(f"{name}/0", 0)
+        how = Sampling(max_tokens=max_tokens)
+        self.say("router", worker.PrefillWork(key, tuple(range(1, tokens + 1)), output, how))
+        return key
+
+    def did(self, kind: type[ActionT]) -> list[ActionT]:
+        return [action for action in self.actions if isinstance(action, kind)]
+
+    def told(self, peer: str, kind: type[MessageT]) -> list[MessageT]:
+        sends = [action for action in self.did(Send) if action.peer == peer]
+        return [send.message for send in sends if isinstance(send.message, kind)]
+
+    def step(self, *keys: KvKey, token: int = 7) -> list[Action]:
+        return self.feed(PrefillStepped(self.now, tuple(FirstToken(key, token) for key in keys), 0.5))
+
+    def offered(self, name: str = "r") -> KvKey:
+        key = self.work(name)
+        self.step(key)
+        self.feed(Sealed(self.now, key, 99))
+        return key
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk().joined()
+
+
+# greetings
+
+
+def test_it_says_who_it_is() -> None:
+    desk = Desk()
+    desk.feed(Tick(100.0))
+    hello = worker.WorkerHello(PROTOCOL, "prefill-0", "prefill", "n0", "1", MODEL, worker.Capacity(16, LAYOUT))
+    assert desk.actions == [Send("router", hello)]
+    desk.say("router", worker.WorkerWelcome("router-0", "1", 5.0))
+    assert desk.actions == [Send("relay", kv.KvHello(PROTOCOL, "prefill-0", "1")), Ready()]
+
+
+def test_a_refusal_ends_it() -> None:
+    desk = Desk()
+    desk.feed(Tick(100.0))
+    error = ErrorInfo("duplicate_name", "there is one")
+    assert desk.say("router", worker.WorkerRefused(error)) == [End(error)]
+
+
+# steps
+
+
+def test_work_runs_at_once_and_its_token_is_told(desk: Desk) -> None:
+    key = desk.work("r", 6)
+    (run,) = desk.did(RunPrefill)
+    assert [(one.key, one.prompt_ids, len(one.blocks)) for one in run.runs] == [(key, (1, 2, 3, 4, 5, 6), 2)]
+    desk.now += 0.5
+    desk.step(key)
+    assert desk.told("router", worker.PrefillDone) == [worker.PrefillDone(key, 7, 0.0, 0.5)]
+    assert desk.did(Seal) == [Seal(key, run.runs[0].blocks)]
+    desk.feed(Sealed(desk.now, key, 99))
+    (offer,), (sealed,) = desk.told("relay", kv.KvOffer), desk.told("router", worker.KvSealed)
+    assert offer.handle == sealed.handle
+    assert (offer.handle.tokens, offer.handle.checksum, offer.handle.segment) == (6, 99, "/pool")
+    desk.say("relay", kv.KvRelease(key, "pulled"))
+    assert desk.state.pool.held == 0
+
+
+def test_output_of_an_earlier_attempt_is_read_too(desk: Desk) -> None:
+    key = desk.work("r", 6, output=(21, 22, 23))
+    (run,) = desk.did(RunPrefill)
+    assert (run.runs[0].output_ids, len(run.runs[0].blocks)) == ((21, 22, 23), 3)
+    desk.step(key)
+    desk.feed(Sealed(desk.now, key, 1))
+    assert desk.told("relay", kv.KvOffer)[0].handle.tokens == 9
+
+
+def test_one_step_at_a_time_first_come_first_served(desk: Desk) -> None:
+    first = desk.work("a", 6)
+    rest = [desk.work(name, 10) for name in "bcd"]
+    assert desk.did(RunPrefill) == []
+    desk.now += 2.0
+    desk.step(first)
+    (run,) = desk.did(RunPrefill)
+    # two of ten tokens are 20, a third would be above the target of 24
+    assert [one.key for one in run.runs] == rest[:2]
+    desk.step(*rest[:2])
+    assert [done.queue_s for done in desk.told("router", worker.PrefillDone)] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(("token", "reason", "max_tokens"), [(0, "stop", 8), (7, "length", 1)])
+def test_a_sequence_that_is_over_is_not_offered(desk: Desk, token: int, reason: str, max_tokens: int) -> None:
+    key = desk.work("r", max_tokens=max_tokens)
+    desk.step(key, token=token)
+    assert [done.finish_reason for done in desk.told("router", worker.PrefillDone)] == [reason]
+    assert desk.did(Seal) == []
+    assert desk.state.pool.held == 0
+
+
+def test_a_sequence_that_fails_fails_alone(desk: Desk) -> None:
+    first = desk.work("a")
+    second, third = desk.work("b"), desk.work("c")
+    desk.step(first)
+    error = EngineFailed("no such kernel").info()
+    desk.feed(PrefillStepped(desk.now, (FirstToken(third, 7),), 0.5, ((second, error),)))
+    assert desk.told("router", worker.SequenceFailed) == [worker.SequenceFailed(second, error)]
+    assert [done.key for done in desk.told("router", worker.PrefillDone)] == [third]
+    assert second not in desk.state.sequences
+
+
+def test_the_head_waits_for_blocks() -> None:
+    desk = Desk(blocks=5).joined()
+    held = desk.offered("a")
+    waiting = desk.work("b", 16)
+    assert desk.did(RunPrefill) == []
+    desk.say("relay", kv.KvRelease(held, "pulled"))
+    assert [one.key for run in desk.did(RunPrefill) for one in run.runs] == [waiting]
+
+
+# refusals
+
+
+def test_a_full_queue_refuses(desk: Desk) -> None:
+    for name in "abcde":
+        desk.work(name)
+    key = desk.work("f")
+    assert [(one.key, one.error.code) for one in desk.told("router", worker.SequenceFailed)] == [
+        (key, "overloaded")
+    ]
+
+
+def test_what_can_never_fit_is_refused(desk: Desk) -> None:
+    key = desk.work("r", 65)
+    (failed,) = desk.told("router", worker.SequenceFailed)
+    assert (failed.key, failed.error.code) == (key, "invalid_request")
+    assert "65 tokens do not fit prefill-0, whose KV pool has room for 64" in failed.error.message
+
+
+def test_work_that_comes_twice_is_ignored_while_the_first_lives(desk: Desk) -> None:
+    desk.work("r")
+    desk.work("r")
+    assert desk.actions == []
+
+
+def test_the_key_of_a_doomed_sequence_is_refused_for_another_attempt(desk: Desk) -> None:
+    key = desk.work("r")
+    desk.say("router", worker.Abort(key))
+    desk.work("r")
+    assert [(one.key, one.error.code) for one in desk.told("router", worker.SequenceFailed)] == [
+        (key, "overloaded")
+    ]
+    desk.step(key)
+    assert desk.state.sequences == {}
+
+
+# aborts
+
+
+def test_abort_in_every_phase(desk: Desk) -> None:
+    running, queued = desk.work("a"), desk.work("b")
+    desk.say("router", worker.Abort(queued))
+    assert queued not in desk.state.sequences
+    desk.say("router", worker.Abort(running))
+    assert desk.state.sequences[running].life.phase is Phase.DOOMED
+    desk.step(running)
+    assert desk.told("router", worker.PrefillDone) == []
+    sealing = desk.work("c")
+    desk.step(sealing)
+    desk.say("router", worker.Abort(sealing))
+    desk.feed(Sealed(desk.now, sealing, 1))
+    assert desk.told("relay", kv.KvOffer) == []
+    offered = desk.offered("d")
+    desk.say("router", worker.Abort(offered))
+    assert desk.actions == [Send("relay", kv.KvWithdraw(offered))]
+    assert desk.state.pool.held == 2
+    desk.say("relay", kv.KvRelease(offered, "withdrawn"))
+    assert desk.state.pool.held == 0
+
+
+def test_a_lost_router_takes_everything_with_it(desk: Desk) -> None:
+    offered, running = desk.offered("a"), desk.work("b")
+    desk.say("router", worker.HelloWanted())
+    assert desk.told("relay", kv.KvWithdraw) == [kv.KvWithdraw(offered)]
+    assert desk.state.sequences[running].life.phase is Phase.DOOMED
+
+
+# the relay
+
+
+def test_chunks_are_staged_while_they_are_offered(desk: Desk) -> None:
+    key = desk.offered()
+    chunk = kv.Chunk(0, 0, 2)
+    desk.say("relay", kv.KvStage(key, chunk, 3))
+    (stage,) = desk.did(StageChunk)
+    assert (stage.handle.key, stage.chunk, stage.slot) == (key, chunk, 3)
+    assert desk.feed(Staged(desk.now, key, chunk)) == [Send("relay", kv.KvStaged(key, chunk))]
+    desk.say("relay", kv.KvRelease(key, "pulled"))
+    assert desk.say("relay", kv.KvStage(key, chunk, 3)) == []
+
+
+def test_a_relay_that_is_back_gets_its_offers_again(desk: Desk) -> None:
+    kept, withdrawn = desk.offered("a"), desk.offered("b")
+    desk.say("router", worker.Abort(withdrawn))
+    desk.say("relay", worker.HelloWanted())
+    assert desk.actions == [Send("relay", kv.KvHello(PROTOCOL, "prefill-0", "1"))]
+    desk.say("relay", kv.KvWelcome("relay-n0", "2", LEASE_S, "/staging", 4, 64))
+    told = [send.message for send in desk.did(Send)]
+    assert [(type(one).__name__, getattr(one, "key", None) or one.handle.key) for one in told] == [  # type: ignore[attr-defined]
+        ("KvOffer", kept),
+        ("KvOffer", withdrawn),
+        ("KvWithdraw", withdrawn),
+    ]
+
+
+def test_what_is_sealed_while_the_relay_is_away_is_offered_later(desk: Desk) -> None:
+    desk.say("relay", worker.HelloWanted())
+    key = desk.offered()
+    assert desk.told("relay", kv.KvOffer) == []
+    assert len(desk.told("router", worker.KvSealed)) == 1
+    desk.say("relay", kv.KvWelcome("relay-n0", "2", LEASE_S, "/staging", 4, 64))
+    assert [one.handle.key for one in desk.told("relay", kv.KvOffer)] == [key]
+
+
+def test_without_a_relay_for_a_lease_a_handle_is_given_up(desk: Desk) -> None:
+    key = desk.offered()
+    desk.feed(PeerLost(desk.now, "relay"))
+    desk.now += LEASE_S - 0.1
+    desk.feed(Tick(desk.now))
+    assert key in desk.state.sequences
+    desk.now += 0.1
+    desk.feed(Tick(desk.now))
+    assert [(one.key, one.error.code) for one in desk.told("router", worker.SequenceFailed)] == [
+        (key, "transfer_failed")
+    ]
+    assert desk.state.pool.held == 0
+
+
+def test_an_offer_without_an_answer_is_made_again_after_two_leases(desk: Desk) -> None:
+    key = desk.offered()
+    for _ in range(int(2 * LEASE_S) + 1):
+        desk.now += 1.0
+        desk.say("relay", kv.KvPing())
+        desk.ping()
+        assert desk.told("relay", kv.KvOffer) == []
+    desk.feed(Tick(desk.now))
+    assert [one.handle.key for one in desk.told("relay", kv.KvOffer)] == [key]
+    assert desk.state.next_deadline() is not None
+
+
+def test_its_load(desk: Desk) -> None:
+    desk.offered("a")
+    desk.work("b")
+    desk.work("c")
+    desk.ping()
+    (report,) = desk.told("router", worker.WorkerReport)
+    assert report == worker.WorkerReport(worker.Load(waiting=1, running=1, blocks_held=4), sent=2)
