@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,19 +26,33 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def anna(home: Path, tmp_path: Path) -> CurveKeys:
-    """A client's keys, not allowed yet."""
+def anna(request: pytest.FixtureRequest, tmp_path: Path) -> CurveKeys:
+    """A client's keys, not allowed yet, for the system that the test has."""
+    system: Path = request.getfixturevalue("guarded" if "guarded" in request.fixturenames else "home")
     directory = tmp_path / "anna"
     keys.write_pair(directory / keys.CLIENT_SECRET, directory / keys.CLIENT_PUBLIC)
-    (directory / keys.SYSTEM_PUBLIC).write_bytes((home / keys.SYSTEM_PUBLIC).read_bytes())
+    shutil.copyfile(system / keys.SYSTEM_PUBLIC, directory / keys.SYSTEM_PUBLIC)
     return keys.load_any(directory)
 
 
-@pytest.fixture
-def guarded(home: Path) -> Iterator[Path]:
-    authenticator = keys.start_authenticator(home)
-    yield home
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A system's directory that the authenticator of this process guards with.
+
+    One for the module: libzmq gives the authenticator's address back some time after its end.
+    """
+    directory = tmp_path_factory.mktemp("system")
+    keys.write_pair(directory / keys.SYSTEM_SECRET, directory / keys.SYSTEM_PUBLIC)
+    authenticator = keys.start_authenticator(directory)
+    yield directory
     authenticator.stop()
+
+
+@pytest.fixture
+def guarded(served: Path) -> Iterator[Path]:
+    """The same, with an empty allow-list."""
+    yield served
+    shutil.rmtree(served / keys.ALLOWED, ignore_errors=True)
 
 
 async def ask(router: ScriptedRouter, own: CurveKeys | None, timeout_s: float = 5.0) -> str:
