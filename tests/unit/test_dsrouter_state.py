@@ -1,0 +1,371 @@
+"""The router machine, message by message."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import TypeVar
+
+import msgspec
+import pytest
+
+from dskv.handle import KvHandle, KvKey
+from dsrouter.config import RouterConfig
+from dsrouter.events import Stopping, Tokenize, Tokenized
+from dsrouter.state import Action, Event, RouterState
+from dswire.errors import ErrorInfo, InvalidRequest
+from dswire.machine import PeerLost, Received, Send, Tick
+from dswire.messages import PROTOCOL, client, worker
+from dswire.messages.client import Sampling, Submit
+from support.handles import LAYOUT
+from support.script import ScriptWriter
+
+ActionT = TypeVar("ActionT")
+MessageT = TypeVar("MessageT", bound=msgspec.Struct)
+
+MODEL = worker.ModelIdentity("tiny", "f", "float16")
+ROLES = {"prefill-0": "prefill", "prefill-1": "prefill", "decode-0": "decode", "decode-1": "decode"}
+CLIENT = "client:c"
+FOUR = Sampling(max_tokens=4)
+
+
+class Desk:
+    """One machine under a clock of its own, validated after every event."""
+
+    def __init__(self, *, max_prefill_queue: int = 8, retries: int = 2, blocks: int = 16) -> None:
+        config = RouterConfig(
+            name="router-0",
+            incarnation="1",
+            model=MODEL,
+            vocab_size=100,
+            max_model_len=64,
+            workers=ROLES,
+            max_requests=8,
+            max_prefill_queue=max_prefill_queue,
+            max_decode_queue=8,
+            max_deadline_s=600.0,
+            client_lease_s=6.0,
+            worker_lease_s=5.0,
+            retries=retries,
+        )
+        # an early clock: a time of zero is a time like any other
+        self.now = 0.0
+        self.state = RouterState(config, ScriptWriter, Random(1), self.now)
+        self.blocks = blocks
+        self.actions: list[Action] = []
+        self.say(CLIENT, client.ClientHello(PROTOCOL))
+
+    def feed(self, event: Event) -> list[Action]:
+        self.actions = self.state.handle(event)
+        self.state.validate()
+        return self.actions
+
+    def say(self, peer: str, message: msgspec.Struct) -> list[Action]:
+        return self.feed(Received(self.now, peer, message))
+
+    def join(self, *names: str) -> Desk:
+        for name in names:
+            capacity = worker.Capacity(self.blocks, LAYOUT)
+            self.say(name, worker.WorkerHello(PROTOCOL, name, ROLES[name], "n0", "1", MODEL, capacity))
+        return self
+
+    def submit(self, name: str = "r", tokens: int = 6, sampling: Sampling = FOUR) -> list[Action]:
+        return self.say(CLIENT, Submit(name, prompt_ids=tuple(range(tokens)), sampling=sampling))
+
+    def did(self, kind: type[ActionT]) -> list[ActionT]:
+        return [action for action in self.actions if isinstance(action, kind)]
+
+    def told(self, peer: str, kind: type[MessageT]) -> list[MessageT]:
+        sends = [action for action in self.did(Send) if action.peer == peer]
+        return [send.message for send in sends if isinstance(send.message, kind)]
+
+    def prefilled(self, key: KvKey, peer: str = "prefill-0") -> KvHandle:
+        """A prefill instance makes the next token of a sequence and offers its KV."""
+        self.say(peer, worker.PrefillDone(key, 7, 0.0, 0.0))
+        handle = KvHandle(key, peer, "n0", LAYOUT, 6, (0, 1), "/pool", 16, 99)
+        self.say(peer, worker.KvSealed(handle))
+        return handle
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk().join("prefill-0", "decode-0")
+
+
+def only(works: list[worker.PrefillWork]) -> worker.PrefillWork:
+    (work,) = works
+    return work
+
+
+# the way of a request
+
+
+def test_from_submit_to_finish(desk: Desk) -> None:
+    desk.submit()
+    assert desk.told(CLIENT, client.Accepted) == [client.Accepted("r", 0, 6)]
+    work = only(desk.told("prefill-0", worker.PrefillWork))
+    assert (work.prompt_ids, work.output_ids) == (tuple(range(6)), ())
+    desk.say("prefill-0", worker.PrefillDone(work.key, 7, 0.0, 0.0))
+    assert desk.told(CLIENT, client.Output) == [client.Output("r", 1, 0, (7,), "<7>")]
+    handle = desk.prefilled(work.key)
+    (place,) = desk.told("decode-0", worker.DecodeWork)
+    assert (place.handle, place.prompt_ids, place.output_ids) == (handle, tuple(range(6)), (7,))
+    for position, token in enumerate((8, 9, 10), start=1):
+        reason = "length" if position == 3 else ""
+        desk.say("decode-0", worker.StepDone((worker.TokenMade(work.key, position, token, None, reason),)))
+    outputs, ends = desk.told(CLIENT, client.Output), desk.told(CLIENT, client.Finished)
+    assert [(one.number, one.token_ids, one.finish_reason) for one in outputs] == [(4, (10,), "length")]
+    assert [(one.number, one.usage) for one in ends] == [(5, client.Usage(6, 4))]
+    # its worker has ended it by itself
+    assert desk.told("decode-0", worker.Abort) == []
+
+
+def test_text_is_tokenised_first(desk: Desk) -> None:
+    desk.say(CLIENT, Submit("r", prompt="hello"))
+    (tokenize,) = desk.did(Tokenize)
+    desk.feed(Tokenized(desk.now, tokenize.submit, (1, 2, 3)))
+    assert only(desk.told("prefill-0", worker.PrefillWork)).prompt_ids == (1, 2, 3)
+
+
+def test_text_that_cannot_be_tokenised_is_refused(desk: Desk) -> None:
+    desk.say(CLIENT, Submit("r", prompt="hello"))
+    (tokenize,) = desk.did(Tokenize)
+    error = InvalidRequest("the chat template does not know the role").info()
+    desk.feed(Tokenized(desk.now, tokenize.submit, error=error))
+    assert desk.told(CLIENT, client.Failed) == [client.Failed("r", 0, error)]
+
+
+def test_tokens_of_a_submission_that_is_over_are_dropped(desk: Desk) -> None:
+    desk.say(CLIENT, Submit("r", prompt="hello"))
+    (tokenize,) = desk.did(Tokenize)
+    desk.say(CLIENT, client.Cancel("r"))
+    assert desk.feed(Tokenized(desk.now, tokenize.submit, (1, 2, 3))) == []
+    desk.say(CLIENT, client.ClientBye())
+    desk.say(CLIENT, client.ClientHello(PROTOCOL))
+    desk.say(CLIENT, Submit("r", prompt="other"))
+    assert desk.feed(Tokenized(desk.now, tokenize.submit, (1, 2, 3))) == []
+
+
+def test_every_choice_has_a_seed_of_its_own_and_the_same_one_each_time(desk: Desk) -> None:
+    desk.submit("a", sampling=Sampling(seed=41, n=3, max_tokens=4))
+    works = desk.told("prefill-0", worker.PrefillWork)
+    assert [work.key.sequence for work in works] == ["a/0", "a/1", "a/2"]
+    assert [work.sampling.seed for work in works] == [41, 42, 43]
+    desk.submit("b", sampling=Sampling(seed=-1, n=1, max_tokens=4))
+    assert only(desk.told("prefill-0", worker.PrefillWork)).sampling.seed == 2**63 - 1
+
+
+def test_requests_without_a_seed_get_different_ones(desk: Desk) -> None:
+    seeds = set()
+    for name in "abc":
+        desk.submit(name)
+        seeds.add(only(desk.told("prefill-0", worker.PrefillWork)).sampling.seed)
+    assert len(seeds) == 3
+
+
+def test_output_is_cut_to_what_fits_model_and_pool() -> None:
+    desk = Desk(blocks=4).join("prefill-0")
+    desk.submit(sampling=Sampling(max_tokens=1000, min_tokens=500))
+    sampling = only(desk.told("prefill-0", worker.PrefillWork)).sampling
+    assert (sampling.max_tokens, sampling.min_tokens) == (10, 10)
+
+
+def test_logprobs_are_told_with_their_text(desk: Desk) -> None:
+    desk.submit(sampling=Sampling(max_tokens=4, logprobs=2))
+    key = only(desk.told("prefill-0", worker.PrefillWork)).key
+    desk.say("prefill-0", worker.PrefillDone(key, 7, 0.0, 0.0, worker.Logprobs(-0.5, ((7, -0.5), (8, -1.0)))))
+    (output,) = desk.told(CLIENT, client.Output)
+    assert output.logprobs == (client.TokenLogprob(7, "<7>", -0.5, ((7, "<7>", -0.5), (8, "<8>", -1.0))),)
+
+
+# dispatch
+
+
+def test_work_goes_where_the_queue_is_shortest_in_tokens() -> None:
+    desk = Desk().join("prefill-0", "prefill-1")
+    went = []
+    for name, tokens in (("a", 30), ("b", 10), ("c", 10), ("d", 5)):
+        desk.submit(name, tokens)
+        went += [peer for peer in ("prefill-0", "prefill-1") if desk.told(peer, worker.PrefillWork)]
+    assert went == ["prefill-0", "prefill-1", "prefill-1", "prefill-1"]
+
+
+def test_an_instance_gets_no_more_than_its_queue_holds() -> None:
+    desk = Desk(max_prefill_queue=1).join("prefill-0", "decode-0")
+    desk.submit("a")
+    first = only(desk.told("prefill-0", worker.PrefillWork)).key
+    desk.submit("b")
+    assert desk.told("prefill-0", worker.PrefillWork) == []
+    desk.say("prefill-0", worker.PrefillDone(first, 7, 0.0, 0.0))
+    assert only(desk.told("prefill-0", worker.PrefillWork)).key.sequence == "b/0"
+
+
+def test_work_waits_for_an_instance() -> None:
+    desk = Desk()
+    desk.submit()
+    assert desk.did(Send)[-1].peer == CLIENT
+    desk.join("prefill-0")
+    key = only(desk.told("prefill-0", worker.PrefillWork)).key
+    desk.prefilled(key)
+    desk.join("decode-0")
+    assert [work.handle.key for work in desk.told("decode-0", worker.DecodeWork)] == [key]
+
+
+# attempts
+
+
+def test_a_retry_goes_first_with_a_new_key_and_its_output(desk: Desk) -> None:
+    desk.submit("a")
+    key = only(desk.told("prefill-0", worker.PrefillWork)).key
+    desk.prefilled(key)
+    desk.say("decode-0", worker.SequenceFailed(key, ErrorInfo("transfer_failed", "no")))
+    assert desk.told("prefill-0", worker.Abort) == [worker.Abort(key)]
+    again = only(desk.told("prefill-0", worker.PrefillWork))
+    assert again.key.sequence == key.sequence
+    assert again.key.epoch > key.epoch
+    assert again.output_ids == (7,)
+
+
+def test_no_two_attempts_have_the_same_key(desk: Desk) -> None:
+    keys = []
+    for _ in range(3):
+        desk.submit()
+        keys.append(only(desk.told("prefill-0", worker.PrefillWork)).key)
+        desk.say("prefill-0", worker.SequenceFailed(keys[-1], ErrorInfo("overloaded", "later")))
+        keys.append(only(desk.told("prefill-0", worker.PrefillWork)).key)
+        desk.say(CLIENT, client.ClientBye())
+        desk.say(CLIENT, client.ClientHello(PROTOCOL))
+    assert len(set(keys)) == 6
+
+
+def test_what_cannot_be_tried_again_fails_at_once(desk: Desk) -> None:
+    desk.submit()
+    key = only(desk.told("prefill-0", worker.PrefillWork)).key
+    error = ErrorInfo("engine_failed", "no such kernel")
+    desk.say("prefill-0", worker.SequenceFailed(key, error))
+    assert desk.told(CLIENT, client.Failed) == [client.Failed("r", 1, error)]
+
+
+def test_preemption_costs_no_attempt() -> None:
+    desk = Desk(retries=0).join("prefill-0", "decode-0")
+    desk.submit()
+    key = only(desk.told("prefill-0", worker.PrefillWork)).key
+    for _ in range(3):
+        desk.prefilled(key)
+        desk.say("decode-0", worker.Preempted(key))
+        key = only(desk.told("prefill-0", worker.PrefillWork)).key
+    assert desk.state.requests["r"].live
+
+
+def test_tokens_out_of_turn_are_not_taken(desk: Desk) -> None:
+    desk.submit(sampling=Sampling(max_tokens=9))
+    key = only(desk.told("prefill-0", worker.PrefillWork)).key
+    desk.prefilled(key)
+    for position in (0, 2, 5):
+        desk.say("decode-0", worker.StepDone((worker.TokenMade(key, position, 9),)))
+        assert desk.told(CLIENT, client.Output) == []
+    desk.say("decode-0", worker.StepDone((worker.TokenMade(key, 1, 9),)))
+    assert len(desk.told(CLIENT, client.Output)) == 1
+
+
+# messages that got lost
+
+
+def test_a_report_that_counts_more_than_came_costs_the_worker_its_place(desk: Desk) -> None:
+    desk.submit()
+    desk.say("prefill-0", worker.WorkerReport(worker.Load(), sent=0))
+    assert desk.state.workers.get("prefill-0") is not None
+    desk.say("prefill-0", worker.WorkerReport(worker.Load(), sent=2))
+    assert desk.told("prefill-0", worker.HelloWanted) == [worker.HelloWanted()]
+    assert desk.state.workers.get("prefill-0") is None
+    desk.join("prefill-0")
+    assert only(desk.told("prefill-0", worker.PrefillWork)).key.epoch == 1
+
+
+def test_pings_count_what_was_sent(desk: Desk) -> None:
+    desk.submit()
+    desk.now = 1.0
+    desk.feed(Tick(desk.now))
+    assert desk.told("prefill-0", worker.RouterPing) == [worker.RouterPing(1)]
+    assert desk.told("decode-0", worker.RouterPing) == [worker.RouterPing(0)]
+
+
+def test_a_relay_counts_nothing(desk: Desk) -> None:
+    desk.say("prefill-0", worker.WorkerReport(worker.Load(running=1)))
+    status = {one.name: one for one in desk.state.workers.status(desk.now)}
+    assert status["prefill-0"].running == 1
+
+
+# comings and goings
+
+
+def test_a_worker_that_says_hello_again_has_forgotten_everything(desk: Desk) -> None:
+    desk.submit()
+    key = only(desk.told("prefill-0", worker.PrefillWork)).key
+    desk.join("prefill-0")
+    assert desk.told("prefill-0", worker.Abort) == [worker.Abort(key)]
+    assert only(desk.told("prefill-0", worker.PrefillWork)).key != key
+
+
+def test_messages_of_strangers_are_answered_with_a_wanted_hello(desk: Desk) -> None:
+    key = KvKey("r/0", 0)
+    for message in (worker.PrefillDone(key, 1, 0.0, 0.0), worker.WorkerReport(worker.Load()), worker.WorkerBye()):
+        assert desk.say("stranger", message) == [Send("stranger", worker.HelloWanted())]
+
+
+def test_a_worker_that_cannot_be_reached_is_lost(desk: Desk) -> None:
+    desk.submit()
+    desk.feed(PeerLost(desk.now, "prefill-0"))
+    assert desk.state.workers.get("prefill-0") is None
+    desk.feed(PeerLost(desk.now, "prefill-0"))
+    desk.join("prefill-1")
+    assert len(desk.told("prefill-1", worker.PrefillWork)) == 1
+
+
+def test_a_client_that_cannot_be_reached_is_sent_nothing_until_it_is_heard(desk: Desk) -> None:
+    desk.submit()
+    key = only(desk.told("prefill-0", worker.PrefillWork)).key
+    desk.feed(PeerLost(desk.now, CLIENT))
+    desk.say("prefill-0", worker.PrefillDone(key, 7, 0.0, 0.0))
+    assert desk.told(CLIENT, client.Output) == []
+    desk.say(CLIENT, client.Attach("r", 1))
+    assert len(desk.told(CLIENT, client.Output)) == 1
+
+
+def test_everything_due_at_once() -> None:
+    desk = Desk().join("prefill-0")
+    desk.say(CLIENT, Submit("r", prompt_ids=(1,), deadline_s=3.0))
+    desk.now = 1000.0
+    desk.feed(Tick(desk.now))
+    assert dict(desk.state.ended) == {"cancelled": 1}
+    assert desk.state.requests == {}
+    assert desk.state.workers.get("prefill-0") is None
+
+
+def test_stopping_ends_every_request(desk: Desk) -> None:
+    for name in "abc":
+        desk.submit(name)
+    desk.feed(Stopping(desk.now))
+    assert [one.error.code for one in desk.told(CLIENT, client.Failed)] == ["router_lost"] * 3
+    assert len(desk.told("prefill-0", worker.Abort)) == 3
+
+
+def test_time_zero_is_a_time_like_any_other(desk: Desk) -> None:
+    desk.submit(sampling=Sampling(max_tokens=1))
+    key = only(desk.told("prefill-0", worker.PrefillWork)).key
+    desk.say("prefill-0", worker.PrefillDone(key, 7, 0.0, 0.0, None, "length"))
+    (finished,) = desk.told(CLIENT, client.Finished)
+    assert finished.ledger == client.Ledger()
+
+
+def test_status_without_anybody(desk: Desk) -> None:
+    desk = Desk()
+    desk.say(CLIENT, client.StatusQuery())
+    (report,) = desk.told(CLIENT, client.StatusReport)
+    assert {one.name: one.state for one in report.workers} == dict.fromkeys(ROLES, "missing")
+    desk.join("decode-0")
+    desk.say("decode-0", worker.WorkerBye())
+    desk.say(CLIENT, Submit("r", prompt="hi"))
+    desk.say(CLIENT, client.StatusQuery())
+    (report,) = desk.told(CLIENT, client.StatusReport)
+    assert {one.name: one.state for one in report.workers}["decode-0"] == "lost"
+    assert report.requests == {"tokenizing": 1}
