@@ -113,6 +113,11 @@ class Decoder:
         self._scale = torch.tensor(arch.embedding_scale, dtype=self._embedding.dtype).item()
         parts.checkpoint.finish()
 
+    def run(self, tokens: Tensor, positions: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:
+        """``tokens`` ``[n]`` at ``positions`` ``[n]`` -> logits ``[rows, vocab_size]`` float32; None: all rows."""
+        hidden = self.forward(tokens, positions, attention)
+        return self.logits(hidden if rows is None else hidden[rows])
+
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """``tokens`` ``[n]`` at ``positions`` ``[n]`` -> hidden states ``[n, hidden_size]`` for :meth:`logits`."""
         hidden = functional.embedding(tokens, self._embedding)

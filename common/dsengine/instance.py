@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dsengine.config import EngineConfig
-from dsengine.families import load_architecture
+from dsengine.model import load_shape
 from dsengine.runner import Engine
 from dsengine.sampler import Sampled
 from dsengine.store import resolve
@@ -88,8 +88,8 @@ class RunningInstance:
 
 
 def _blocks(topology: Topology, instance: Instance, model_dir: Path) -> int:
-    arch = load_architecture(model_dir)
-    layout = KvLayout(arch.layers, arch.kv_heads, arch.head_dim, instance.block_size, topology.model.dtype)
+    shape = load_shape(model_dir)
+    layout = KvLayout(shape.layers, shape.kv_heads, shape.head_dim, instance.block_size, topology.model.dtype)
     blocks = instance.kv_memory_nbytes // layout.block_nbytes
     if blocks < 1:
         raise OutOfMemory(

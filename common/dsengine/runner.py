@@ -16,19 +16,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from dsengine.architecture import Architecture
 from dsengine.attention import DecodeAttention, PrefillAttention
 from dsengine.config import EngineConfig, ModelInfo
-from dsengine.decoder import Decoder
-from dsengine.families import load_architecture
-from dsengine.int8 import Int8Linear
-from dsengine.linear import Linear
-from dsengine.parts import Parts
-from dsengine.pool import DTYPES, KvPool
-from dsengine.rope import RopeTable
-from dsengine.rope_settings import Rope
+from dsengine.model import is_out_of_memory, load_model, load_shape
+from dsengine.pool import KvPool
 from dsengine.sampler import Sampled, SamplerState, sample
-from dsengine.weights import Checkpoint
 from dskv.layout import KvLayout
 from dswire.errors import EngineFailed, OutOfMemory, UnsupportedModel
 from dswire.messages.client import Sampling
@@ -69,26 +61,26 @@ class Engine:
         """
         self._device = _device(config.device)
         torch.set_num_threads(config.threads)
-        arch = load_architecture(config.model_dir)
-        if config.max_model_len > arch.max_positions:
+        shape = load_shape(config.model_dir)
+        if config.max_model_len > shape.max_positions:
             raise UnsupportedModel(
-                f"max_model_len {config.max_model_len} is more than the model's {arch.max_positions} positions",
-                remedy=f"set model.max_model_len to at most {arch.max_positions}",
+                f"max_model_len {config.max_model_len} is more than the model's {shape.max_positions} positions",
+                remedy=f"set model.max_model_len to at most {shape.max_positions}",
             )
         self.model = ModelInfo(
-            vocab_size=arch.vocab_size,
-            layers=arch.layers,
-            kv_heads=arch.kv_heads,
-            head_dim=arch.head_dim,
+            vocab_size=shape.vocab_size,
+            layers=shape.layers,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
             max_model_len=config.max_model_len,
-            eos_ids=arch.eos_ids,
+            eos_ids=shape.eos_ids,
             dtype=config.dtype,
         )
-        self._decoder = _load(arch, config, self._device)
+        self._model = load_model(shape, config, self._device)
         layout = KvLayout(
-            layers=arch.layers,
-            kv_heads=arch.kv_heads,
-            head_dim=arch.head_dim,
+            layers=shape.layers,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
             block_size=config.block_size,
             dtype=config.dtype,
         )
@@ -143,11 +135,15 @@ class Engine:
         """Logits ``[len(rows), vocab_size]``, of all tokens where ``rows`` is None."""
         try:
             with torch.inference_mode():
-                hidden = self._decoder.forward(
-                    torch.tensor(tokens).to(self._device), positions.to(self._device), attention
+                return self._model.run(
+                    torch.tensor(tokens).to(self._device),
+                    positions.to(self._device),
+                    attention,
+                    None if rows is None else torch.tensor(rows).to(self._device),
                 )
-                return self._decoder.logits(hidden if rows is None else hidden[rows])
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise OutOfMemory(
                 f"no room on {self._device} for a step of {len(tokens)} tokens",
                 remedy="lower the batch limits or kv.memory in the topology",
@@ -172,16 +168,3 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise EngineFailed(f"device {name} is not there: this process sees {torch.cuda.device_count()} GPUs")
     return device
-
-
-def _load(arch: Architecture, config: EngineConfig, device: torch.device) -> Decoder:
-    dtype = DTYPES[config.dtype]
-
-    def table(rope: Rope) -> RopeTable:
-        return RopeTable(rope, arch.head_dim, config.max_model_len, dtype, device)
-
-    make_linear = Int8Linear if config.quantization == "int8" else Linear
-    try:
-        return Decoder(Parts(arch, Checkpoint(config.model_dir, dtype, device), make_linear), table)
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"no room on {device} for the weights of {config.model_dir}") from error

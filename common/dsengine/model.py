@@ -1,0 +1,103 @@
+"""A model inside an engine, and the choice of who computes it: the lean decoder, or transformers' modules."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dsengine.architecture import Architecture
+from dsengine.attention import Attention
+from dsengine.config import EngineConfig
+from dsengine.config_json import ConfigFile
+from dsengine.decoder import Decoder
+from dsengine.families import FAMILIES, load_architecture
+from dsengine.foreign_shape import ForeignShape, load_foreign_shape
+from dsengine.int8 import Int8Linear
+from dsengine.linear import Linear
+from dsengine.parts import Parts
+from dsengine.pool import DTYPES
+from dsengine.rope import RopeTable
+from dsengine.rope_settings import Rope
+from dsengine.weights import Checkpoint
+from dswire.errors import OutOfMemory, UnsupportedModel
+
+_log = logging.getLogger(__name__)
+
+
+class Model(Protocol):
+    """What an engine asks of its model."""
+
+    def run(self, tokens: Tensor, positions: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:
+        """``tokens`` ``[n]`` at ``positions`` ``[n]`` -> logits ``[rows, vocab_size]`` float32; None: all rows."""
+        ...
+
+
+#: both tell name, vocab_size, layers, kv_heads, head_dim, max_positions and eos_ids
+Shape = Architecture | ForeignShape
+
+
+def load_shape(model_dir: Path) -> Shape:
+    """The architecture of ``model_dir`` for the lean decoder, else its shape for transformers' modules.
+
+    Raises :class:`~dswire.errors.ModelNotFound`, or :class:`UnsupportedModel` where neither can run it.
+    """
+    if ConfigFile.load(model_dir).architecture not in FAMILIES:
+        return load_foreign_shape(model_dir)
+    try:
+        return load_architecture(model_dir)
+    except UnsupportedModel as lean:
+        try:
+            return load_foreign_shape(model_dir)
+        except UnsupportedModel:
+            raise lean from None
+
+
+def load_model(shape: Shape, config: EngineConfig, device: torch.device) -> Model:
+    """Load the weights; the log tells which path serves the model.
+
+    Raises :class:`~dswire.errors.ModelNotFound`, :class:`UnsupportedModel` or :class:`OutOfMemory`.
+    """
+    try:
+        if isinstance(shape, Architecture):
+            _log.info("%s is served by the lean decoder", shape.name)
+            return _lean(shape, config, device)
+        return _foreign(shape, config, device)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        files = sum(path.stat().st_size for path in config.model_dir.glob("*.safetensors"))
+        raise OutOfMemory(
+            f"no room on {device} for the weights of {config.model_dir}, {files} bytes of files, as {config.dtype}",
+            remedy="use a smaller dtype or model, or a device with more memory",
+        ) from error
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether ``error`` is torch's way to say so: on the CPU it has no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _lean(arch: Architecture, config: EngineConfig, device: torch.device) -> Decoder:
+    dtype = DTYPES[config.dtype]
+
+    def table(rope: Rope) -> RopeTable:
+        return RopeTable(rope, arch.head_dim, config.max_model_len, dtype, device)
+
+    make_linear = Int8Linear if config.quantization == "int8" else Linear
+    return Decoder(Parts(arch, Checkpoint(config.model_dir, dtype, device), make_linear), table)
+
+
+def _foreign(shape: ForeignShape, config: EngineConfig, device: torch.device) -> Model:
+    if config.quantization is not None:
+        raise UnsupportedModel(
+            f"{config.model_dir}: {shape.name} has no {config.quantization} weights: transformers' modules run it",
+            remedy=f"leave quantization out, or use a model of {', '.join(FAMILIES)}",
+        )
+    from dsengine.foreign import ForeignModel
+
+    _log.warning("%s is served by transformers' modules, slower than the lean decoder", shape.name)
+    return ForeignModel(config, shape, device)
