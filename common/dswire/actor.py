@@ -170,7 +170,8 @@ class Actor:
 
     def garbage(self, peer: str, error: ProtocolError) -> None:
         """A peer sent what cannot be read; nothing of it reached the machine."""
-        log.warning("unreadable message", peer=peer, error=error.message)
+        # a stranger chooses its own identity: it may hold what no terminal or file can show
+        log.warning("unreadable message", peer=ascii(peer), error=ascii(error.message))
 
     async def _work(self, work: Coroutine[Any, Any, Any]) -> None:
         event = await work

@@ -1,7 +1,7 @@
 """Messages to bytes and back.
 
 Decoding takes two steps, both before anything reaches a state machine: ``msgpack`` under hard limits (a frame
-cannot make the reader allocate more than it is long), then a type check into the struct that the socket allows.
+cannot make the reader allocate much more than it is long), then a type check into the struct that the socket allows.
 """
 
 from __future__ import annotations
@@ -14,11 +14,17 @@ import msgspec
 from dswire.errors import ProtocolError
 
 MessageT = TypeVar("MessageT")
+ContainerT = TypeVar("ContainerT")
 
 #: largest control frame, in bytes; a socket refuses larger ones before they are read
 MAX_FRAME_NBYTES = 8 << 20
 #: most elements in one array or map of a message
 MAX_ITEMS = 1 << 20
+
+#: most arrays and maps in one message: empty ones take a byte there and sixty here
+MAX_CONTAINERS = 1 << 16
+#: characters of a reader's complaint that are told; it may quote the message
+MAX_TOLD_CHARS = 300
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -40,6 +46,7 @@ class Decoder(Generic[MessageT]):
 
     def decode(self, frame: bytes | memoryview) -> MessageT:
         """The message in ``frame``. Raises :class:`ProtocolError` for anything else."""
+        count = _Containers()
         try:
             raw = msgpack.unpackb(
                 frame,
@@ -50,11 +57,35 @@ class Decoder(Generic[MessageT]):
                 max_ext_len=0,
                 max_array_len=MAX_ITEMS,
                 max_map_len=MAX_ITEMS,
+                list_hook=count.one,
+                object_hook=count.one,
             )
         except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
-            raise ProtocolError(f"the frame is not MessagePack within limits: {error!r}") from error
+            told = f"{type(error).__name__} {_clip(error)}".strip()
+            raise ProtocolError(f"the frame is not MessagePack within limits: {told}") from error
         try:
             message: MessageT = msgspec.convert(raw, self._union)
         except msgspec.ValidationError as error:
-            raise ProtocolError(f"the message does not fit the protocol: {error}") from error
+            raise ProtocolError(f"the message does not fit the protocol: {_clip(error)}") from error
         return message
+
+
+class _Containers:
+    """Counts the arrays and maps of one message."""
+
+    __slots__ = ("_left",)
+
+    def __init__(self) -> None:
+        self._left = MAX_CONTAINERS
+
+    def one(self, container: ContainerT) -> ContainerT:
+        """Let one pass. Raises ``ValueError`` above the limit."""
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError(f"more than {MAX_CONTAINERS} arrays and maps")
+        return container
+
+
+def _clip(error: Exception) -> str:
+    told = str(error)
+    return told if len(told) <= MAX_TOLD_CHARS else f"{told[:MAX_TOLD_CHARS]}... ({len(told)} characters)"

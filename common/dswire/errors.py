@@ -40,6 +40,10 @@ from typing import ClassVar
 import msgspec
 
 
+#: characters of a message that travel: some quote what a stranger sent, and must not outgrow a frame
+MAX_MESSAGE_CHARS = 2_000
+
+
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     """An error as it travels."""
 
@@ -68,8 +72,11 @@ class DsError(Exception):
         self.remedy = remedy or self.default_remedy
 
     def info(self) -> ErrorInfo:
-        """This error as it travels."""
-        return ErrorInfo(self.code, self.message, self.remedy)
+        """This error as it travels, its message cut to ``MAX_MESSAGE_CHARS``."""
+        message = self.message
+        if len(message) > MAX_MESSAGE_CHARS:
+            message = f"{message[:MAX_MESSAGE_CHARS]}... ({len(message)} characters)"
+        return ErrorInfo(self.code, message, self.remedy)
 
 
 class BadInput(DsError):

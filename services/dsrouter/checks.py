@@ -49,7 +49,7 @@ def check_submit(submit: Submit) -> None:
         raise InvalidRequest(f"{given[0]} is empty", remedy="give at least one token of prompt")
     for number, turn in enumerate(submit.chat or ()):
         if turn.role not in ROLES:
-            raise InvalidRequest(f"chat[{number}].role {turn.role!r}: must be one of {', '.join(ROLES)}")
+            raise InvalidRequest(f"chat[{number}].role {turn.role[:40]!r}: must be one of {', '.join(ROLES)}")
     deadline_s = submit.deadline_s
     if deadline_s is not None and not (math.isfinite(deadline_s) and deadline_s > 0):
         raise InvalidRequest(f"deadline_s {deadline_s}: must be a positive number of seconds")

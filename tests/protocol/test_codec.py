@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dswire.codec import MAX_FRAME_NBYTES, MAX_ITEMS, Decoder, encode
+from dswire.codec import MAX_CONTAINERS, MAX_FRAME_NBYTES, MAX_ITEMS, MAX_TOLD_CHARS, Decoder, encode
 from dswire.errors import ProtocolError
 from dswire.messages import client, kv, worker
 from support.any_message import TEXT, any_message
@@ -97,6 +97,8 @@ def test_a_real_message_cut_short(data: st.DataObject) -> None:
         (b"\xc6" + struct.pack(">I", 2**32 - 1), "four GiB of bytes"),
         (b"\xc9" + struct.pack(">I", 2**32 - 1) + b"\x05", "an extension of four GiB"),
         (b"\xdd" + struct.pack(">I", MAX_ITEMS + 1) + b"\x00" * (MAX_ITEMS + 1), "one item too many"),
+        (b"\xdd" + struct.pack(">I", 1 << 19) + b"\x90" * (1 << 19), "half a million empty lists"),
+        (b"\xdd" + struct.pack(">I", 1 << 19) + b"\x80" * (1 << 19), "half a million empty maps"),
         (b"\x91" * 100_000, "deeper than any stack"),
         (b"\x81\xa1a" * 50_000 + b"\x00", "maps deeper than any stack"),
     ],
@@ -110,6 +112,31 @@ def test_a_frame_cannot_make_the_reader_allocate_more_than_it_is_long(frame: byt
         assert tracemalloc.get_traced_memory()[1] < 1 << 24, what
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"type": "x" * 1_000_000},
+        {"type": "Submit", "request_id": "r", "prompt": "x", "sampling": {"x" * 1_000_000: 1}},
+    ],
+    ids=["type", "parameter"],
+)
+def test_a_complaint_does_not_quote_a_whole_message(value: object) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        Decoder[Any](client.FromClient).decode(msgpack.packb(value))
+    assert len(caught.value.message) < 2 * MAX_TOLD_CHARS
+
+
+def test_text_that_is_no_text_is_told_in_a_line() -> None:
+    with pytest.raises(ProtocolError, match="can't decode byte 0xff in position 5") as caught:
+        Decoder[Any](client.FromClient).decode(b"\xdb" + struct.pack(">I", 1_000) + b"12345" + b"\xff" * 995)
+    assert len(caught.value.message) < 2 * MAX_TOLD_CHARS
+
+
+def test_as_many_containers_as_allowed_are_read() -> None:
+    chat = tuple(client.ChatMessage("user", "") for _ in range(MAX_CONTAINERS - 3))
+    assert Decoder[Any](client.FromClient).decode(encode(client.Submit("r", chat=chat)))
 
 
 def test_a_message_above_the_limit_is_not_written() -> None:
