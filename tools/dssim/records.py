@@ -81,8 +81,9 @@ class Run:
     simulated_s: float
     #: when the workload's time 0 was, in the clock of ``seen``
     begun_s: float
-    #: of this machine's time
+    #: that it took, by the clock on the wall and by the processor
     wall_s: float
+    cpu_s: float
     #: happenings of the kernel
     happenings: int
     seen: Observations

@@ -7,8 +7,9 @@ and the network between them. Both are pure: the same arguments give the same ti
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
@@ -134,6 +135,22 @@ def linear_times(profile: str, tp: int) -> LinearTimes:
             remedy="change tp in the topology, or add the coefficients to a profile of your own",
         )
     return _times(profile, tp, fits[str(tp)])
+
+
+def transfer_times(profile: str) -> FlatTransfer:
+    """Times of transfers as the profile tells them under ``transfer``; the defaults for what it does not tell.
+
+    Raises :class:`BadInput`.
+    """
+    told = _read(profile).get("transfer", {})
+    try:
+        values = {name: float(value) for name, value in told.items()}
+        if not all(0 <= value < math.inf for value in values.values()):
+            raise ValueError("that is below 0 or endless")
+        return FlatTransfer(**values)
+    except (AttributeError, TypeError, ValueError) as error:
+        known = ", ".join(one.name for one in fields(FlatTransfer))
+        raise BadInput(f"profile {profile}: transfer: {error}", remedy=f"give numbers for {known}") from error
 
 
 def _read(profile: str) -> dict[str, Any]:
