@@ -1,7 +1,8 @@
 """Messages to bytes and back.
 
 Decoding takes two steps, both before anything reaches a state machine: ``msgpack`` under hard limits (a frame
-cannot make the reader allocate much more than it is long), then a type check into the struct that the socket allows.
+cannot make the reader allocate much more than it is long), then a type check into the struct that the socket
+allows.
 """
 
 from __future__ import annotations

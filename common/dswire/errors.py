@@ -39,7 +39,6 @@ from typing import ClassVar
 
 import msgspec
 
-
 #: characters of a message that travel: some quote what a stranger sent, and must not outgrow a frame
 MAX_MESSAGE_CHARS = 2_000
 
