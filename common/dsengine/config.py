@@ -5,7 +5,8 @@ No torch here: a router or a tool may read these without loading it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dskv.layout import ITEM_NBYTES
@@ -34,6 +35,8 @@ class EngineConfig:
     max_model_len: int
     #: ``int8`` makes the weights of matrices int8 at load, see :mod:`dsengine.int8`; None leaves them in ``dtype``
     quantization: str | None = None
+    #: use the compiled kernels (:mod:`dsengine.native`) where they can serve; ``DS_KERNELS=off`` to try without
+    kernels: bool = field(default_factory=lambda: os.environ.get("DS_KERNELS") != "off")
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_NBYTES:

@@ -1,4 +1,5 @@
-"""A model inside an engine, and the choice of who computes it: the lean decoder, or transformers' modules."""
+"""A model inside an engine, and the choice of who computes it: compiled kernels, the lean decoder in torch, or
+transformers' modules."""
 
 from __future__ import annotations
 
@@ -18,12 +19,14 @@ from dsengine.families import FAMILIES, load_architecture
 from dsengine.foreign_shape import ForeignShape, load_foreign_shape
 from dsengine.int8 import Int8Linear
 from dsengine.linear import Linear
+from dsengine.native.decoder import NativeDecoder, RawLinear, obstacle
+from dsengine.native.library import library
 from dsengine.parts import Parts
 from dsengine.pool import DTYPES
 from dsengine.rope import RopeTable
 from dsengine.rope_settings import Rope
 from dsengine.weights import Checkpoint
-from dswire.errors import OutOfMemory, UnsupportedModel
+from dswire.errors import EngineFailed, Failed, OutOfMemory, UnsupportedModel
 
 _log = logging.getLogger(__name__)
 
@@ -56,13 +59,15 @@ def load_shape(model_dir: Path) -> Shape:
             raise lean from None
 
 
-def load_model(shape: Shape, config: EngineConfig, device: torch.device) -> Model:
+def load_model(shape: Shape, config: EngineConfig, device: torch.device) -> Model | NativeDecoder:
     """Load the weights; the log tells which path serves the model.
 
     Raises :class:`~dswire.errors.ModelNotFound`, :class:`UnsupportedModel` or :class:`OutOfMemory`.
     """
     try:
         if isinstance(shape, Architecture):
+            if (native := _native(shape, config, device)) is not None:
+                return native
             _log.info("%s is served by the lean decoder", shape.name)
             return _lean(shape, config, device)
         return _foreign(shape, config, device)
@@ -79,6 +84,24 @@ def load_model(shape: Shape, config: EngineConfig, device: torch.device) -> Mode
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether ``error`` is torch's way to say so: on the CPU it has no type of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _native(arch: Architecture, config: EngineConfig, device: torch.device) -> NativeDecoder | None:
+    """The model on the compiled kernels; None, and the reason in the log, where they cannot serve it."""
+    if not config.kernels or device.type != "cpu":
+        return None
+    reason = "int8 weights" if config.quantization else obstacle(arch)
+    if reason is not None:
+        _log.info("%s goes without compiled kernels: they have no %s", arch.name, reason)
+        return None
+    try:
+        kernels = library(config.dtype)
+    except (EngineFailed, Failed) as error:
+        _log.warning("%s goes without compiled kernels, several times slower: %s", arch.name, error)
+        return None
+    _log.info("%s is served by compiled kernels", arch.name)
+    checkpoint = Checkpoint(config.model_dir, DTYPES[config.dtype], device)
+    return NativeDecoder(Parts(arch, checkpoint, RawLinear), kernels, config.max_model_len, config.threads)
 
 
 def _lean(arch: Architecture, config: EngineConfig, device: torch.device) -> Decoder:

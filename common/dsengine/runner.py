@@ -9,7 +9,7 @@ it may then be asked for again, whole or item by item (KV is written to the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -18,12 +18,16 @@ from torch import Tensor
 
 from dsengine.attention import DecodeAttention, PrefillAttention
 from dsengine.config import EngineConfig, ModelInfo
-from dsengine.model import is_out_of_memory, load_model, load_shape
+from dsengine.model import Model, is_out_of_memory, load_model, load_shape
+from dsengine.native.decoder import NativeDecoder, Span
 from dsengine.pool import KvPool
 from dsengine.sampler import Sampled, SamplerState, sample
 from dskv.layout import KvLayout
 from dswire.errors import EngineFailed, OutOfMemory, UnsupportedModel
 from dswire.messages.client import Sampling
+
+#: one kind of step in torch: model, spans, rows wanted -> logits
+_TorchLogits = Callable[[Model, Sequence[Span], Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +103,9 @@ class Engine:
             return []
         for item in batch:
             self._check(item.token_ids, len(item.token_ids), item.blocks)
-        lengths = [len(item.token_ids) for item in batch]
-        tokens = [token for item in batch for token in item.token_ids]
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        last = [end - 1 for end in accumulate(lengths)]
-        attention = PrefillAttention(self.pool, lengths, [item.blocks for item in batch])
-        logits = self._forward(tokens, positions, attention, last)
+        ends = accumulate(len(item.token_ids) for item in batch)
+        spans = [Span(item.token_ids, 0, item.blocks) for item in batch]
+        logits = self._run(spans, [end - 1 for end in ends], self._torch_prefill)
         return sample(logits, [item.sampler for item in batch])
 
     def decode(self, batch: Sequence[DecodeItem]) -> list[Sampled]:
@@ -116,38 +117,43 @@ class Engine:
             return []
         for item in batch:
             self._check((item.token,), item.position + 1, item.blocks)
-        positions = [item.position for item in batch]
-        attention = DecodeAttention(self.pool, positions, [item.blocks for item in batch])
-        logits = self._forward([item.token for item in batch], torch.tensor(positions), attention)
+        spans = [Span((item.token,), item.position, item.blocks) for item in batch]
+        logits = self._run(spans, range(len(batch)), self._torch_decode)
         return sample(logits, [item.sampler for item in batch])
 
     def close(self) -> None:
         """Give the memory back and remove the pool's file. Doing it twice is harmless."""
+        if isinstance(self._model, NativeDecoder):
+            self._model.close()
         self.pool.close()
 
-    def _forward(
-        self,
-        tokens: list[int],
-        positions: Tensor,
-        attention: PrefillAttention | DecodeAttention,
-        rows: list[int] | None = None,
-    ) -> Tensor:
-        """Logits ``[len(rows), vocab_size]``, of all tokens where ``rows`` is None."""
+    def _run(self, spans: Sequence[Span], picked: Sequence[int], torch_logits: _TorchLogits) -> Tensor:
+        """Logits ``[len(picked), vocab_size]`` of the rows ``picked``, which count through all spans."""
+        if isinstance(self._model, NativeDecoder):
+            return self._model.forward(spans, picked, self.pool)
         try:
             with torch.inference_mode():
-                return self._model.run(
-                    torch.tensor(tokens).to(self._device),
-                    positions.to(self._device),
-                    attention,
-                    None if rows is None else torch.tensor(rows).to(self._device),
-                )
+                return torch_logits(self._model, spans, picked)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(
-                f"no room on {self._device} for a step of {len(tokens)} tokens",
+                f"no room on {self._device} for a step of {sum(len(span.tokens) for span in spans)} tokens",
                 remedy="lower the batch limits or kv.memory in the topology",
             ) from error
+
+    def _torch_prefill(self, model: Model, spans: Sequence[Span], picked: Sequence[int]) -> Tensor:
+        lengths = [len(span.tokens) for span in spans]
+        attention = PrefillAttention(self.pool, lengths, [span.blocks for span in spans])
+        tokens = torch.tensor([token for span in spans for token in span.tokens]).to(self._device)
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(self._device)
+        return model.run(tokens, positions, attention, torch.tensor(picked).to(self._device))
+
+    def _torch_decode(self, model: Model, spans: Sequence[Span], picked: Sequence[int]) -> Tensor:
+        starts = [span.start for span in spans]
+        attention = DecodeAttention(self.pool, starts, [span.blocks for span in spans])
+        tokens = torch.tensor([span.tokens[0] for span in spans]).to(self._device)
+        return model.run(tokens, torch.tensor(starts).to(self._device), attention, None)
 
     def _check(self, tokens: Sequence[int], length: int, blocks: Sequence[int]) -> None:
         """Refuse what would read or write memory of others."""

@@ -253,18 +253,12 @@ void attend_tile(Scratch<E>& scratch, const Queries& queries, const Shape& shape
     cache.rows(first + count, more, next);
     prefetch<E>(next, delta, more, shape.head_dim);
   }
-  for (int pair = 0; pair < count; pair += PANEL) {
-    const weight* panels[1] = {scratch.k.data() + pair / PANEL * panel};
-    strip<E, 1>(queries.rows, scratch.q.data(), width, panels, shape.head_dim,
-                {nullptr, 0, scratch.scores.data() + pair, TILE});
-  }
+  strips<E>(queries.rows, scratch.q.data(), width, scratch.k.data(), panel, count, shape.head_dim,
+            {nullptr, 0, scratch.scores.data(), TILE});
   soften(scratch, queries, shape, first, state);
   pack_values<E>(rows, delta, count, shape.head_dim, scratch.v.data());
-  for (size_t dim = 0; dim < width; dim += PANEL) {
-    const weight* panels[1] = {scratch.v.data() + dim * TILE};
-    float* out = state.out + dim;
-    strip<E, 1>(queries.rows, scratch.p.data(), TILE, panels, count, {out, width, out, width});
-  }
+  strips<E>(queries.rows, scratch.p.data(), TILE, scratch.v.data(), static_cast<size_t>(PANEL) * TILE,
+            static_cast<int>(width), count, {state.out, width, state.out, width});
 }
 
 // Move `into` on by the state `other` of later keys.

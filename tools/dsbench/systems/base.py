@@ -1,0 +1,17 @@
+"""What a system under measurement is to the process that runs it. Standard library only."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class System(Protocol):
+    """A loaded model, or whatever else answers with seconds."""
+
+    def prepare(self, phase: str, batch: int, context: int) -> None:
+        """Bring everything into the state before the step; not timed."""
+        ...
+
+    def step(self) -> float:
+        """One step of what was prepared last -> seconds. As often as one likes."""
+        ...

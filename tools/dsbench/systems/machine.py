@@ -1,0 +1,47 @@
+"""What the machine itself can do: reading memory, multiplying matrices."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+#: bytes; many times any cache
+_READ_NBYTES = 512 << 20
+_SIDE = 1536
+_ROWS = 2048
+
+
+class Machine:
+    """``prepare("read" or "product")``, then :meth:`step`."""
+
+    def __init__(self, model: str, dtype: str, threads: int, max_len: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._torch = torch
+        self._dtype = getattr(torch, dtype)
+        self._phase = ""
+        self._data: Any = None
+
+    def prepare(self, phase: str, batch: int, context: int) -> None:
+        """Fill what is read or multiplied."""
+        torch = self._torch
+        self._phase = phase
+        if phase == "read":
+            self._data = torch.ones(_READ_NBYTES // 4)
+        else:
+            a, b = torch.randn(_ROWS, _SIDE), torch.randn(_SIDE, _SIDE)
+            packed = torch.ops.mkldnn._reorder_linear_weight(b.to(self._dtype), _ROWS)
+            self._data = (a.to(self._dtype), packed)
+
+    def step(self) -> float:
+        """Seconds for one byte, or for one floating-point operation."""
+        torch = self._torch
+        begin = time.perf_counter()
+        if self._phase == "read":
+            self._data.sum()
+            nbytes: int = self._data.nbytes
+            return (time.perf_counter() - begin) / nbytes
+        a, packed = self._data
+        torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")
+        return (time.perf_counter() - begin) / (2 * _ROWS * _SIDE * _SIDE)

@@ -1,0 +1,70 @@
+"""This project's engine, whole steps of it: what a service calls, sampling included."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+BLOCK = 16
+#: in every byte of the KV pool: 0.0115 as float32 and as bfloat16, and no page that is not really there
+_FILL = 0x3C
+
+
+class Ours:
+    """``distserve``; the subclass leaves the compiled kernels out."""
+
+    kernels = True
+
+    def __init__(self, model: str, dtype: str, threads: int, max_len: int) -> None:
+        from dsengine.config import EngineConfig
+        from dsengine.runner import Engine
+
+        tokens = max_len
+        self._engine = Engine(
+            EngineConfig(
+                model_dir=Path(model),
+                dtype=dtype,
+                device="cpu",
+                block_size=BLOCK,
+                num_blocks=-(-tokens // BLOCK),
+                segment=None,
+                threads=threads,
+                max_model_len=min(8192, tokens),
+                kernels=self.kernels,
+            )
+        )
+        pool = self._engine.pool
+        ctypes.memset(pool.base, _FILL, pool.num_blocks * pool.layout.block_nbytes)
+        self._do: Callable[[], object] = lambda: None
+
+    def prepare(self, phase: str, batch: int, context: int) -> None:
+        """Make the sequences; their blocks lie apart as after a while of serving."""
+        from dsengine.runner import DecodeItem, PrefillItem
+        from dswire.messages.client import Sampling
+
+        engine = self._engine
+        each = -(-context // BLOCK)
+        blocks = [list(range(i, each * batch, batch)) for i in range(batch)]
+        sampling = Sampling(temperature=0, ignore_eos=True)
+        samplers = [engine.sampler(sampling, [], []) for _ in range(batch)]
+        if phase == "prefill":
+            tokens = [(7 * i + 11) % engine.model.vocab_size for i in range(context)]
+            prompt = [PrefillItem(tokens, blocks[0], samplers[0])]
+            self._do = lambda: engine.prefill(prompt)
+        else:
+            items = [DecodeItem(100 + i, context - 1, blocks[i], samplers[i]) for i in range(batch)]
+            self._do = lambda: engine.decode(items)
+
+    def step(self) -> float:
+        """One step."""
+        begin = time.perf_counter()
+        self._do()
+        return time.perf_counter() - begin
+
+
+class OursTorch(Ours):
+    """Without the compiled kernels."""
+
+    kernels = False

@@ -1,0 +1,56 @@
+"""The figures as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from dsbench.points import Measured, Point
+
+#: within 1.3 of the roofline
+_GOOD = 1 / 1.3
+_POOR = 0.5
+
+
+def table(results: Sequence[Measured], systems: Sequence[str]) -> Table:
+    """One row a point; each system's milliseconds, tokens a second and fraction of the roofline, the best bold."""
+    made = Table(title="step in ms · tokens/s · roofline")
+    for column in ("phase", "dtype"):
+        made.add_column(column)
+    for column in ("threads", "batch", "tokens", *systems, "to the best peer"):
+        made.add_column(column, justify="right")
+    points = list(dict.fromkeys(result.point for result in results))
+    for point in points:
+        here = {result.system: result for result in results if result.point == point}
+        made.add_row(*_row(point, here, systems))
+    return made
+
+
+def _row(point: Point, here: dict[str, Measured], systems: Sequence[str]) -> list[Text]:
+    least = min(result.seconds for result in here.values())
+    cells = [
+        Text(text) for text in (point.phase, point.dtype, str(point.threads), str(point.batch), str(point.context))
+    ]
+    cells += [_cell(here.get(system), least) for system in systems]
+    return [*cells, _ratio(here, systems[0])]
+
+
+def _cell(result: Measured | None, least: float) -> Text:
+    if result is None:
+        return Text("-", style="dim")
+    fraction = result.roofline_fraction
+    colour = "green" if fraction >= _GOOD else "yellow" if fraction >= _POOR else "red"
+    style = "bold" if result.seconds == least else ""
+    return Text.assemble(
+        (f"{result.seconds * 1e3:.2f} · {result.tokens_per_s:,.0f} · ", style), (f"{fraction:.0%}", colour)
+    )
+
+
+def _ratio(here: dict[str, Measured], ours: str) -> Text:
+    peers = [result.seconds for system, result in here.items() if not system.startswith(ours)]
+    if ours not in here or not peers:
+        return Text("-", style="dim")
+    ratio = min(peers) / here[ours].seconds
+    return Text(f"{ratio:.2f}x", style="green" if ratio >= 1 else "red")
