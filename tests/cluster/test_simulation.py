@@ -1,0 +1,179 @@
+"""The simulator: the real machines, wired from a topology, under a virtual clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import msgspec
+import pytest
+
+from dskv.layout import KvLayout
+from dssim.records import Record, Run
+from dssim.system import System
+from dssim.times import INSTANT, FlatTransfer, Linear, LinearTimes, TransferTimes
+from dssim.workload import Arrival, arrivals, fixed, gaps, histogram
+from dswire.errors import TopologyError
+from support.topologies import Desk
+
+#: a block is 1,024 bytes
+LAYOUT = KvLayout(2, 2, 4, 16, "float16")
+FLAT = LinearTimes(Linear(1.0), Linear(0.1))
+REAL = LinearTimes(Linear(0.02, 1e-4), Linear(0.01, 1e-6, 0.0, 1e-4))
+
+TOPOLOGIES = {
+    "1p1d": "kv: {blocks: 600}",
+    "2p2d": "kv: {blocks: 600}\nprefill: 2\ndecode: 2",
+    "short of blocks": "kv: {blocks: 128}",
+    "short of queue": "kv: {blocks: 600}\nrouter: {max_requests: 20}\n"
+    "prefill: {max_queue: 2}\ndecode: {max_queue: 3}",
+    "tcp in one node": "kv: {blocks: 600}\nforce_transport: tcp\nrelay: {slot: 4KiB, staging: 64KiB}",
+    "two nodes": "kv: {blocks: 600}\nrelay: {slot: 4KiB, staging: 16KiB}\nsecurity: off\nnodes:\n"
+    "  - {name: a, host: 10.0.0.1, devices: [cpu:0]}\n  - {name: b, host: 10.0.0.2, devices: [cpu:0]}",
+}
+FLAT_TRANSFER = FlatTransfer()
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+def system(
+    desk: Desk,
+    text: str,
+    times: LinearTimes = REAL,
+    transfers: TransferTimes = FLAT_TRANSFER,
+    *,
+    validate: bool = True,
+) -> System:
+    topology = desk.load("model: {path: nowhere, dtype: float16}\n" + text)
+    return System(topology, LAYOUT, lambda instance: times, transfers, validate=validate)
+
+
+def sharegpt(count: int, rate: float, seed: int) -> list[Arrival]:
+    random = Random(seed)
+    drawn = histogram("humaneval", random)
+    return arrivals(gaps("gamma", rate, random, 2.0), drawn, count)
+
+
+def by_number(run: Run) -> list[Record]:
+    return sorted(run.records, key=lambda record: record.number)
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_every_request_ends_once_and_everything_is_given_back(desk: Desk, name: str) -> None:
+    workload = sharegpt(60, 40.0, seed=3)
+    run = system(desk, TOPOLOGIES[name]).run(workload)
+    records = by_number(run)
+    assert [record.number for record in records] == list(range(60))
+    assert run.held == {}
+    for record, wanted in zip(records, workload, strict=True):
+        assert record.prompt_tokens == wanted.prompt_tokens
+        assert record.error or record.output_tokens == wanted.output_tokens
+        assert record.at_s == pytest.approx(wanted.at_s)
+    refused = {record.error for record in records} - {""}
+    assert refused == ({"overloaded"} if name == "short of queue" else set())
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_the_ledger_adds_up_to_what_the_client_saw(desk: Desk, name: str) -> None:
+    transfers = FlatTransfer()
+    run = system(desk, TOPOLOGIES[name], transfers=transfers, validate=False).run(sharegpt(60, 40.0, seed=4))
+    for record in [record for record in run.records if not record.error]:
+        assert record.ledger is not None
+        told = msgspec.structs.asdict(record.ledger)
+        stages = sum(value for stage, value in told.items() if stage not in ("ttft_s", "total_s", "retries"))
+        both_ways_s = 2 * transfers.message_s(False)
+        assert stages == pytest.approx(told["total_s"])
+        assert record.total_s == pytest.approx(told["total_s"] + both_ways_s)
+        assert record.ttft_s == pytest.approx(told["ttft_s"] + both_ways_s)
+
+
+def test_sequences_give_way_for_want_of_blocks_and_lose_nothing(desk: Desk) -> None:
+    text = TOPOLOGIES["short of blocks"]
+    run = system(desk, text).run(arrivals(gaps("constant", 1000.0, Random(0)), fixed(16, 300), 16))
+    assert run.seen.preemptions > 0
+    assert all(record.output_tokens == 300 and not record.error for record in run.records)
+    assert run.held == {}
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_the_same_workload_is_the_same_run(desk: Desk, name: str) -> None:
+    def run() -> tuple[Sequence[Record], int]:
+        done = system(desk, TOPOLOGIES[name], validate=False).run(sharegpt(60, 40.0, seed=5))
+        return done.records, done.happenings
+
+    assert run() == run()
+
+
+def test_a_trace_by_hand_without_ways(desk: Desk) -> None:
+    text = "prefill: {max_batch: 1}\nkv: {blocks: 64}"
+    run = system(desk, text, FLAT, INSTANT).run([Arrival(0.0, 16, 3), Arrival(0.5, 16, 2)])
+    first, second = by_number(run)
+    # prefill from 0 to 1, two decode steps of 0.1
+    assert [first.ttft_s, first.tpot_s, first.total_s] == pytest.approx([1.0, 0.1, 1.2])
+    # waits for it from 0.5 to 1, prefill until 2, one decode step
+    assert [second.ttft_s, second.total_s] == pytest.approx([1.5, 1.6])
+    assert second.ledger is not None
+    assert [second.ledger.prefill_queue_s, second.ledger.prefill_s] == pytest.approx([0.5, 1.0])
+    assert second.ledger.first_step_s == pytest.approx(0.1)
+    assert run.simulated_s == pytest.approx(2.1)
+    assert run.seen.busy_s == pytest.approx({"prefill-0": 2.0, "decode-0": 0.3})
+
+
+def test_a_trace_by_hand_with_ways(desk: Desk) -> None:
+    transfers = FlatTransfer(0.01, 0.02, LAYOUT.block_nbytes / 0.3, LAYOUT.block_nbytes / 0.4, 0.0)
+    run = system(desk, "kv: {blocks: 64}", FLAT, transfers).run([Arrival(0.0, 16, 2)])
+    (only,) = run.records
+    # client to router 0.02, to prefill 0.01, its step 1, back 0.01 and 0.02
+    assert only.ttft_s == pytest.approx(1.06)
+    # sealed at 1.33; router 1.34, decode 1.35, relay 1.36, granted 1.37, copied 1.77, step 1.87, router, client
+    assert only.total_s == pytest.approx(1.90)
+    assert only.ledger is not None
+    assert only.ledger.transfer_s == pytest.approx(0.42)
+
+
+def test_sequences_decode_together_in_the_steps_that_they_can_share(desk: Desk) -> None:
+    times = LinearTimes(Linear(1.0), Linear(0.0, 0.0, 0.0, 0.1))
+    text = "prefill: {max_batch: 2}\nkv: {blocks: 64}"
+    run = system(desk, text, times, INSTANT).run([Arrival(0.0, 16, 3), Arrival(0.0, 16, 2), Arrival(0.0, 16, 1)])
+    ends = [record.at_s + record.total_s for record in by_number(run)]
+    # the first goes alone at 0; the two others together at 1, when the first begins its two steps alone
+    assert ends == pytest.approx([1.2, 2.1, 2.0])
+
+
+@pytest.mark.parametrize(("requests", "slowest_s"), [(1, 0.8), (2, 1.6)])
+def test_transfers_share_the_way_out_of_a_node(desk: Desk, requests: int, slowest_s: float) -> None:
+    transfers = FlatTransfer(0, 0, 0, 0, LAYOUT.block_nbytes / 0.1)
+    text = TOPOLOGIES["two nodes"].replace("4KiB", "1KiB")
+    run = system(desk, text, LinearTimes(Linear(1.0), Linear(0.1)), transfers).run(
+        [Arrival(0.0, 128, 2)] * requests
+    )
+    waits = [record.ledger.transfer_s for record in by_number(run) if record.ledger is not None]
+    # the first is prefilled alone, and its eight blocks have left before the others come
+    assert max(waits) >= 0.8
+    assert waits[0] == pytest.approx(0.8)
+    assert run.simulated_s >= 1.0 + slowest_s
+
+
+@pytest.mark.parametrize(
+    ("requests", "within"),
+    [(5_000, 0.05), pytest.param(100_000, 0.01, marks=[pytest.mark.slow, pytest.mark.timeout(600)])],
+)
+def test_the_mean_wait_of_a_single_server_is_that_of_m_d_1(desk: Desk, requests: int, within: float) -> None:
+    rate, step_s = 50.0, 0.01
+    text = "prefill: {max_batch: 1}\nkv: {blocks: 64}\nrouter: {max_requests: 100000}"
+    one = system(desk, text, LinearTimes(Linear(step_s), Linear(0.1)), INSTANT, validate=False)
+    run = one.run(arrivals(gaps("poisson", rate, Random(1)), fixed(1, 1), requests))
+    assert all(not record.error for record in run.records)
+    mean_s = sum(record.ttft_s for record in run.records) / requests
+    # DistServe (OSDI 2024), section 3.1, equation 1: D + R D^2 / (2 (1 - R D))
+    assert mean_s == pytest.approx(step_s + rate * step_s**2 / (2 * (1 - rate * step_s)), rel=within)
+
+
+@pytest.mark.parametrize("text", ["mode: colocated\n", "decode: {pp: 2}\n"])
+def test_what_cannot_be_simulated_is_refused(desk: Desk, text: str) -> None:
+    with pytest.raises(TopologyError, match="this release simulates"):
+        system(desk, text + "kv: {blocks: 64}\n")
