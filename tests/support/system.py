@@ -103,6 +103,14 @@ class System:
         running.process.wait(STOP_LIMIT_S)
         os.close(running.report)
 
+    def pid(self, name: str) -> int:
+        """Of a process that runs."""
+        return self._running[name].process.pid
+
+    def log(self, name: str) -> Path:
+        """The file that a process logs to."""
+        return self.directory / f"{name}.log"
+
     def freeze(self, name: str) -> None:
         """Stop a process in its tracks."""
         self._running[name].process.send_signal(signal.SIGSTOP)
@@ -155,7 +163,7 @@ class System:
     def _spawn(self, name: str) -> None:
         report, child_end = os.pipe()
         role = self.topology.role_of(name)
-        log = self.directory / f"{name}.log"
+        log = self.log(name)
         command = [sys.executable, "-m", f"ds{role}", "--topology", str(self.path), "--name", name]
         env = {**self._env, "DS_REPORT_FD": str(child_end), "DS_LIFELINE_FD": str(self._lifeline)}
         with log.open("ab") as out:
