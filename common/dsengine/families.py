@@ -25,6 +25,8 @@ from dsengine.family_parts import (
 from dswire.errors import UnsupportedModel
 
 _QK_NORM = Names(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
+#: keys under which quantisers describe what they did; GPTQ's first ones used a file of its own
+_QUANTISED = ("quantization_config", "compression_config")
 _SANDWICH = Names(
     attention_after="post_attention_layernorm",
     mlp_before="pre_feedforward_layernorm",
@@ -45,9 +47,10 @@ def load_architecture(model_dir: Path) -> Architecture:
             f"{config.path}: architecture {config.architecture} is not supported",
             remedy=f"use a model of {', '.join(FAMILIES)}",
         )
-    if config.get("quantization_config", dict):
+    quantised = next((key for key in _QUANTISED if config.get(key, dict)), None)
+    if quantised or (model_dir / "quantize_config.json").is_file():
         raise UnsupportedModel(
-            f"{config.path}: not supported: quantised weights (quantization_config)",
+            f"{config.path}: not supported: quantised weights ({quantised or 'quantize_config.json'})",
             remedy="use the model's unquantised checkpoint; `quantization: int8` quantises it at load",
         )
     return family(config)

@@ -86,7 +86,8 @@ class Checkpoint:
             raise UnsupportedModel(
                 f"{self._dir}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
             )
-        if not tensor.is_floating_point():
+        # Eight-bit floats mean something with their scales only.
+        if not tensor.is_floating_point() or tensor.itemsize == 1:
             raise UnsupportedModel(f"{self._dir}: tensor {name} has dtype {tensor.dtype}: it is quantised")
         self._left.discard(name)
         return tensor

@@ -85,6 +85,7 @@ def test_a_model_without_end_token(tmp_path: Path) -> None:
         ({"architectures": []}, "unnamed"),
         ({"hidden_act": "xielu"}, "hidden_act 'xielu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "quantised weights .compression_config"),
         ({"num_key_value_heads": 3}, "3 KV heads for 4 heads"),
         ({"num_attention_heads": 5}, "hidden_size 64 over 5 heads"),
         ({"rope_scaling": {"rope_type": "proportional", "factor": 4.0}}, "'proportional'"),
@@ -117,6 +118,12 @@ def test_mistral_has_a_window_unless_told_otherwise(
 ) -> None:
     arch = load_architecture(write(tmp_path, architectures=["MistralForCausalLM"], **changes))
     assert [layer.rule.window for layer in arch.plan] == [window] * 3
+
+
+def test_the_first_gptq_checkpoints_had_a_file_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "quantize_config.json").write_text("{}")
+    with pytest.raises(UnsupportedModel, match=r"quantised weights \(quantize_config"):
+        load_architecture(write(tmp_path))
 
 
 def windows(tmp_path: Path, name: str, **changes: Any) -> list[int | None]:

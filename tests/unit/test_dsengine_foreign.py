@@ -75,6 +75,15 @@ def test_equal_to_transformers(tmp_path: Path, name: str, caplog: pytest.LogCapt
     assert [run.tokens(row) for row in range(5)] == [made[11:] for made in together]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_passes_the_probe(tmp_path: Path, dtype: str) -> None:
+    make(tmp_path, "Olmo2", initializer_range=0.1)
+    tokens = prompt_of(40)
+    got = logits_of(Engine(engine_config(tmp_path, dtype=dtype)), tokens, 33)
+    want = Reference(tmp_path).logits(tokens)
+    assert float((got - want).norm() / want.norm()) < 0.05
+
+
 def test_a_lean_family_with_an_unknown_feature_goes_this_way(tmp_path: Path) -> None:
     make_model(tmp_path, hidden_act="relu2")
     tokens = prompt_of(30)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,6 +42,28 @@ def reference(parameters: dict[str, Any]) -> Any:
                 "original_max_position_embeddings": 64,
             },
         ),
+        (
+            Rope("yarn", 500.0, 4.0, 1.0, 1.0, 64, attention_factor=0.1 * math.log(4) + 1),
+            {
+                "rope_type": "yarn",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        ),
+        (
+            Rope("yarn", 500.0, 4.0, 1.0, 1.0, 64, 1.0, 1.2, 20.0, 2.0, truncate=False),
+            {
+                "rope_type": "yarn",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "attention_factor": 1.2,
+                "beta_fast": 20.0,
+                "beta_slow": 2.0,
+                "truncate": False,
+            },
+        ),
     ],
 )
 def test_rotation_equals_transformers(rope: Rope, parameters: dict[str, Any]) -> None:
@@ -57,6 +81,24 @@ def test_dynamic_is_default_within_the_trained_length() -> None:
     with pytest.raises(UnsupportedModel, match="beyond 64 positions") as caught:
         inverse_frequencies(dynamic, 16, 65)
     assert "64" in caught.value.remedy
+
+
+def test_a_part_of_the_head_is_turned_and_the_rest_kept() -> None:
+    whole = RopeTable(DEFAULT, 8, 64, torch.float32, CPU)
+    part = RopeTable(replace(DEFAULT, fraction=0.5), 16, 64, torch.float32, CPU)
+    x, at = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 5, 63])
+    turned = part.rotate(x, part.at(at))
+    assert torch.equal(turned[..., 8:], x[..., 8:])
+    torch.testing.assert_close(turned[..., :8], whole.rotate(x[..., :8], whole.at(at)))
+
+
+def test_longrope_takes_one_set_of_factors_for_all_positions() -> None:
+    rope = Rope("longrope", 10000.0, 1.0, 1.0, 1.0, 64, short_factors=(1.0, 2.0), long_factors=(4.0, 8.0))
+    base = torch.tensor([1.0, 100.0])
+    torch.testing.assert_close(inverse_frequencies(rope, 4, 64), 1 / (base * torch.tensor([1.0, 2.0])))
+    torch.testing.assert_close(inverse_frequencies(rope, 4, 65), 1 / (base * torch.tensor([4.0, 8.0])))
+    with pytest.raises(UnsupportedModel, match="2 factors for 8 frequencies"):
+        inverse_frequencies(rope, 16, 64)
 
 
 def test_a_product_depends_on_the_distance_alone() -> None:

@@ -67,9 +67,17 @@ def test_wrong_shape(tmp_path: Path) -> None:
         checkpoint(tmp_path, {"a": A}).take("a", (3, 2))
 
 
-def test_integers_are_no_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_one_byte_is_no_weight(tmp_path: Path, dtype: torch.dtype) -> None:
     with pytest.raises(UnsupportedModel, match="quantised"):
-        checkpoint(tmp_path, {"a": A.to(torch.int8)}).take("a", (2, 3))
+        checkpoint(tmp_path, {"a": A.to(dtype)}).take("a", (2, 3))
+
+
+def test_a_checkpoint_of_the_bare_model_has_shorter_names(tmp_path: Path) -> None:
+    opened = checkpoint(tmp_path, {"decoder.a.weight": A})
+    assert opened.root_of("model.decoder.", "a") == "decoder."
+    assert opened.root_of("model.", "b") == "model."  # neither is there: the error names what the family calls it
+    assert checkpoint(tmp_path, {"model.a.weight": A}).root_of("model.", "a") == "model."
 
 
 def test_surplus_tensors_are_refused_unless_skipped(tmp_path: Path) -> None:
