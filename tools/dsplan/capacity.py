@@ -1,0 +1,42 @@
+"""What a replica can do without end: rates beyond which its queue grows for ever, whatever the objectives.
+
+No goodput is above, which makes them bounds for the search; and a run of finite length cannot be trusted to
+show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dsplan.queueing import UNLIMITED, DecodeUnit, PrefillUnit, Request
+from dssched.batching import prefill_batch
+
+
+def prefill_rate(unit: PrefillUnit, requests: Sequence[Request]) -> float:
+    """Requests a second of a backlog in order of arrival, batched as always: a stage is never idle."""
+    lengths, seconds, at = [prompt for _, prompt, _ in requests], 0.0, 0
+    while at < len(lengths):
+        count = prefill_batch(
+            lengths[at : at + unit.max_batch],
+            target_tokens=unit.target_tokens,
+            max_sequences=unit.max_batch,
+            free_blocks=UNLIMITED,
+            block_size=1,
+        )
+        batch = lengths[at : at + count]
+        seconds += unit.instance.prefill_stage_s(sum(batch), sum(n * n for n in batch), count)
+        at += count
+    return len(lengths) / seconds
+
+
+def decode_rate(unit: DecodeUnit, requests: Sequence[Request]) -> float:
+    """Requests a second at the largest batch that KV and ``max_batch`` allow, contexts of the mean over time."""
+    steps = sum(output - 1 for _, _, output in requests)
+    if steps == 0:
+        return float("inf")
+    held = sum((output - 1) * (prompt + output) for _, prompt, output in requests) / steps
+    context = sum((output - 1) * (prompt + output / 2) for _, prompt, output in requests) / steps
+    most = max(1, min(unit.max_batch, int(unit.kv_tokens / held)))
+    sizes = {most} | {1 << power for power in range(most.bit_length())}
+    pace = max(batch / unit.instance.decode_step_s(batch, int(batch * context)) for batch in sizes)
+    return pace * len(requests) / steps

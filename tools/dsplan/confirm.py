@@ -1,0 +1,67 @@
+"""The chosen placement in the simulator: the servers' own schedulers, message by message.
+
+One run at the goodput that the search found. Only placements without pipeline stages, which the simulator does not
+know yet.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsplan.latency import Steps
+from dsplan.memory import BLOCK_TOKENS
+from dsplan.planner import Plan
+from dsplan.topology_file import text
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmation:
+    """Joint attainment in the simulator, with its 95 % interval."""
+
+    requests: int
+    rate: float
+    attainment: float
+    low: float
+    high: float
+
+
+def simulable(plan: Plan) -> bool:
+    """Whether the simulator can run the placement."""
+    chosen = plan.chosen
+    return chosen.prefill.parallel.pp == chosen.decode.parallel.pp == 1 and chosen.goodput.rate > 0
+
+
+def confirm(plan: Plan, requests: int) -> Confirmation:
+    """Simulate ``requests`` of the same workload on the placement. Links are the device table's."""
+    from dskv.layout import KvLayout
+    from dssim.statistics import summarize
+    from dssim.system import System
+    from dssim.times import FlatTransfer
+    from dssim.workload import Arrival
+    from dstopology import resolved
+    from dstopology.load import load
+
+    question, shape = plan.question, plan.question.shape
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "topology.yaml"
+        path.write_text(text(plan), encoding="utf-8")
+        topology = load(path, {"DS_RUN_DIR": directory, "DS_HOME": directory, "DS_KEYS_DIR": directory})
+    layout = KvLayout(shape.layers, shape.kv_heads, shape.head_dim, BLOCK_TOKENS, topology.model.dtype)
+    device, rate = question.device, plan.chosen.goodput.rate
+    system = System(
+        topology,
+        layout,
+        lambda instance: Steps(question.latency.instance(instance.tp, instance.pp)),
+        FlatTransfer(
+            seal_bytes_per_s=0.0,
+            copy_bytes_per_s=device.node_bytes_per_s,
+            network_bytes_per_s=device.network_bytes_per_s,
+        ),
+    )
+    arrivals = [Arrival(at / rate, prompt, output) for at, prompt, output in question.workload.requests[:requests]]
+    run = system.run(arrivals)
+    slo = resolved.Slo(question.slo.ttft_s, question.slo.tpot_s, question.slo.attainment)
+    found = summarize(run.records, slo, run.simulated_s).attainment
+    return Confirmation(len(arrivals), rate, found.value, found.low, found.high)

@@ -1,0 +1,68 @@
+"""Devices by name: peak rates, memory and links, from ``data/devices.json``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from dsplan.errors import PlanInput
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One accelerator of a homogeneous cluster, and its links."""
+
+    name: str
+    #: peak dense 16-bit floating point operations a second
+    flops: float
+    #: peak memory bandwidth
+    bytes_per_s: float
+    memory_nbytes: float
+    #: units that tiles of work are spread over
+    multiprocessors: int
+    #: to another device of the node, one direction
+    node_bytes_per_s: float
+    #: to a device of another node, one direction
+    network_bytes_per_s: float
+    #: key of ``data/efficiency.json``
+    efficiency: str
+    note: str
+
+
+@cache
+def _table() -> dict[str, dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = json.loads(files("dsplan").joinpath("data/devices.json").read_text())[
+        "devices"
+    ]
+    return table
+
+
+def known_devices() -> tuple[str, ...]:
+    """Names of the devices of the table."""
+    return tuple(_table())
+
+
+def find_device(name: str) -> Device:
+    """The device of that name. Raises :class:`PlanInput` where the table has none."""
+    row = _table().get(name.lower())
+    if row is None:
+        raise PlanInput(f"device {name} is not known", remedy=f"choose one of {', '.join(known_devices())}")
+    return checked(Device(name=name.lower(), **row))
+
+
+def checked(device: Device) -> Device:
+    """The device, unless a number of it is absurd (:class:`PlanInput`)."""
+    limits = {"flops": (1e9, 1e17), "bytes_per_s": (1e8, 1e14), "memory_nbytes": (1e8, 1e13)}
+    limits |= {"multiprocessors": (1, 1e5), "node_bytes_per_s": (1e6, 1e13), "network_bytes_per_s": (1e6, 1e13)}
+    for field in fields(device):
+        value = getattr(device, field.name)
+        if field.name in limits and not limits[field.name][0] <= value <= limits[field.name][1]:
+            low, high = limits[field.name]
+            raise PlanInput(
+                f"device {device.name}: {field.name} {value:g} is absurd",
+                remedy=f"give it between {low:g} and {high:g}; bytes and seconds, not gigabits",
+            )
+    return device

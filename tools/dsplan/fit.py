@@ -1,0 +1,234 @@
+"""Fits the efficiencies of :mod:`dsplan.kernels` on kernel measurements, and says how well they hold.
+
+    python -m dsplan.fit DIRECTORY [--write efficiency.json]
+
+``DIRECTORY`` holds aiconfigurator's tables as gzipped CSV (``{gpu}_{table}.csv.gz``, times in ms). One row in five
+is held out of the fit, by a seeded draw, and the errors told are of those. "other device" is the error on all
+held-out rows of a GPU of the parameters fitted on the other GPUs: what to expect of a device that was not measured.
+Needs numpy; nothing else of the package does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsplan import kernels
+from dsplan.devices import Device, find_device
+from dsplan.kernels import Parameters
+
+Column = np.ndarray[Any, np.dtype[np.float64]]
+
+FILES = {"a100-80g": "a100_sxm_vllm0.14.0", "h100": "h100_sxm_vllm0.24.0", "h200": "h200_sxm_vllm0.24.0"}
+SOURCE = (
+    "fitted by dsplan.fit on kernel measurements of ai-dynamo/aiconfigurator at "
+    "095f58a51c4ca8e61b66ec108d86f223f8d559ce (Apache-2.0), bf16, vLLM 0.14 (A100) and 0.24 (H100, H200)"
+)
+#: rows that a fit looks at
+MOST_ROWS = 6000
+#: relative error beyond which a row counts linearly, not by its square
+OUTLIER = 0.15
+#: query heads for each KV head beyond which no model of today goes
+MOST_GROUP = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One kind of kernel: where its measurements are and what is fitted on them."""
+
+    name: str
+    file: str
+    columns: tuple[str, ...]
+    where: Mapping[str, str]
+    formula: Callable[..., Any]
+    start: Parameters
+    #: rows taken, by their columns
+    keep: Callable[..., Any]
+
+
+def _all(*columns: Column) -> Any:
+    return columns[0] > 0
+
+
+def _grouped(batch: Column, tokens: Column, heads: Column, kv: Column, dim: Column) -> Any:
+    return heads <= MOST_GROUP * kv
+
+
+def _large(ranks: Column, nbytes: Column) -> Any:
+    return nbytes >= kernels.LARGE_ALLREDUCE
+
+
+def _small(ranks: Column, nbytes: Column) -> Any:
+    return nbytes < kernels.LARGE_ALLREDUCE
+
+
+_BF16 = {"attn_dtype": "bfloat16", "kv_cache_dtype": "bfloat16", "window_size": "0"}
+_HEADS = ("num_heads", "num_key_value_heads", "head_dim")
+_GRAPH = {"backend": "vllm_graph"}
+_REDUCE = ("num_gpus", "message_size")
+TABLES = (
+    Table(
+        "gemm",
+        "gemm",
+        ("m", "n", "k"),
+        {"gemm_dtype": "bfloat16"},
+        kernels.gemm_s,
+        (3e-6, 0.85, 0.75, 2e-10, 2.0, 0.1, 1.0),
+        _all,
+    ),
+    Table(
+        "context",
+        "context_attention",
+        ("batch_size", "isl", *_HEADS),
+        _BF16,
+        kernels.context_s,
+        (8e-6, 0.6, 2e-9, 2.0, 0.7, 0.5),
+        _grouped,
+    ),
+    Table(
+        "generation",
+        "generation_attention",
+        ("batch_size", "step", *_HEADS),
+        _BF16,
+        kernels.generation_s,
+        (8e-6, 0.8, 0.2, 1e-10, 2.0, 1e-9, 8.0),
+        _grouped,
+    ),
+    Table("allreduce_small", "custom_allreduce", _REDUCE, _GRAPH, kernels.allreduce_s, (4e-6, 1e-7, 0.3), _small),
+    Table("allreduce_large", "custom_allreduce", _REDUCE, _GRAPH, kernels.allreduce_s, (1e-5, 1e-6, 0.6), _large),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Measurements of one table on one device."""
+
+    device: Device
+    train: tuple[Column, Column]
+    test: tuple[Column, Column]
+
+
+def read(directory: Path, table: Table, device: str) -> Split:
+    """The rows of a table, split by a seeded draw: one in five for the test."""
+    path = directory / f"{FILES[device]}_{table.file}.csv.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        rows = [
+            [float(row[name]) for name in (*table.columns, "latency_ms")]
+            for row in csv.DictReader(lines)
+            if all(row.get(name, value) == value for name, value in table.where.items())
+        ]
+    data = np.array(rows).T
+    data = data[:, np.asarray(table.keep(*data[:-1]), dtype=bool)]
+    order = np.random.default_rng(0).permutation(data.shape[1])
+    held = order[: data.shape[1] // 5]
+    used = order[data.shape[1] // 5 :][:MOST_ROWS]
+    seconds = data[-1] / 1e3
+    return Split(find_device(device), (data[:-1][:, used], seconds[used]), (data[:-1][:, held], seconds[held]))
+
+
+def predicted(table: Table, parameters: Parameters, device: Device, inputs: Column) -> Column:
+    """The formula over columns."""
+    return np.asarray(table.formula(parameters, device, *inputs), dtype=np.float64)
+
+
+def fit(table: Table, splits: list[Split]) -> Parameters:
+    """Parameters with the least error in log time, outliers weighed down; one set for all ``splits``."""
+
+    def errors(logs: Column) -> Column:
+        with np.errstate(all="ignore"):
+            values = tuple(np.exp(logs))
+            parts = [np.log(predicted(table, values, s.device, s.train[0]) / s.train[1]) for s in splits]
+        return np.concatenate(parts)
+
+    return tuple(float(x) for x in np.exp(_minimum(errors, np.log(np.array(table.start)))))
+
+
+def _cost(errors: Column) -> float:
+    return float((np.sqrt(1 + (errors / OUTLIER) ** 2) - 1).sum())
+
+
+def _minimum(errors: Callable[[Column], Column], at: Column, rounds: int = 60) -> Column:
+    """Levenberg-Marquardt with a numeric Jacobian and the pseudo-Huber loss."""
+    now, damping = errors(at), 1e-2
+    for _ in range(rounds):
+        jacobian = np.stack([(errors(at + 1e-4 * unit) - now) / 1e-4 for unit in np.eye(len(at))], axis=1)
+        weights = 1 / np.sqrt(1 + (now / OUTLIER) ** 2)
+        normal = jacobian.T @ (jacobian * weights[:, None])
+        gradient = jacobian.T @ (now * weights)
+        before = _cost(now)
+        for _ in range(8):
+            scale = np.diag(np.diag(normal) + 1e-9)
+            step = np.clip(-np.linalg.solve(normal + damping * scale, gradient), -1, 1)
+            then = errors(at + step)
+            if np.isfinite(_cost(then)) and _cost(then) < before:
+                break
+            damping *= 4
+        else:
+            break
+        at, now, damping = at + step, then, damping / 4
+        if (before - _cost(now)) / before < 1e-5:
+            break
+    return at
+
+
+def report(table: Table, parameters: Parameters, split: Split) -> dict[str, float]:
+    """Errors on the held-out rows, in per cent: mean, median and 90th percentile of each row's, and of the sum."""
+    inputs, seconds = split.test
+    model = predicted(table, parameters, split.device, inputs)
+    error = np.abs(model / seconds - 1) * 100
+    return {
+        "rows": len(seconds),
+        "mape": round(float(error.mean()), 1),
+        "median": round(float(np.median(error)), 1),
+        "p90": round(float(np.quantile(error, 0.9)), 1),
+        "weighted": round(float(np.abs(model - seconds).sum() / seconds.sum()) * 100, 1),
+    }
+
+
+def run(directory: Path) -> dict[str, Any]:
+    """Fit every table on every device and on all together; the content of ``data/efficiency.json``."""
+    out: dict[str, Any] = {"source": SOURCE, "devices": {}, "errors": {}}
+    for table in TABLES:
+        splits = {device: read(directory, table, device) for device in FILES}
+        pooled = fit(table, list(splits.values()))
+        out["devices"].setdefault("pooled", {})[table.name] = _rounded(pooled)
+        for device, split in splits.items():
+            own = fit(table, [split])
+            others = fit(table, [other for name, other in splits.items() if name != device])
+            out["devices"].setdefault(device, {})[table.name] = _rounded(own)
+            out["errors"].setdefault(device, {})[table.name] = {
+                "held_out": report(table, own, split),
+                "other_device": report(table, others, split),
+            }
+    return out
+
+
+def _rounded(parameters: Parameters) -> list[float]:
+    return [float(f"{value:.5g}") for value in parameters]
+
+
+def main() -> None:
+    """Fit, print the errors, and write the file where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--write", type=Path, default=None)
+    given = parser.parse_args()
+    found = run(given.directory)
+    for device, tables in found["errors"].items():
+        for name, kinds in tables.items():
+            for kind, errors in kinds.items():
+                print(f"{device:9} {name:16} {kind:13}", " ".join(f"{k} {v:g}" for k, v in errors.items()))
+    if given.write:
+        given.write.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

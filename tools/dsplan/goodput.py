@@ -1,0 +1,165 @@
+"""Goodput: the highest rate at which enough requests meet both objectives, and how sure that is.
+
+:func:`goodput` bisects over the rate. Requests are drawn once and only their arrivals are stretched, so that every
+rate sees the same ones. The interval is of rates at which the attainment's 95 % Wilson interval still holds the
+target; it tells of the finite sample only, not of the latency model's error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from dsplan.errors import PlanInput
+from dsplan.queueing import DecodeUnit, PrefillUnit, Request, serve
+
+#: relative width at which a bisection stops
+PRECISION = 0.02
+#: requests of a run at low rates, and those drawn, which high rates use to last long enough
+LEAST_REQUESTS, MOST_REQUESTS = 1000, 12_000
+#: a run lasts this many times a mean output at the TPOT objective, or the batch of decode would not fill up
+RESIDENCES = 4.0
+#: rates below are taken for zero, and above are not looked at: requests a second
+LEAST_RATE, MOST_RATE = 0.005, 20_000.0
+#: share of the requests, the first to arrive, that is left out of the count
+WARM_UP = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Objectives. A request attains them when it meets both."""
+
+    ttft_s: float
+    tpot_s: float
+    attainment: float = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Goodput:
+    """Requests a second, with the 95 % interval. All zero where the objectives are never met."""
+
+    rate: float
+    low: float
+    high: float
+
+
+NONE = Goodput(0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Of ``count`` requests, those that met both objectives and those that missed each."""
+
+    count: int
+    hits: int
+    ttft_misses: int
+    tpot_misses: int
+    #: misses of TPOT that a transfer of no time would have avoided
+    transfer_misses: int = 0
+    #: requests that waited for KV blocks in decode
+    kv_waits: int = 0
+
+    @property
+    def share(self) -> float:
+        """Attainment."""
+        return self.hits / self.count
+
+
+#: a rate -> what became of the requests at it
+Attain = Callable[[float], Counts]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests with the arrivals of one request a second."""
+
+    name: str
+    requests: tuple[Request, ...]
+
+    def at(self, rate: float, least_s: float) -> list[Request]:
+        """The same requests at another rate: :data:`LEAST_REQUESTS`, more if those come within ``least_s``."""
+        count = max(LEAST_REQUESTS, int(rate * least_s))
+        return [(at / rate, prompt, output) for at, prompt, output in self.requests[:count]]
+
+    @property
+    def mean_output(self) -> float:
+        """Tokens."""
+        return sum(output for _, _, output in self.requests) / len(self.requests)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(prompt + output for _, prompt, output in self.requests)
+
+
+def make_workload(name: str, count: int = MOST_REQUESTS, seed: int = 0) -> Workload:
+    """Poisson arrivals; lengths by name of a shipped histogram, or ``fixed:IN,OUT``. Raises :class:`BadInput`."""
+    from dssim import workload
+
+    lengths, wait = Random(seed), Random(~seed)
+    if name.startswith("fixed:"):
+        parts = name.removeprefix("fixed:").split(",")
+        if len(parts) != 2 or not all(part.isdecimal() and len(part) < 8 for part in parts):
+            raise PlanInput(f"--workload {name!r} is not understood", remedy="write fixed:IN,OUT, in tokens")
+        drawn = workload.fixed(int(parts[0]), int(parts[1]))
+    else:
+        drawn = workload.histogram(name, lengths)
+    made = workload.arrivals(workload.gaps("poisson", 1.0, wait), drawn, count)
+    return Workload(name, tuple((one.at_s, one.prompt_tokens, one.output_tokens) for one in made))
+
+
+def counts(
+    workload: Workload, rate: float, slo: Slo, prefill: Sequence[PrefillUnit], decode: Sequence[DecodeUnit]
+) -> Counts:
+    """One run of the queueing oracle."""
+    requests = workload.at(rate, RESIDENCES * workload.mean_output * slo.tpot_s)
+    served = serve(requests, prefill, decode)
+    first = int(len(requests) * WARM_UP)
+    hits = ttft = tpot = transfer = 0
+    for number in range(first, len(requests)):
+        late = served.ttft_s[number] > slo.ttft_s
+        slow = served.tpot_s[number] > slo.tpot_s
+        ttft, tpot, hits = ttft + late, tpot + slow, hits + (not late and not slow)
+        steps = max(requests[number][2] - 1, 1)
+        transfer += slow and served.tpot_s[number] - served.transfer_s[number] / steps <= slo.tpot_s
+    return Counts(len(requests) - first, hits, ttft, tpot, transfer, served.kv_waits)
+
+
+def goodput(attain: Attain, target: float, *, most: float = MOST_RATE, interval: bool = True) -> Goodput:
+    """Bisect to :data:`PRECISION`, up to ``most``. Without ``interval`` both its ends are the rate itself."""
+    from dssim.statistics import wilson
+
+    seen: dict[float, Counts] = {}
+
+    def at(rate: float) -> Counts:
+        if rate not in seen:
+            seen[rate] = attain(rate)
+        return seen[rate]
+
+    def holds(rate: float) -> bool:
+        return at(rate).share >= target
+
+    rate = _highest(holds, most / 2, most)
+    if rate == 0.0 or not interval:
+        return Goodput(rate, rate, rate)
+    low = _highest(lambda r: wilson(at(r).hits, at(r).count).low >= target, rate, most)
+    high = _highest(lambda r: wilson(at(r).hits, at(r).count).high >= target, rate, most)
+    return Goodput(rate, min(low, rate), max(high, rate))
+
+
+def _highest(holds: Callable[[float], bool], guess: float, most: float) -> float:
+    """The highest rate that holds, to :data:`PRECISION`; 0 where even :data:`LEAST_RATE` does not."""
+    low = high = guess
+    while holds(high):
+        if high >= most:
+            return most
+        low, high = high, min(high * 2, most)
+    while not holds(low):
+        if low <= LEAST_RATE:
+            return 0.0
+        low, high = max(low / 2, LEAST_RATE), low
+    while high - low > PRECISION * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

@@ -1,0 +1,182 @@
+"""A latency model of any dense decoder on any device of the table, from first principles.
+
+A step is the sum of its kernels (:mod:`dsplan.kernels`, with the efficiencies of ``data/efficiency.json``): for
+each layer four GEMMs, attention, the element-wise kernels as memory traffic, and with TP two all-reduces; then the
+output matrix, and with PP a send between stages. On top comes the software: a time for each step, and one for each
+layer below which the host cannot launch a layer's kernels (zero with CUDA graphs). Those two depend on the serving
+software, not on the device: :data:`STACKS` names what is known of them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+
+from dsplan import kernels
+from dsplan.devices import Device
+from dsplan.errors import PlanInput, ProfileMismatch
+from dsplan.kernels import TILE, Parameters
+from dsplan.shapes import ModelShape
+
+#: latency of a message between two devices, in seconds (aiconfigurator's p2p_latency)
+SEND_S = 10e-6
+#: passes over the residual stream and the wide activations of a layer, in elements a token: two norms (read and
+#: write), two residual sums (two reads, one write), rotary and cache writes of Q and K
+RESIDUAL_PASSES = 10
+#: rows that are told apart, beyond a tile
+ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """What serving software adds to the kernels."""
+
+    #: scheduling, input preparation, sampling: once a step
+    step_s: float
+    #: the host launches the kernels of one layer in no less
+    layer_s: float
+    #: for each sequence of a step
+    sequence_s: float
+    #: how many times longer than its kernels a prefill takes
+    prefill_factor: float
+    about: str
+
+
+STACKS = {
+    "graphs": Stack(2e-3, 0.0, 0.0, 1.0, "decode in CUDA graphs; 2 ms a step is hand-set"),
+    "eager-2023": Stack(
+        6e-3,
+        0.48e-3,
+        0.4e-3,
+        1.05,
+        "vLLM of 2023 without CUDA graphs: set on Splitwise's A100 rows of Llama2-70B at TP 2 and 8; the "
+        "rows at TP 4, held out, are then met to 3 % in decode, 10 % in prefill of one prompt and 21 % of batches",
+    ),
+}
+
+
+@cache
+def efficiencies(name: str) -> dict[str, Parameters]:
+    """Fitted parameters of a device, by kernel. Raises :class:`PlanInput` for a name that is not in the file."""
+    devices = json.loads(files("dsplan").joinpath("data/efficiency.json").read_text())["devices"]
+    if name not in devices:
+        raise PlanInput(f"there are no efficiencies named {name}", remedy=f"choose one of {', '.join(devices)}")
+    return {kernel: tuple(values) for kernel, values in devices[name].items()}
+
+
+@dataclass(frozen=True, slots=True)
+class RooflineInstance:
+    """One instance. ``spread``: whether its stages are on different nodes."""
+
+    shape: ModelShape
+    device: Device
+    stack: Stack
+    tp: int
+    stages: int
+    spread: bool = False
+    #: times of a layer without attention, by rows: they do not depend on anything else
+    _dense: dict[int, float] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def _layers(self) -> float:
+        return self.shape.layers / self.stages
+
+    def _kernels(self) -> dict[str, Parameters]:
+        return efficiencies(self.device.efficiency)
+
+    def layer_dense_s(self, rows: int) -> float:
+        """One layer over ``rows`` tokens, all but attention; many rows are rounded up to :data:`ROWS`."""
+        rows = rows if rows <= TILE else -(-rows // ROWS) * ROWS
+        if rows not in self._dense:
+            self._dense[rows] = self._layer_dense_s(rows)
+        return self._dense[rows]
+
+    def _layer_dense_s(self, rows: int) -> float:
+        s, tp, device = self.shape, self.tp, self.device
+        gemm = self._kernels()["gemm"]
+        heads, inner = s.heads * s.head_dim / tp, s.intermediate / tp
+        kv = max(s.kv_heads / tp, 1) * s.head_dim
+        wide = (2 if s.gated else 1) * inner
+        total = kernels.gemm_s(gemm, device, rows, heads + 2 * kv, s.hidden)
+        total += kernels.gemm_s(gemm, device, rows, s.hidden, heads)
+        total += kernels.gemm_s(gemm, device, rows, wide, s.hidden)
+        total += kernels.gemm_s(gemm, device, rows, s.hidden, inner)
+        moved = rows * (RESIDUAL_PASSES * s.hidden + wide + inner + 2 * (heads + kv)) * s.item_nbytes
+        total += moved / (device.bytes_per_s * gemm[2])
+        return float(total + 2 * self.allreduce_s(rows * s.hidden * s.item_nbytes))
+
+    def allreduce_s(self, nbytes: float) -> float:
+        """Sum over the TP ranks."""
+        if self.tp == 1:
+            return 0.0
+        regime = "allreduce_large" if nbytes >= kernels.LARGE_ALLREDUCE else "allreduce_small"
+        return float(kernels.allreduce_s(self._kernels()[regime], self.device, self.tp, nbytes))
+
+    def _send_s(self, rows: float) -> float:
+        link = self.device.network_bytes_per_s if self.spread else self.device.node_bytes_per_s
+        return SEND_S + rows * self.shape.hidden * self.shape.item_nbytes / link
+
+    def _output_s(self, rows: int) -> float:
+        columns = self.shape.vocab / self.tp
+        return float(kernels.gemm_s(self._kernels()["gemm"], self.device, rows, columns, self.shape.hidden))
+
+    def _software_s(self, kernels_s: float, count: int) -> float:
+        """``count`` sequences of one stage's batch."""
+        host_s = (self.stack.step_s + self.stack.sequence_s * count) / self.stages
+        return max(kernels_s, self._layers * self.stack.layer_s) + host_s
+
+    def prefill_stage_s(self, tokens: int, squares: int, count: int) -> float:
+        """Kernels of the last stage (the output matrix is its), which is the slowest."""
+        s = self.shape
+        each = squares / tokens
+        kv = max(s.kv_heads / self.tp, 1)
+        attention = kernels.context_s(
+            self._kernels()["context"], self.device, tokens / each, each, s.heads / self.tp, kv, s.head_dim
+        )
+        total = self._layers * (self.layer_dense_s(tokens) + float(attention)) + self._output_s(count)
+        send = self._send_s(tokens) if self.stages > 1 else 0.0
+        return self._software_s(total * self.stack.prefill_factor, count) + send
+
+    def decode_step_s(self, batch: int, tokens: int) -> float:
+        """``stages`` micro-batches go round; a token for each sequence takes all of them."""
+        s, micro = self.shape, -(-batch // self.stages)
+        kv = max(s.kv_heads / self.tp, 1)
+        attention = kernels.generation_s(
+            self._kernels()["generation"], self.device, micro, tokens / batch, s.heads / self.tp, kv, s.head_dim
+        )
+        dense = self._layers * self.layer_dense_s(micro) + self._output_s(micro)
+        send = self._send_s(micro) if self.stages > 1 else 0.0
+        return self.stages * (self._software_s(dense + self._layers * float(attention), batch) + send)
+
+
+@dataclass(frozen=True, slots=True)
+class RooflineLatency:
+    """Any TP and PP of one model on one device."""
+
+    shape: ModelShape
+    device: Device
+    stack: Stack = STACKS["graphs"]
+    #: ranks of an instance that one node holds; stages of larger ones talk over the network
+    node_devices: int = 8
+
+    @property
+    def source(self) -> str:
+        """For people."""
+        fitted = "fitted on it" if self.device.efficiency == self.device.name else "pooled over other GPUs"
+        return f"roofline of {self.shape.name} on {self.device.name}, kernel efficiencies {fitted}"
+
+    def degrees(self) -> tuple[int, ...] | None:
+        """Any."""
+        return None
+
+    def instance(self, tp: int, pp: int) -> RooflineInstance:
+        """Raises :class:`ProfileMismatch` for a TP or PP that cannot cut the model."""
+        if self.shape.heads % tp or not 0 < pp <= self.shape.layers:
+            raise ProfileMismatch(
+                f"{self.shape.name} with {self.shape.heads} heads and {self.shape.layers} layers cannot be cut "
+                f"by TP {tp} and PP {pp}",
+                remedy="choose a TP that divides the heads and a PP of at most the layers",
+            )
+        return RooflineInstance(self.shape, self.device, self.stack, tp, pp, tp * pp > self.node_devices)

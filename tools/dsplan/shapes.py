@@ -1,0 +1,134 @@
+"""Shape of a decoder model, from a Hugging Face ``config.json`` or a name of ``data/models.json``.
+
+Only what time and memory depend on: sizes of the matrices, heads, layers. Weights count the matrices and the
+embeddings; norms and biases are far below one per cent and left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from dsplan.errors import PlanInput
+
+#: bytes of a stored element by the name a config gives it
+ITEM_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+#: families whose MLP has no gate: two matrices instead of three
+UNGATED = frozenset({"opt", "gpt2", "gptj", "gpt_neox", "bloom", "falcon", "phi", "starcoder2", "mpt"})
+#: more layers, heads or width than any model has: a number in the wrong place
+ABSURD = 10_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of one decoder."""
+
+    name: str
+    #: width of the residual stream
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    #: width of the MLP
+    intermediate: int
+    vocab: int
+    #: whether the MLP has a gate matrix
+    gated: bool
+    #: whether the output matrix is the embedding
+    tied: bool
+    #: bytes of one weight and of one KV element
+    item_nbytes: int = 2
+
+    @property
+    def layer_weights(self) -> int:
+        """Elements of one layer's matrices."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + (3 if self.gated else 2) * self.hidden * self.intermediate
+
+    @property
+    def weights_nbytes(self) -> int:
+        """Bytes of all weights."""
+        embeddings = (1 if self.tied else 2) * self.vocab * self.hidden
+        return (self.layers * self.layer_weights + embeddings) * self.item_nbytes
+
+    @property
+    def kv_token_nbytes(self) -> int:
+        """Bytes of K and V of one token in all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.item_nbytes
+
+
+@cache
+def _known() -> dict[str, dict[str, Any]]:
+    models: dict[str, dict[str, Any]] = json.loads(files("dsplan").joinpath("data/models.json").read_text())[
+        "models"
+    ]
+    return models
+
+
+def known_models() -> tuple[str, ...]:
+    """Names of the models that need no file."""
+    return tuple(_known())
+
+
+def find_model(name: str) -> ModelShape:
+    """The shape of a known model (any case), or of the ``config.json`` at a path or in a directory.
+
+    Raises :class:`PlanInput` where there is neither, or where the file says nothing usable.
+    """
+    for known, config in _known().items():
+        if known.lower() == name.lower().rpartition("/")[2]:
+            return shape_of(known, config)
+    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise PlanInput(
+            f"model {name}: neither a known name nor a readable Hugging Face config.json ({error})",
+            remedy=f"name a config.json, its directory, or one of {', '.join(known_models())}",
+        ) from error
+    return shape_of(path.parent.name or name, config)
+
+
+def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
+    """The shape that a Hugging Face config describes. Raises :class:`PlanInput` naming the key that is wrong."""
+    if not isinstance(config, Mapping):
+        raise PlanInput(f"model {name}: the config is a {type(config).__name__}, not a JSON object")
+    config = {**config, **(config.get("text_config") or {})}
+    hidden = _count(name, config, "hidden_size", "n_embd", "d_model")
+    heads = _count(name, config, "num_attention_heads", "n_head")
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float16")
+    ungated = config.get("model_type") in UNGATED
+    if config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts"):
+        raise PlanInput(
+            f"model {name}: mixtures of experts are not modelled",
+            remedy="plan with a dense model of the active size, and check the memory by hand",
+        )
+    return ModelShape(
+        name=name,
+        hidden=hidden,
+        layers=_count(name, config, "num_hidden_layers", "n_layer"),
+        heads=heads,
+        kv_heads=_count(name, config, "num_key_value_heads", default=heads),
+        head_dim=_count(name, config, "head_dim", default=max(hidden // heads, 1)),
+        intermediate=_count(name, config, "intermediate_size", "ffn_dim", "n_inner", default=4 * hidden),
+        vocab=_count(name, config, "vocab_size"),
+        gated=not ungated,
+        tied=bool(config.get("tie_word_embeddings", ungated)),
+        item_nbytes=ITEM_NBYTES.get(stored, 2),
+    )
+
+
+def _count(name: str, config: Mapping[str, Any], *keys: str, default: int | None = None) -> int:
+    value = next((config[key] for key in keys if config.get(key) is not None), default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= ABSURD:
+        raise PlanInput(
+            f"model {name}: {keys[0]} is {value!r}, not a whole number from 1 to {ABSURD}",
+            remedy=f"give the config.json of a decoder model, with the key {keys[0]}",
+        )
+    return value
