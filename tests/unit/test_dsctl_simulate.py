@@ -55,6 +55,7 @@ def test_json_tells_all_figures_in_milliseconds(run: Run) -> None:
     assert told["attainment"]["value"] == 1.0
     assert told["attainment"]["low"] < 1.0
     assert told["ttft_ms"]["p99"]["high"] is None
+    assert told["held_at_the_end"] == {}
     assert set(told["busy"]) == {"prefill-0", "decode-0"}
     assert told["slo"] == {"ttft_ms": 250, "tpot_ms": 60, "attainment": 0.9}
 

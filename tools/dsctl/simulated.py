@@ -31,6 +31,7 @@ def data(run: Run, summary: Summary, slo: Slo) -> dict[str, Any]:
         "stages_ms": {name.removesuffix("_s"): value * 1e3 for name, value in summary.stages_s.items()},
         "busy": _busy(run),
         "preemptions": run.seen.preemptions,
+        "held_at_the_end": dict(run.held),
         "simulated_s": run.simulated_s,
         "wall_s": run.wall_s,
         "cpu_s": run.cpu_s,
@@ -90,6 +91,8 @@ def show(run: Run, summary: Summary, slo: Slo, instances: int) -> None:
 def _errors(console: Any, run: Run, summary: Summary) -> None:
     for code, count in summary.errors.items():
         console.print(f"[red]{count} requests failed: {code}[/]")
+    for thing, count in run.held.items():
+        console.print(f"[red]a defect: {count} {thing} were never given back[/]")
     if run.seen.preemptions:
         console.print(f"[yellow]{run.seen.preemptions} sequences gave way for want of KV blocks[/]")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from random import Random
@@ -89,20 +88,13 @@ class System:
         kernel, client = self.kernel, self.client
         client.on_end = on_end
         began, began_cpu = time.perf_counter(), time.process_time()
-        # nothing here makes garbage in cycles, and looking for it takes a third of the time
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            self._until(lambda: all(one.ready for one in self.processes.values()))
-            begun_s = kernel.now
-            client.submit_all(arrivals)
-            while not client.done:
-                kernel.step()
-            ended_s = max((one.at_s + one.total_s for one in client.records), default=0.0)
-            self._until(lambda: not self.held())
-        finally:
-            if collecting:
-                gc.enable()
+        self._until(lambda: all(one.ready for one in self.processes.values()))
+        begun_s = kernel.now
+        client.submit_all(arrivals)
+        while not client.done:
+            kernel.step()
+        ended_s = max((one.at_s + one.total_s for one in client.records), default=0.0)
+        self._until(lambda: not self.held())
         wall_s, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
         return Run(tuple(client.records), ended_s, begun_s, wall_s, cpu_s, kernel.steps, self.seen, self.held())
 
