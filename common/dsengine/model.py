@@ -97,7 +97,9 @@ def _native(arch: Architecture, config: EngineConfig, device: torch.device) -> N
     try:
         kernels = library(config.dtype)
     except (EngineFailed, Failed) as error:
-        _log.warning("%s goes without compiled kernels, several times slower: %s", arch.name, error)
+        _log.warning(
+            "%s goes without compiled kernels, several times slower: %s; %s", arch.name, error, error.remedy
+        )
         return None
     _log.info("%s is served by compiled kernels", arch.name)
     checkpoint = Checkpoint(config.model_dir, DTYPES[config.dtype], device)

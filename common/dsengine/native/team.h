@@ -59,7 +59,7 @@ class Team {
   }
 
  private:
-  static constexpr int SPINS = 4000;
+  static constexpr int SPINS = 1500;
   static constexpr int IDLE_SPINS = 20000;
 
   void barrier() {

@@ -48,7 +48,7 @@ class Transformers:
             with torch.inference_mode():
                 model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1).tolist()
             seconds = time.perf_counter() - begin
-            cache.crop(context - 1)
+            cache.crop(-1)
             return seconds
 
         self._do = decode
