@@ -96,10 +96,14 @@ def raw_connection(address: str) -> socket.socket:
 
 
 def resident_nbytes(pid: int) -> int:
-    """Memory of a process that is its own: what is shared with others or with a file does not count."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
+    """Memory of a process that is its own: what is shared with others or with a file does not count; 0 for none."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    # a process that has ended and was not waited for has no such line
+    lines = [line for line in status.splitlines() if line.startswith("RssAnon")]
+    return int(lines[0].split()[1]) * 1024 if lines else 0
 
 
 class PeakMemory:
