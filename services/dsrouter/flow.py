@@ -180,12 +180,16 @@ class Flow:
         if found is not None:
             self._again(now, found[1], "preempted")
 
-    def worker_lost(self, now: float, lost: Worker) -> None:
-        """A worker died: whatever it held is tried again elsewhere."""
+    def worker_lost(self, now: float, lost: Worker, *, alive: bool = False) -> None:
+        """A worker died: whatever it held is tried again. One that lives on but has forgotten costs no retry."""
         name = lost.hello.name
         for request, choice in list(self.choices.values()):
             held = choice.decode == name or (choice.prefill == name and choice.life.phase is not Phase.DECODING)
-            if held and request.live:
+            if not held or not request.live:
+                continue
+            if alive:
+                self._again(now, choice, f"{name} said hello again")
+            else:
                 self._retry(now, request, choice, WorkerLost(f"{name} died while it held the request"))
 
     def _retry(self, now: float, request: Request, choice: Choice, cause: DsError) -> None:

@@ -54,8 +54,9 @@ class Registrar:
         elif holder is None:
             self._welcome(now, peer, hello)
         elif holder.peer == peer:
-            # said again: it holds nothing of ours, or must drop it
-            self._flow.worker_lost(now, holder)
+            # said again: it holds nothing of ours, or must drop it. After an outage of ours hellos come in
+            # bunches, one for every try, so this is nobody's fault
+            self._flow.worker_lost(now, holder, alive=True)
             self._workers.leave(now, holder)
             self._welcome(now, peer, hello)
         else:

