@@ -178,7 +178,8 @@ class Planner:
                 f"no prefill and decode instance fit together into {self.question.devices} devices",
                 remedy="allow more devices; one instance of each phase is the least",
             )
-        chosen = max(placements, key=lambda one: one.per_device.rate)
+        # of equals the one whose KV stays inside nodes
+        chosen = max(placements, key=lambda one: (float(f"{one.per_device.rate:.2g}"), one.algorithm == "low"))
         known = self.question.latency.degrees()
         if known is not None:
             notes.append(f"TP only of {', '.join(map(str, known))}: the latency profile has no others")

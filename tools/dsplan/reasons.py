@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dsplan.planner import Placement, Plan
 
+#: relative difference of goodputs that their precision does not tell apart
+EQUAL = 0.03
+
 _WHY = {
     "prefill": "compute: its stages are never idle",
     "decode": "KV memory: the pool or the batch is full, at a pace below the TPOT objective",
@@ -39,6 +42,9 @@ def reasons(plan: Plan) -> list[str]:
     for other in plan.placements:
         if other is not chosen:
             margin = chosen.per_device.rate / other.per_device.rate - 1 if other.per_device.rate else float("inf")
+            if abs(margin) < EQUAL:
+                words.append(f"Algorithm {_number(other)} finds a placement that is as good.")
+                continue
             words.append(
                 f"Algorithm {_number(chosen)} is {margin:.0%} ahead of algorithm {_number(other)} "
                 f"({other.per_device.rate:.3g} requests/s and device)."

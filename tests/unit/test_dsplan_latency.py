@@ -1,0 +1,183 @@
+"""The latency models against hand-computed values and the published figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsplan.devices import checked, find_device, known_devices
+from dsplan.errors import PlanInput, ProfileMismatch
+from dsplan.latency import Steps, saturating_tokens
+from dsplan.linear import distserve_latency, published
+from dsplan.paper import from_linear
+from dsplan.roofline import STACKS, RooflineLatency, efficiencies
+from dsplan.shapes import find_model, known_models, shape_of
+
+LINEAR = distserve_latency("OPT-13B", "a100-80g")
+
+
+@pytest.mark.parametrize(("tp", "milliseconds"), [(1, 46.4), (2, 31.8), (4, 21.9)])
+def test_decode_of_128_sequences_of_256_tokens_is_as_the_profile_says(tp: int, milliseconds: float) -> None:
+    assert LINEAR.instance(tp, 1).decode_step_s(128, 128 * 256) * 1e3 == pytest.approx(milliseconds, abs=0.05)
+
+
+def test_prefill_by_hand() -> None:
+    expected_ms = 18.10254647486372 + 0.1019122572698738 * 512 + 7.122264314252114e-06 * 512 * 512
+    assert LINEAR.instance(1, 1).prefill_stage_s(512, 512 * 512, 1) == pytest.approx(expected_ms / 1e3)
+
+
+def test_pipeline_divides_the_stage_and_adds_a_millisecond_for_each_stage() -> None:
+    whole = LINEAR.instance(1, 1).prefill_stage_s(1000, 1_000_000, 1)
+    assert LINEAR.instance(1, 4).prefill_stage_s(1000, 1_000_000, 1) == pytest.approx(whole / 4 + 4e-3)
+
+
+def test_small_and_large_batches_have_their_own_fit() -> None:
+    fit = published()["engines"]["distserve"]["OPT-13B"]["1"]
+    instance = LINEAR.instance(1, 1)
+    for batch, part in ((94, "decode_small"), (95, "decode_large")):
+        a, b, c = fit[part]
+        assert instance.decode_step_s(batch, 5000) == pytest.approx((a + b * 5000 + c * batch) / 1e3)
+
+
+def test_both_engines_are_there_and_the_factors_set_by_hand_are_named() -> None:
+    assert published()["hand_set"]["distserve"] == {"prefill": 1.1, "decode": 1.0}
+    assert distserve_latency("OPT-66B", "a100-80g", "vllm").degrees() == (2, 3, 4, 8)
+    slower = distserve_latency("OPT-13B", "a100-80g", "vllm").instance(1, 1)
+    assert slower.prefill_stage_s(512, 512**2, 1) > LINEAR.instance(1, 1).prefill_stage_s(512, 512**2, 1)
+
+
+@pytest.mark.parametrize(("model", "device"), [("OPT-13B", "h100"), ("Llama-3-8B", "a100-80g")])
+def test_a_profile_of_another_model_or_device_is_refused(model: str, device: str) -> None:
+    with pytest.raises(ProfileMismatch, match="the profile of distserve"):
+        distserve_latency(model, device)
+
+
+def test_a_missing_tp_is_refused_by_name() -> None:
+    with pytest.raises(ProfileMismatch, match="no times for TP 8, only for TP 1, 2, 4"):
+        LINEAR.instance(8, 1)
+
+
+def test_appendix_a_equals_the_linear_prefill_and_decode_but_for_the_batch() -> None:
+    shape, linear = find_model("OPT-13B"), LINEAR.instance(2, 1)
+    paper = from_linear(shape, 2, linear)
+    assert paper.prefill_stage_s(700, 300_000, 2) == pytest.approx(linear.prefill_stage_s(700, 300_000, 2))
+    batch_s = linear.decode_small[2] * 8 / 1e3
+    assert paper.decode_step_s(8, 4000) == pytest.approx(linear.decode_step_s(8, 4000) - batch_s)
+
+
+def test_appendix_a_by_hand() -> None:
+    paper = dataclasses.replace(
+        from_linear(find_model("OPT-13B"), 1, LINEAR.instance(1, 1)), c1=1.0, c2=2.0, c3=3.0, c4=5.0, c5=7.0
+    )
+    h, m = 5120, 20480
+    assert paper.prefill_stage_s(10, 100, 1) == 40 * h * h + 20 * h * m + 2 * 3 * h * 100 / 16 + 3
+    assert paper.decode_step_s(4, 10) == 5 * (4 * h * h + 2 * h * m) + 7 * 3 * h * 10
+
+
+def test_steps_are_what_the_simulator_wants() -> None:
+    steps = Steps(LINEAR.instance(1, 2))
+    assert steps.prefill_s([100, 200]) == pytest.approx(2 * LINEAR.instance(1, 2).prefill_stage_s(300, 50_000, 2))
+    assert steps.decode_s([100, 200]) == LINEAR.instance(1, 2).decode_step_s(2, 300)
+
+
+def test_lm_of_13b_on_a100_is_near_the_papers_512() -> None:
+    assert 384 <= saturating_tokens(LINEAR.instance(1, 1)) <= 1024
+
+
+@pytest.mark.parametrize("device", known_devices())
+@pytest.mark.parametrize("model", known_models())
+def test_roofline_never_beats_the_peak_rates(model: str, device: str) -> None:
+    shape, hardware = find_model(model), find_device(device)
+    instance = RooflineLatency(shape, hardware).instance(1, 1)
+    weights = shape.layers * shape.layer_weights
+    assert instance.prefill_stage_s(4096, 4096**2, 1) > 2 * weights * 4096 / hardware.flops * 0.99
+    assert instance.decode_step_s(1, 1000) > weights * shape.item_nbytes / hardware.bytes_per_s * 0.99
+
+
+@given(batch=st.integers(1, 256), context=st.integers(1, 4000), tp=st.sampled_from([1, 2, 4, 8]))
+def test_roofline_decode_grows_with_context_and_is_finite(batch: int, context: int, tp: int) -> None:
+    instance = RooflineLatency(find_model("Llama-3-8B"), find_device("h100")).instance(tp, 1)
+    short, long = (instance.decode_step_s(batch, batch * n) for n in (context, 4 * context))
+    assert 0 < short <= long < math.inf
+
+
+@pytest.mark.parametrize("tp", [2, 4, 8])
+def test_roofline_of_opt_66b_is_within_a_third_of_distserves_profile(tp: int) -> None:
+    """Neither was fitted on the other: kernels of vLLM 0.14 against a 2024 engine, overheads included."""
+    shape = find_model("OPT-66B")
+    roofline = RooflineLatency(shape, find_device("a100-80g")).instance(tp, 1)
+    measured = distserve_latency("OPT-66B", "a100-80g").instance(tp, 1)
+    for tokens in (512, 2000):
+        ratio = roofline.prefill_stage_s(tokens, tokens**2, 1) / measured.prefill_stage_s(tokens, tokens**2, 1)
+        assert ratio == pytest.approx(1, abs=0.13)
+    assert roofline.decode_step_s(16, 8192) / measured.decode_step_s(16, 8192) == pytest.approx(1, abs=1 / 3)
+
+
+def test_roofline_refuses_a_tp_that_cuts_no_heads() -> None:
+    with pytest.raises(ProfileMismatch, match="cannot be cut by TP 7"):
+        RooflineLatency(find_model("OPT-13B"), find_device("a100-80g")).instance(7, 1)
+
+
+def test_stages_over_the_network_are_slower_than_in_a_node() -> None:
+    shape, device = find_model("OPT-66B"), find_device("a100-80g")
+    near = RooflineLatency(shape, device, STACKS["graphs"], 8).instance(4, 2)
+    far = RooflineLatency(shape, device, STACKS["graphs"], 4).instance(4, 2)
+    assert far.prefill_stage_s(2048, 2048**2, 1) > near.prefill_stage_s(2048, 2048**2, 1)
+
+
+def test_efficiencies_of_the_measured_devices_are_plausible() -> None:
+    for device in ("a100-80g", "h100", "h200"):
+        _, arithmetic, memory, *_ = efficiencies(device)["gemm"]
+        assert 0.6 < arithmetic < 1.0
+        assert 0.6 < memory < 1.0
+    with pytest.raises(PlanInput, match="no efficiencies named tpu"):
+        efficiencies("tpu")
+
+
+def test_absurd_devices_and_unknown_names_are_refused() -> None:
+    with pytest.raises(PlanInput, match="network_bytes_per_s 25 is absurd"):
+        checked(dataclasses.replace(find_device("h100"), network_bytes_per_s=25))
+    with pytest.raises(PlanInput, match="device h900 is not known"):
+        find_device("h900")
+
+
+def test_a_config_json_is_a_model(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config |= {"num_key_value_heads": 2, "intermediate_size": 100, "vocab_size": 1000, "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = find_model(str(tmp_path))
+    assert (shape.head_dim, shape.kv_heads, shape.gated, shape.tied) == (16, 2, True, False)
+    assert shape.layer_weights == 64 * 16 * (2 * 4 + 2 * 2) + 3 * 64 * 100
+    assert shape.kv_token_nbytes == 2 * 2 * 2 * 16 * 2
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"hidden_size": "wide"}, "hidden_size is 'wide'"),
+        ({"hidden_size": 64, "num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"hidden_size": 64, "num_attention_heads": 4, "num_local_experts": 8}, "mixtures of experts"),
+    ],
+)
+def test_configs_that_make_no_sense_are_refused(config: dict[str, object], words: str) -> None:
+    with pytest.raises(PlanInput, match=words):
+        shape_of("odd", config)
+
+
+def test_a_model_that_is_nowhere_is_refused() -> None:
+    with pytest.raises(PlanInput, match="neither a known name nor a readable"):
+        find_model("/nowhere/model")
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [("OPT-13B", 12.85e9), ("OPT-66B", 65.7e9), ("OPT-175B", 174.6e9), ("Llama-3-8B", 8.03e9)],
+)
+def test_known_models_have_the_published_number_of_parameters(model: str, parameters: float) -> None:
+    assert find_model(model).weights_nbytes / 2 == pytest.approx(parameters, rel=0.005)
