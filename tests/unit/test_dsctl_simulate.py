@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dsctl import __main__ as main
-from dsctl.simulate import Wish, make, parse_slo
+from dsctl.simulate import REQUESTS, Wish, make, parse_slo
 from dssim import plot
 from dstopology.resolved import Slo
 from dswire.errors import BadInput, StartFailed
@@ -168,8 +168,13 @@ def test_another_rate_asks_for_the_same_lengths() -> None:
     assert [one.at_s for one in slow] != [one.at_s for one in fast]
 
 
+def test_what_has_no_end_is_cut() -> None:
+    assert len(make(Wish("fixed:3,2", 1.0, None, "constant", 1.0, 0))) == REQUESTS
+
+
 def test_a_file_gets_other_arrivals_where_a_rate_is_given(tmp_path: Path) -> None:
     path = tmp_path / "w.jsonl"
     path.write_text('{"at_s": 7, "prompt_tokens": 3, "output_tokens": 2}\n' * 3)
     assert [one.at_s for one in make(Wish(str(path), None, 2, "constant", 1.0, 0))] == [7.0, 7.0]
-    assert [one.at_s for one in make(Wish(str(path), 2.0, 9, "constant", 1.0, 0))] == [0.5, 1.0, 1.5]
+    assert len(make(Wish(str(path), None, None, "constant", 1.0, 0))) == 3
+    assert [one.at_s for one in make(Wish(str(path), 2.0, None, "constant", 1.0, 0))] == [0.5, 1.0, 1.5]

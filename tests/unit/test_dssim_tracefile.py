@@ -34,6 +34,13 @@ def test_columns_of_public_traces_are_known(tmp_path: Path) -> None:
     assert read(path) == ([Arrival(1.0, 2, 3)], True)
 
 
+def test_dates_count_from_the_first(tmp_path: Path) -> None:
+    rows = "2023-11-16 18:17:03.9799600,8,1\n2023-11-16 18:18:04.4799600,9,2\n"
+    arrivals, timed = read(write(tmp_path, "w.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows))
+    assert timed
+    assert [one.at_s for one in arrivals] == pytest.approx([0.0, 60.5], abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "word"),
     [
@@ -51,6 +58,7 @@ def test_columns_of_public_traces_are_known(tmp_path: Path) -> None:
         ("w.csv", "at_s,prompt_tokens,output_tokens\n2,1,1\n1,1,1\n", ":3: column at_s: 1 comes before"),
         ("w.csv", "at_s,prompt_tokens,output_tokens\nnan,1,1\n", ":2: column at_s: 'nan'"),
         ("w.csv", "at_s,prompt_tokens,output_tokens\ninf,1,1\n", ":2: column at_s: 'inf'"),
+        ("w.csv", "TIMESTAMP,prompt_tokens,output_tokens\nlate,1,1\n", ":2: column TIMESTAMP: 'late' is no date"),
         ("w.jsonl", '{"prompt_tokens": 1, "output_tokens": true}', ":1: column output_tokens: True"),
         ("w.jsonl", '{"prompt_tokens": 1, "output_tokens": 1}\n{', ":2: not JSON"),
         ("w.jsonl", "3", ":1: a JSON object is wanted, not int"),

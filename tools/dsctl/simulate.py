@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from dssim.workload import Arrival
     from dstopology.resolved import Slo, Topology
 
+#: requests of a workload without an end
+REQUESTS = 500
 _SLO = re.compile(r"(ttft|tpot):([0-9]+(?:\.[0-9]+)?)")
 _FIXED = re.compile(r"fixed:([0-9]{1,7}),([0-9]{1,7})")
 
@@ -35,7 +37,8 @@ class Wish:
     workload: str
     #: None replays the arrivals of a file
     rate: float | None
-    requests: int
+    #: at most; None is all of a file, and :data:`REQUESTS` of what has no end
+    requests: int | None
     arrival: str
     cv: float
     seed: int
@@ -52,7 +55,9 @@ class Wish:
     "output_tokens, and at_s to replay its arrivals.",
 )
 @click.option("--rate", type=float, help="Requests a second; needed unless a file tells when they arrive.")
-@click.option("--requests", type=click.IntRange(1, 10_000_000), default=500, show_default=True)
+@click.option(
+    "--requests", type=click.IntRange(1, 10_000_000), help=f"How many; default all of a file, or {REQUESTS}."
+)
 @click.option(
     "--arrival", type=click.Choice(["poisson", "gamma", "constant"]), default="poisson", show_default=True
 )
@@ -75,7 +80,7 @@ def command(
     file: Path | None,
     workload: str,
     rate: float | None,
-    requests: int,
+    requests: int | None,
     arrival: str,
     cv: float,
     seed: int,
@@ -134,10 +139,12 @@ def make(wish: Wish) -> list[Arrival]:
     # lengths and arrivals are drawn apart, so that another rate means the same requests
     draw, wait = Random(wish.seed), Random(~wish.seed)
     lengths: Iterator[workload.Lengths]
+    count = wish.requests or REQUESTS
     if wish.workload.endswith((".csv", ".jsonl")):
         read, timed = tracefile.read(Path(wish.workload))
         if timed and wish.rate is None:
             return read[: wish.requests]
+        count = wish.requests or len(read)
         lengths = iter([(one.prompt_tokens, one.output_tokens) for one in read])
     elif found := _FIXED.fullmatch(wish.workload):
         lengths = workload.fixed(int(found[1]), int(found[2]))
@@ -149,7 +156,7 @@ def make(wish: Wish) -> list[Arrival]:
         raise BadInput(f"--workload {wish.workload!r} is not known", remedy=remedy)
     if wish.rate is None:
         raise BadInput(f"workload {wish.workload} does not tell when requests arrive", remedy="add --rate")
-    return workload.arrivals(workload.gaps(wish.arrival, wish.rate, wait, wish.cv), lengths, wish.requests)
+    return workload.arrivals(workload.gaps(wish.arrival, wish.rate, wait, wish.cv), lengths, count)
 
 
 def _simulate(topology: Topology, arrivals: list[Arrival], profile: str, *, keep_steps: bool) -> Run:

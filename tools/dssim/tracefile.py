@@ -1,7 +1,8 @@
 """Workloads of one's own: CSV with a heading, or JSON lines.
 
 Columns (keys) ``prompt_tokens`` and ``output_tokens``, and where the arrivals are to be replayed ``at_s``, seconds
-in ascending order. Other columns are ignored. Whatever is wrong is told with row and column.
+in ascending order. A column ``TIMESTAMP`` (Azure's traces) has dates and times, counted from the first row's. Other
+columns are ignored. Whatever is wrong is told with row and column.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from dssim.workload import Arrival
 from dswire.errors import BadInput
 
+#: column of dates and times
+DATED = "TIMESTAMP"
 #: names that public traces give the same columns
 ALIASES = {
-    "at_s": ("at_s", "arrived_at", "arrival_s"),
+    "at_s": ("at_s", "arrived_at", "arrival_s", DATED),
     "prompt_tokens": ("prompt_tokens", "num_prefill_tokens", "input_length", "ContextTokens"),
     "output_tokens": ("output_tokens", "num_decode_tokens", "output_length", "GeneratedTokens"),
 }
@@ -66,11 +70,14 @@ def _json_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, Mapping[s
 def _arrivals(path: Path, rows: Iterator[tuple[int, Mapping[str, Any]]]) -> tuple[list[Arrival], bool]:
     made: list[Arrival] = []
     names: dict[str, str] = {}
+    first_s = 0.0
     for number, row in rows:
         names = names or _columns(path, number, row)
         if len(made) == MAX_ROWS:
             raise BadInput(f"{path}: more than {MAX_ROWS} requests", remedy="split the file")
-        at_s = _number(path, number, row, names["at_s"], 0.0) if "at_s" in names else 0.0
+        at_s = _arrival(path, number, row, names["at_s"]) if "at_s" in names else 0.0
+        first_s = at_s if not made and names.get("at_s") == DATED else first_s
+        at_s -= first_s
         prompt = _count(path, number, row, names["prompt_tokens"])
         made.append(Arrival(at_s, prompt, _count(path, number, row, names["output_tokens"])))
         if len(made) > 1 and at_s < made[-2].at_s:
@@ -90,6 +97,16 @@ def _columns(path: Path, number: int, row: Mapping[str, Any]) -> dict[str, str]:
                 remedy="name the columns prompt_tokens, output_tokens and, to replay arrivals, at_s",
             )
     return {ours: name for ours, name in found.items() if name}
+
+
+def _arrival(path: Path, number: int, row: Mapping[str, Any], column: str) -> float:
+    if column != DATED:
+        return _number(path, number, row, column, 0.0)
+    try:
+        # without a zone it is as good as UTC: only differences count
+        return datetime.fromisoformat(str(row.get(column))).replace(tzinfo=UTC).timestamp()
+    except ValueError as error:
+        raise BadInput(f"{path}:{number}: column {column}: {row.get(column)!r} is no date and time") from error
 
 
 def _number(path: Path, number: int, row: Mapping[str, Any], column: str, least: float) -> float:
