@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from dsengine.architecture import Architecture
 from dsengine.families import load_architecture
 from dsengine.rope_settings import Rope
 from dswire.errors import ModelNotFound, UnsupportedModel
+from support.tiny_families import FAMILIES
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -124,6 +126,27 @@ def test_the_first_gptq_checkpoints_had_a_file_of_their_own(tmp_path: Path) -> N
     (tmp_path / "quantize_config.json").write_text("{}")
     with pytest.raises(UnsupportedModel, match=r"quantised weights \(quantize_config"):
         load_architecture(write(tmp_path))
+
+
+#: what every published configuration of a family states; all else may be left to the family's defaults
+STATED = {
+    *("architectures", "eos_token_id", "vocab_size", "hidden_size", "intermediate_size", "ffn_dim"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
+    *("n_embd", "n_head", "n_layer", "n_positions", "num_experts", "num_local_experts", "num_experts_per_tok"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size"),
+}
+
+
+@pytest.mark.parametrize("make_config", dict.fromkeys(made for made, _ in FAMILIES.values()))
+def test_what_a_file_leaves_out_is_as_in_transformers(tmp_path: Path, make_config: Any) -> None:
+    whole = make_config().to_dict() | {
+        "architectures": [AutoModelForCausalLM._model_mapping[make_config].__name__],
+        "quantization_config": None,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(whole, default=str))
+    expected = load_architecture(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in whole.items() if key in STATED}))
+    assert load_architecture(tmp_path) == expected
 
 
 def windows(tmp_path: Path, name: str, **changes: Any) -> list[int | None]:
