@@ -64,10 +64,17 @@ def build(dtype: str) -> Path:
     if using is None:
         raise EngineFailed("there is no C++ compiler on the path", remedy="install g++, or set CXX")
     path = library_path(dtype, using)
-    if not path.is_file():
+    if path.is_file():
+        return path
+    try:
         with exclusive(path.with_suffix(".lock"), wait_s=BUILD_WAIT_S):
             if not path.is_file():
                 _compile(using, dtype, path)
+    except OSError as error:
+        raise EngineFailed(
+            f"{path.parent} cannot hold compiled kernels: {error.strerror}",
+            remedy="make it writable, or set DS_HOME to a directory that is",
+        ) from error
     return path
 
 
