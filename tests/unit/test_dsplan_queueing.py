@@ -119,8 +119,8 @@ def test_more_replicas_are_never_worse_on_average() -> None:
 def test_capacity_of_prefill_and_decode_by_hand() -> None:
     requests = [(0.0, 512, 11)] * 10
     assert capacity.prefill_rate(PrefillUnit(Constant(0.2), 512), requests) == pytest.approx(5.0)
-    # 523 tokens are reserved: 10 sequences fit, ten steps of 10 ms each
-    assert capacity.decode_rate(_decode(5230), requests) == pytest.approx(10 / 0.1)
+    # 517.5 tokens are held: 10 sequences fit, ten steps of 10 ms each
+    assert capacity.decode_rate(_decode(5175), requests) == pytest.approx(10 / 0.1)
 
 
 def test_goodput_finds_the_step_and_its_interval() -> None:

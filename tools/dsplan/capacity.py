@@ -34,9 +34,8 @@ def decode_rate(unit: DecodeUnit, requests: Sequence[Request]) -> float:
     steps = sum(output - 1 for _, _, output in requests)
     if steps == 0:
         return float("inf")
-    held = sum((output - 1) * (prompt + output) for _, prompt, output in requests) / steps
     context = sum((output - 1) * (prompt + output / 2) for _, prompt, output in requests) / steps
-    most = max(1, min(unit.max_batch, int(unit.kv_tokens / held)))
+    most = max(1, min(unit.max_batch, int(unit.kv_tokens / context)))
     sizes = {most} | {1 << power for power in range(most.bit_length())}
     pace = max(batch / unit.instance.decode_step_s(batch, int(batch * context)) for batch in sizes)
     return pace * len(requests) / steps

@@ -9,7 +9,7 @@ but not every message or decode step, and so is an approximation of :mod:`dssim`
   own :func:`dssched.batching.prefill_batch`; the prefill pool is taken to hold whatever waits for decode;
 - transfer: one link for each prefill replica, one transfer after the other;
 - decode: between two joins or leaves all running sequences advance at one pace (a fluid of steps); a sequence joins
-  half a step late, reserves its final length in KV, and is never preempted.
+  half a step late, holds the KV of its mean length from start to end, and is never preempted.
 
 Seconds and tokens.
 """
@@ -118,8 +118,8 @@ class _Decode:
     #: tokens of KV now, and those reserved
     tokens: float = 0.0
     reserved: int = 0
-    #: (steps at its end, number, reserved tokens)
-    running: list[tuple[float, int, int]] = field(default_factory=list)
+    #: (steps at its end, number, final tokens, reserved tokens)
+    running: list[tuple[float, int, int, int]] = field(default_factory=list)
     waiting: deque[tuple[int, int, int]] = field(default_factory=deque)
     #: requests that had to wait for KV blocks
     held: set[int] = field(default_factory=set)
@@ -134,14 +134,14 @@ class _Decode:
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.unit.max_batch:
             number, context, steps = self.waiting[0]
-            final = context + steps
-            if self.running and self.reserved + final > self.unit.kv_tokens:
+            mean = context + steps // 2
+            if self.running and self.reserved + mean > self.unit.kv_tokens:
                 self.held.add(number)
                 return
             self.waiting.popleft()
-            self.reserved += final
+            self.reserved += mean
             self.tokens += context
-            heappush(self.running, (self.steps + steps + 0.5, number, final))
+            heappush(self.running, (self.steps + steps + 0.5, number, context + steps, mean))
 
     def advance(self, until_s: float, ends: list[float]) -> None:
         """Go on to ``until_s``; writes the ends."""
@@ -157,9 +157,9 @@ class _Decode:
             self.steps += ahead
             self.tokens += batch * ahead
             while self.running and self.running[0][0] <= self.steps:
-                _, number, final = heappop(self.running)
+                _, number, final, mean = heappop(self.running)
                 self.tokens = max(self.tokens - final, 0.0)
-                self.reserved -= final
+                self.reserved -= mean
                 ends[number] = self.now_s
             self._admit()
         self.now_s = max(self.now_s, until_s)
