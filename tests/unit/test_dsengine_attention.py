@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dsengine import attention
+from dsengine.architecture import AttentionRule
 from dsengine.attention import DecodeAttention, PrefillAttention, _group_rows
 from dsengine.pool import KvPool
 from dskv.layout import KvLayout
@@ -17,15 +19,26 @@ from dskv.layout import KvLayout
 HEADS, KV_HEADS, DIM, SIZE = 6, 2, 8, 4
 LAYOUT = KvLayout(layers=2, kv_heads=KV_HEADS, head_dim=DIM, block_size=SIZE, dtype="float32")
 CPU = torch.device("cpu")
+PLAIN = AttentionRule()
+RULES = st.builds(
+    AttentionRule,
+    scale=st.none() | st.floats(0.05, 1.0),
+    window=st.none() | st.integers(1, 20),
+    softcap=st.none() | st.floats(0.5, 5.0),
+)
 
 
-def expected(q: Tensor, kv: Tensor) -> Tensor:
+def expected(q: Tensor, kv: Tensor, rule: AttentionRule = PLAIN) -> Tensor:
     """Causal attention in the plainest form, ``q`` ``[n, heads, dim]``."""
     group = HEADS // KV_HEADS
     k, v = (part.repeat_interleave(group, 1).transpose(0, 1) for part in kv.split(KV_HEADS, 1))  # type: ignore[no-untyped-call]
-    scores = q.transpose(0, 1) @ k.transpose(1, 2) / math.sqrt(DIM)
-    later = torch.ones(len(q), len(q)).triu(1).bool()
-    out: Tensor = scores.masked_fill(later, -math.inf).softmax(-1) @ v
+    scores = q.transpose(0, 1) @ k.transpose(1, 2) * (1 / math.sqrt(DIM) if rule.scale is None else rule.scale)
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    unseen = torch.ones(len(q), len(q)).triu(1).bool()
+    if rule.window is not None:
+        unseen |= torch.ones(len(q), len(q)).tril(-rule.window).bool()
+    out: Tensor = scores.masked_fill(unseen, -math.inf).softmax(-1) @ v
     return out.transpose(0, 1)
 
 
@@ -134,3 +147,45 @@ def test_groups_hold_every_row_once_and_pad_to_twice_at_most(widths: list[int]) 
     assert len(groups) <= 8
     if len(groups) == 1:
         assert groups[0] == list(range(len(widths)))
+
+
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=3), RULES, st.sampled_from([1, 3, 256]))
+def test_every_rule(lengths: list[int], rule: AttentionRule, queries: int) -> None:
+    """Prefill up to the last token, and the last token decoded, for all pieces of queries that attend together."""
+    pool, blocks = poisoned_pool(lengths), blocks_for(lengths)
+    data = [random_step(length, seed) for seed, length in enumerate(lengths)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_QUERIES", queries)
+        got = PrefillAttention(pool, [length - 1 for length in lengths], blocks)(
+            1, torch.cat([q[:-1] for q, _ in data]), torch.cat([kv[:-1] for _, kv in data]), rule
+        )
+    want = [expected(q, kv, rule) for q, kv in data]
+    torch.testing.assert_close(got, torch.cat([out[:-1] for out in want]), rtol=1e-4, atol=1e-5)
+    last = DecodeAttention(pool, [length - 1 for length in lengths], blocks)(
+        1, torch.stack([q[-1] for q, _ in data]), torch.stack([kv[-1] for _, kv in data]), rule
+    )
+    torch.testing.assert_close(last, torch.stack([out[-1] for out in want]), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_with_and_without_a_window_share_a_step() -> None:
+    lengths, rules = [30, 11], (AttentionRule(window=6), PLAIN, AttentionRule(window=9))
+    pool, blocks = poisoned_pool(lengths), blocks_for(lengths)
+    data = [random_step(length, seed) for seed, length in enumerate(lengths)]
+    PrefillAttention(pool, [29, 10], blocks)(
+        0, torch.cat([q[:-1] for q, _ in data]), torch.cat([kv[:-1] for _, kv in data])
+    )
+    step = DecodeAttention(pool, [29, 10], blocks)
+    for rule in rules:
+        got = step(0, torch.stack([q[-1] for q, _ in data]), torch.stack([kv[-1] for _, kv in data]), rule)
+        want = torch.stack([expected(q, kv, rule)[-1] for q, kv in data])
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_that_a_window_does_not_reach_are_not_read() -> None:
+    pool, (blocks,) = poisoned_pool([30]), blocks_for([30])
+    q, kv = random_step(30, 5)
+    PrefillAttention(pool, [29], [blocks])(0, q[:-1], kv[:-1])
+    pool._blocks[blocks[: (30 - 6) // SIZE]] = math.nan
+    rule = AttentionRule(window=6)
+    got = DecodeAttention(pool, [29], [blocks])(0, q[-1:], kv[-1:], rule)
+    torch.testing.assert_close(got, expected(q, kv, rule)[-1:], rtol=1e-4, atol=1e-5)
