@@ -16,11 +16,14 @@ import msgspec
 import structlog
 
 from dswire.codec import Decoder, encode
-from dswire.errors import ProtocolError
+from dswire.errors import DsError, ProtocolError
 from dswire.machine import Machine, PeerLost, Received, Send, Tick
 from dswire.sockets import OnFrames, PeerUnreachable
 
 log = structlog.get_logger()
+
+#: a worker that nobody has welcomed for this long, in seconds, says so in its log
+WELCOME_S = 10.0
 
 
 class Socket(Protocol):
@@ -45,6 +48,12 @@ class Route:
         self.decoder: Decoder[msgspec.Struct] = Decoder(union)
         self.prefix = prefix
         self.peer = peer
+        #: what to do when the other side turns our key away; set by the actor
+        self.on_denied: Callable[[DsError], None] = _ignore
+
+    def denied(self, error: DsError) -> None:
+        """For a connected socket to call: the other side turns us away."""
+        self.on_denied(error)
 
     def name(self, identity: str) -> str:
         """The machine's name for a connection."""
@@ -85,9 +94,12 @@ class Actor:
             async with asyncio.TaskGroup() as self._tasks:
                 stopped = self._tasks.create_task(_wait(stop), name="stop")
                 for route in self.routes:
+                    route.on_denied = self.finish
                     route.socket.start(self._receiver(route))
+                waiting = self._loop.call_later(WELCOME_S, self._still_waiting)
                 self._guard(self.started)
                 await asyncio.wait([stopped, self._ended], return_when=asyncio.FIRST_COMPLETED)
+                waiting.cancel()
                 stopped.cancel()
                 if self._ended.done():
                     self._ended.result()
@@ -214,11 +226,20 @@ class Actor:
         self._timer = None
         self.feed(Tick(self.now()))
 
+    def _still_waiting(self) -> None:
+        if self._on_ready is not None:
+            remedy = "see that the router is up and reads the same topology, and that both have the same keys"
+            log.warning("not registered: the router does not answer", waited_s=WELCOME_S, remedy=remedy)
+
     def _guard(self, step: Callable[[], None]) -> None:
         try:
             step()
         except Exception as error:  # noqa: BLE001 - process boundary: run() raises it, a loop callback cannot
             self.finish(error)
+
+
+def _ignore(_: DsError) -> None:
+    pass
 
 
 async def _wait(stop: asyncio.Event) -> None:

@@ -238,7 +238,7 @@ def test_another_protocol_version_is_refused(system: System, who: str) -> None:
     }[who]
     peer = RudePeer(address, identity=b"decode-9")
     peer.send(msgpack.packb({**hello, "protocol": 99, "name": "decode-9", "incarnation": "1"}))
-    told: Any = peer.answers(until=answer)[-1]
+    told = peer.answers(until=answer)[-1]
     peer.close()
     assert told["error"]["code"] == "version_mismatch"
     assert "99" in told["error"]["message"]

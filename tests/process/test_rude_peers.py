@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from dskv.handle import KvKey
 from dswire.codec import encode
 from dswire.messages import PROTOCOL, client, kv, worker
 from support.rude import PeakMemory, RudePeer, garbage, raw_connection, wait_logged
@@ -55,7 +56,7 @@ def _doors(system: System) -> dict[str, Door]:
     router, relay = system.topology.router, system.topology.relays[0]
     assert relay.data_connect is not None
     ping, report = encode(client.ClientPing()), encode(worker.WorkerReport(worker.Load()))
-    credit = encode(kv.KvCredit(kv.KvKey("x", 0)))
+    credit = encode(kv.KvCredit(KvKey("x", 0)))
     unreadable, refused = "unreadable message", "message refused"
     return {
         "frontend": Door("router-0", router.frontend_connect, ping, "ClientHelloWanted", report, unreadable),
@@ -143,7 +144,7 @@ def test_garbage_after_a_hello(beside: Beside, door: str) -> None:
         rude.send(*frames)
     rude.send(beside.door.asks, b"a frame too many")
     if door == "data":
-        rude.send(encode(kv.KvFetch(kv.KvKey("x", 0), 1, 1 << 20)))
+        rude.send(encode(kv.KvFetch(KvKey("x", 0), 1, 1 << 20)))
         rude.answers(until="KvFetchFailed")
     else:
         rude.send(_hello(door, name))

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import zmq
@@ -18,7 +19,7 @@ from zmq.utils.monitor import recv_monitor_message
 from dswire.codec import MAX_FRAME_NBYTES
 
 #: a peer that is not answered for this long, in seconds, was not served
-ANSWER_LIMIT_S = 30.0
+ANSWER_LIMIT_S = 30
 
 
 def _declared(code: int, length: int) -> bytes:
@@ -54,28 +55,28 @@ class RudePeer:
     """A DEALER socket that sends whatever; everything is synchronous."""
 
     def __init__(self, address: str, identity: bytes | None = None) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.IDENTITY, identity or uuid.uuid4().hex.encode())
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(address)
 
     def send(self, *frames: bytes) -> None:
         """Send a message."""
         self._socket.send_multipart(frames)
 
-    def answers(self, until: str) -> list[dict[str, object]]:
+    def answers(self, until: str) -> list[dict[str, Any]]:
         """What comes, up to and including a message of that type."""
-        told = []
+        told: list[dict[str, Any]] = []
         while not told or told[-1]["type"] != until:
-            assert self._socket.poll(ANSWER_LIMIT_S * 1000), f"no {until} after {told}"
+            assert self._socket.poll(1000 * ANSWER_LIMIT_S), f"no {until} after {told}"
             told.append(msgpack.unpackb(self._socket.recv_multipart()[0]))
         return told
 
     def oversized(self) -> None:
         """Send a frame above the limit; returns when the connection was cut for it."""
         self.send(b"\x00" * (4 * MAX_FRAME_NBYTES))
-        assert self._monitor.poll(ANSWER_LIMIT_S * 1000), "the connection stands"
+        assert self._monitor.poll(1000 * ANSWER_LIMIT_S), "the connection stands"
         assert recv_monitor_message(self._monitor)["event"] == zmq.EVENT_DISCONNECTED
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ from types import TracebackType
 from dsclient import Client
 from dstopology.load import load
 from dstopology.resolved import Topology
+from dswire.keys import CurveKeys
 from dswire.messages.client import StatusReport, WorkerStatus
 
 #: from starting a process to its "ready", in seconds; two cores import torch twice in about five
@@ -46,11 +47,19 @@ class _Running:
 class System:
     """The processes of one topology. Use as a context manager; leaving it checks that nothing is left behind."""
 
-    def __init__(self, yaml: str, directory: Path, *, extra_env: dict[str, str] | None = None) -> None:
-        """``yaml`` may say ``{port}`` where a free port is meant, one for each."""
+    def __init__(
+        self,
+        yaml: str,
+        directory: Path,
+        *,
+        extra_env: dict[str, str] | None = None,
+        keys: CurveKeys | None = None,
+    ) -> None:
+        """``yaml`` may say ``{port}`` where a free port is meant, one for each; ``keys`` are our clients'."""
         while "{port}" in yaml:
             yaml = yaml.replace("{port}", str(free_port()), 1)
         self.directory = directory
+        self._keys = keys
         self.path = directory / "topology.yaml"
         self.path.write_text(yaml)
         self._env = {
@@ -144,7 +153,7 @@ class System:
 
     def client(self) -> Client:
         """A client of this system."""
-        return Client(self.address)
+        return Client(self.address, keys=self._keys)
 
     def await_idle(self, limit_s: float) -> None:
         """Wait until no instance holds a block and no relay a handle; fails after ``limit_s``."""
@@ -217,11 +226,13 @@ def _held(report: StatusReport) -> dict[str, object]:
 
 
 @contextmanager
-def running_system(yaml: str, *, extra_env: dict[str, str] | None = None) -> Iterator[System]:
+def running_system(
+    yaml: str, *, extra_env: dict[str, str] | None = None, keys: CurveKeys | None = None
+) -> Iterator[System]:
     """Start a system in a directory whose path is short enough for its sockets."""
     directory = Path(tempfile.mkdtemp(prefix="ds-"))
     try:
-        with System(yaml, directory, extra_env=extra_env) as system:
+        with System(yaml, directory, extra_env=extra_env, keys=keys) as system:
             yield system
     finally:
         shutil.rmtree(directory)
