@@ -312,11 +312,11 @@ class Planner:
         found = goodput(
             lambda rate: self._attained(algorithm, prefill, decode, rate),
             self.question.slo.attainment,
-            most=self._cap(*self._system(algorithm, prefill, decode)),
+            most=(cap := self._cap(*self._system(algorithm, prefill, decode))),
         )
         beyond = self._attained(algorithm, prefill, decode, max(found.rate, 0.01) * 1.1)
         saturated = ""
-        if beyond.share >= self.question.slo.attainment:
+        if found.rate >= cap:
             ahead = self._prefill_cap(prefill.parallel) * prefill.replicas
             behind = self._decode_cap(decode.parallel) * decode.replicas
             saturated = "prefill" if ahead < behind else "decode"

@@ -20,7 +20,7 @@ def reasons(plan: Plan) -> list[str]:
     if chosen.saturated:
         words.append(
             f"What bites first is {chosen.saturated}: it cannot serve more without end, while both objectives "
-            f"still hold at its limit ({_WHY[chosen.saturated]})."
+            f"still hold at its limit ({_WHY[chosen.saturated]}); the interval has no width: no sample decides it."
         )
     elif beyond.ttft_misses >= beyond.tpot_misses:
         words.append(_prefill_bound(plan))
