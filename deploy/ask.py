@@ -34,7 +34,7 @@ def main(address: str) -> int:
         with ThreadPoolExecutor(2) as pool:
             others = list(pool.map(ask, [client, client]))
         for worker in client.status().workers:
-            print(f"{worker.name}: {worker.state}, {worker.blocks_held} blocks held")
+            print(f"{worker.name} is {worker.state}")
     return 0 if ANSWER in first.text and all(other.text == first.text for other in others) else 1
 
 
