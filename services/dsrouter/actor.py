@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import SystemRandom
 from typing import Any
 
@@ -117,5 +117,9 @@ async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> 
         Route(BoundSocket(router.frontend_bind, keys=keys), client.FromClient, prefix=CLIENT),
         Route(BoundSocket(router.backend_bind, keys=keys), worker.FromWorker),
     ]
-    machine = RouterState(config, lambda sampling: ChoiceWriter(text, sampling), SystemRandom(), Actor.now())
+
+    def make_writer(sampling: client.Sampling, prompt_ids: Sequence[int]) -> ChoiceWriter:
+        return ChoiceWriter(text, sampling, prompt_ids)
+
+    machine = RouterState(config, make_writer, SystemRandom(), Actor.now())
     return RouterActor(machine, routes, text, authenticator)

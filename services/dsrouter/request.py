@@ -10,10 +10,10 @@ A choice is one sequence; its output survives a lost attempt, the next one conti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import msgspec
 
@@ -59,6 +59,10 @@ class Writer(Protocol):
 
     def token_text(self, token: int) -> str:
         """Text of a single token, for log-probabilities."""
+
+
+#: makes the writer of a choice, given how it samples and the prompt that its text continues
+MakeWriter: TypeAlias = Callable[[Sampling, Sequence[int]], Writer]
 
 
 @dataclass(slots=True)

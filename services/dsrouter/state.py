@@ -7,7 +7,6 @@ Its events are kept until the client's lease is over, so a client that reconnect
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from random import Random
 from typing import TypeAlias
 
@@ -20,7 +19,7 @@ from dsrouter.events import Stopping, Tokenize, Tokenized
 from dsrouter.flow import Flow
 from dsrouter.ledger import Account
 from dsrouter.registrar import Registrar
-from dsrouter.request import TRANSITIONS, Choice, Phase, Request, Writer
+from dsrouter.request import TRANSITIONS, Choice, MakeWriter, Phase, Request
 from dsrouter.workers import Workers
 from dswire.errors import (
     Cancelled,
@@ -49,9 +48,7 @@ CLIENT = "client:"
 class RouterState:
     """Events in, actions out."""
 
-    def __init__(
-        self, config: RouterConfig, make_writer: Callable[[client.Sampling], Writer], random: Random, now: float
-    ) -> None:
+    def __init__(self, config: RouterConfig, make_writer: MakeWriter, random: Random, now: float) -> None:
         """``random`` makes the seeds of requests that bring none."""
         self.config = config
         self.clients = Clients(config.client_lease_s)
@@ -241,7 +238,7 @@ class RouterState:
             )
             key = self.flow.next_key(f"{request.id}/{number}")
             life = Lifecycle(f"choice {key}", TRANSITIONS, Phase.QUEUED, request.arrived)
-            choice = Choice(number, own, self._make_writer(own), life, Account(request.arrived), key)
+            choice = Choice(number, own, self._make_writer(own, prompt_ids), life, Account(request.arrived), key)
             request.choices.append(choice)
             self.flow.add(request, choice)
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dsengine.detokenizer import Detokenizer, StopStrings
 from dsengine.text import Text
 from dswire.messages.client import Sampling
+
+#: tokens of the prompt that can matter for the text that follows
+PROMPT_TAIL = 8
 
 
 class ChoiceWriter:
     """The router's :class:`dsrouter.request.Writer` over a real tokenizer."""
 
-    def __init__(self, text: Text, sampling: Sampling) -> None:
+    def __init__(self, text: Text, sampling: Sampling, prompt_ids: Sequence[int] = ()) -> None:
+        """The last of ``prompt_ids`` tell whether a first word begins with the space that its token implies."""
         self._text = text
-        self._detokenizer = Detokenizer(text)
+        self._detokenizer = Detokenizer(text, prompt_ids[-PROMPT_TAIL:])
         self._stops = StopStrings(sampling.stop)
 
     def push(self, token: int) -> tuple[str, bool]:

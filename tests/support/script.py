@@ -6,6 +6,7 @@ So a sequence that is resumed after a lost attempt must go on with exactly the t
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 from dswire.messages.client import Sampling
 
@@ -36,7 +37,7 @@ class Script:
 class ScriptWriter:
     """The router's writer over such tokens: each is the text ``<token>``."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int]) -> None:
         self._stops = sampling.stop
 
     def push(self, token: int) -> tuple[str, bool]:

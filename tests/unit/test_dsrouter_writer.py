@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from dsengine.text import Text
 from dsrouter.writer import ChoiceWriter
 from dswire.messages.client import Sampling
-from support.tokenizers_here import byte_level, save
+from support.tokenizers_here import byte_level, save, sentencepiece_like
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +64,11 @@ def test_all_of_it_is_the_text_up_to_the_stop(text: Text, words: str, stop: str)
     before, found, _ = words.partition(stop)
     assert "".join(shown) == before
     assert stopped == bool(found)
+
+
+def test_the_first_word_keeps_the_space_before_it(tmp_path: Path) -> None:
+    pieces = Text(save(tmp_path, sentencepiece_like()))
+    prompt = pieces.encode("hell")
+    (word,) = pieces.encode("hell wor")[len(prompt) :]
+    assert ChoiceWriter(pieces, Sampling(), prompt).push(word) == (" wor", False)
+    assert ChoiceWriter(pieces, Sampling()).push(word) == ("wor", False)

@@ -133,7 +133,7 @@ class System:
             retries=router.retries,
         )
         writer = Silent()
-        machine = RouterState(config, lambda sampling: writer, Random(0), self.kernel.now)
+        machine = RouterState(config, lambda sampling, prompt_ids: writer, Random(0), self.kernel.now)
         process = RouterProcess(router.name, router.node, machine, self.kernel, self._transfers)
         process.ready = True
         self.processes[router.name] = process
