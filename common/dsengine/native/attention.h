@@ -225,15 +225,12 @@ void soften(Scratch<E>& scratch, const Queries& queries, const Shape& shape, int
   }
 }
 
-// Ask for the first `count` rows' keys and values: the blocks of a sequence lie anywhere.
+// Ask for `count` rows, `delta` elements behind `rows`: the blocks of a sequence lie anywhere.
 template <class E>
-inline void prefetch(const typename E::weight* const* keys, size_t delta, int count, int head_dim) {
+inline void prefetch(const typename E::weight* const* rows, size_t delta, int count, int head_dim) {
   const size_t nbytes = head_dim * sizeof(typename E::weight);
   for (int i = 0; i < count; ++i)
-    for (size_t at = 0; at < nbytes; at += 64) {
-      __builtin_prefetch(reinterpret_cast<const char*>(keys[i]) + at);
-      __builtin_prefetch(reinterpret_cast<const char*>(keys[i] + delta) + at);
-    }
+    for (size_t at = 0; at < nbytes; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(rows[i] + delta) + at);
 }
 
 // One tile: scores, softmax, weighted values. `count` keys are there, a multiple of 16.
@@ -245,18 +242,25 @@ void attend_tile(Scratch<E>& scratch, const Queries& queries, const Shape& shape
   const size_t delta = cache.value_offset - cache.key_offset;
   const weight* rows[TILE];
   cache.rows(first, count, rows);
-  for (int key = 0; key < count; key += LANES)
+  // The next tile is asked for bit by bit while this one is worked on: memory and arithmetic take turns no more.
+  const int left = cache.end - first - count, more = left < 0 ? 0 : left < TILE ? left : TILE;
+  const weight* next[TILE];
+  if (more > 0) cache.rows(first + count, more, next);
+  auto ask = [&](size_t behind, int at) {
+    int here = more - at < LANES ? more - at : LANES;
+    if (here > 0) prefetch<E>(next + at, behind, here, shape.head_dim);
+  };
+  for (int key = 0; key < count; key += LANES) {
+    ask(0, key);
     pack_keys<E>(rows + key, shape.head_dim, scratch.k.data() + key / PANEL * panel + key % PANEL * E::STEP);
-  if (first + count < cache.end) {
-    const weight* next[TILE];
-    int more = cache.end - first - count < TILE ? cache.end - first - count : TILE;
-    cache.rows(first + count, more, next);
-    prefetch<E>(next, delta, more, shape.head_dim);
   }
   strips<E>(queries.rows, scratch.q.data(), width, scratch.k.data(), panel, count, shape.head_dim,
             {nullptr, 0, scratch.scores.data(), TILE});
   soften(scratch, queries, shape, first, state);
-  pack_values<E>(rows, delta, count, shape.head_dim, scratch.v.data());
+  for (int key = 0; key < count; key += LANES) {
+    ask(delta, key);
+    pack_values<E>(rows + key, delta, LANES, shape.head_dim, scratch.v.data() + key * PANEL);
+  }
   strips<E>(queries.rows, scratch.p.data(), TILE, scratch.v.data(), static_cast<size_t>(PANEL) * TILE,
             static_cast<int>(width), count, {state.out, width, state.out, width});
 }

@@ -12,16 +12,16 @@ namespace ds {
 
 constexpr int PANEL = 32;
 constexpr int PANEL_VECTORS = PANEL / LANES;
-constexpr int FEW_ROWS = 2;
 constexpr int AHEAD = 2048;  // bytes
 
 inline size_t padded(size_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
 #ifdef __AVX512F__
-constexpr int MAX_ROWS = 6;  // 6 rows x 4 vectors of accumulators, 4 of weights: 29 of 32 registers
+constexpr int MAX_ROWS = 12;  // 12 rows x 2 vectors of accumulators, 2 of weights: 27 of 32 registers
 #else
-constexpr int MAX_ROWS = 2;
+constexpr int MAX_ROWS = 4;
 #endif
+constexpr int PAIR_ROWS = MAX_ROWS / 2;  // rows of a tile with two panels
 
 // Where sums begin (null: at zero) and where they go; `start_ld` 0 begins every row alike.
 struct Sums {
@@ -50,8 +50,8 @@ __attribute__((noinline)) void tile(const typename E::active* a, size_t lda, con
     for (int v = 0; v < NV; ++v) {
       const typename E::weight* at = (v < PANEL_VECTORS ? first : second) + v % PANEL_VECTORS * LANES * E::STEP;
       w[v] = E::load_weights(at);
-      // Few rows wait for memory, which the processor does not look far enough ahead in by itself.
-      if (MB <= FEW_ROWS) __builtin_prefetch(reinterpret_cast<const char*>(at) + AHEAD, 0, 3);
+      // The processor by itself does not look far enough ahead.
+      __builtin_prefetch(reinterpret_cast<const char*>(at) + AHEAD, 0, 3);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < MB; ++m) {
@@ -68,7 +68,7 @@ __attribute__((noinline)) void tile(const typename E::active* a, size_t lda, con
 }
 
 // The same with the number of rows known only now.
-template <class E, int NP, int MB = MAX_ROWS>
+template <class E, int NP, int MB = MAX_ROWS / NP>
 inline void tile_of(int rows, const typename E::active* a, size_t lda, const typename E::weight* const* panels,
                     int inner, const Sums& sums) {
   if constexpr (MB > 1) {
@@ -77,10 +77,10 @@ inline void tile_of(int rows, const typename E::active* a, size_t lda, const typ
   tile<E, MB, NP>(a, lda, panels, inner, sums);
 }
 
-// Cut rows into tiles as even as can be (8 are two of 4, not one of 6 and one of 2 that starves): each(row, count).
+// Cut rows into tiles as even as can be (16 are two of 8, not one of 12 and one of 4 that starves): each(row, count).
 template <class Each>
-inline void tiles(int rows, Each each) {
-  int left = (rows + MAX_ROWS - 1) / MAX_ROWS;
+inline void tiles(int rows, int most, Each each) {
+  int left = (rows + most - 1) / most;
   for (int row = 0; left > 0; --left) {
     int count = (rows - row + left - 1) / left;
     each(row, count);
@@ -92,7 +92,7 @@ inline void tiles(int rows, Each each) {
 template <class E, int NP>
 inline void strip(int rows, const typename E::active* a, size_t lda, const typename E::weight* const* panels,
                   int inner, const Sums& sums) {
-  tiles(rows, [&](int row, int count) {
+  tiles(rows, MAX_ROWS / NP, [&](int row, int count) {
     const float* start = sums.start ? sums.start + row * sums.start_ld : nullptr;
     tile_of<E, NP>(count, a + row * lda, lda, panels, inner,
                    {start, sums.start_ld, sums.to + row * sums.ld, sums.ld});
@@ -104,10 +104,11 @@ inline void strip(int rows, const typename E::active* a, size_t lda, const typen
 template <class E>
 inline void strips(int rows, const typename E::active* a, size_t lda, const typename E::weight* packed, size_t panel,
                    int columns, int inner, const Sums& sums) {
-  for (int column = 0; column < columns; column += 2 * PANEL, packed += 2 * panel) {
+  const int step = rows <= PAIR_ROWS ? 2 : 1;
+  for (int column = 0; column < columns; column += step * PANEL, packed += step * panel) {
     const typename E::weight* both[2] = {packed, packed + panel};
     Sums here{sums.start ? sums.start + column : nullptr, sums.start_ld, sums.to + column, sums.ld};
-    if (column + PANEL < columns)
+    if (column + PANEL < columns && rows <= PAIR_ROWS)
       strip<E, 2>(rows, a, lda, both, inner, here);
     else
       strip<E, 1>(rows, a, lda, both, inner, here);
@@ -129,8 +130,14 @@ template <class E, int NP, class Each>
 inline void finish_tiles(int row, int count, const typename E::active* a, size_t lda,
                          const typename E::weight* const* panels, int inner, const float* start, Each each) {
   alignas(64) float sums[MAX_ROWS][NP * PANEL];
-  tiles(count, [&](int at, int some) {
-    tile_of<E, NP>(some, a + (row + at) * lda, lda, panels, inner, {start, 0, sums[0], NP * PANEL});
+  tiles(count, MAX_ROWS, [&](int at, int some) {
+    const typename E::active* from = a + (row + at) * lda;
+    if (some <= MAX_ROWS / NP)
+      tile_of<E, NP>(some, from, lda, panels, inner, {start, 0, sums[0], NP * PANEL});
+    else
+      for (int n = 0; n < NP; ++n)
+        tile_of<E, 1>(some, from, lda, panels + n, inner,
+                      {start ? start + n * PANEL : nullptr, 0, sums[0] + n * PANEL, NP * PANEL});
     for (int m = 0; m < some; ++m) each(row + at + m, sums[m]);
   });
 }
