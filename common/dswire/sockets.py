@@ -10,7 +10,9 @@ Two kinds, one conformance suite:
     One peer. Messages are queued (``HIGH_WATER`` at most, then :class:`PeerUnreachable`) while it is away and are
     sent when it comes back; so a hello needs no retry, and everything else needs the hello's answer first.
 
-Frames above ``max_nbytes`` are refused by libzmq before they are read: it drops that connection.
+Frames above ``max_nbytes`` are refused by libzmq before they are read: it drops that connection. What libzmq has no
+limit for is the number of frames in one message: it keeps them until the last one came, so whoever may connect can
+make us hold as much as it sends. That is why anything but loopback and ``ipc`` asks for a key.
 Nothing polls: libzmq's file descriptor wakes the loop, at most ``BURST`` messages are taken at a time.
 """
 
