@@ -41,8 +41,9 @@ setup: $(STAMP)
 demo: setup
 	@deploy/demo.sh $(BIN)
 
+# two files at a time: much of the suite waits for processes that start, stop, or fall silent
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
