@@ -43,7 +43,7 @@ demo: setup
 
 # two files at a time: much of the suite waits for processes that start, stop, or fall silent
 test: setup
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
