@@ -15,6 +15,7 @@ from dskv.segment import Segment, SegmentCache
 from dskv.send import stage
 from dswire.codec import Decoder, encode
 from dswire.errors import DsError, from_info
+from dswire.membership import HELLO_RETRY_S
 from dswire.messages import PROTOCOL, kv, worker
 from dswire.sockets import BoundSocket, ConnectedSocket
 from support.handles import LAYOUT, make_pool, offered
@@ -39,9 +40,16 @@ class Endpoint:
         self.socket.start(self._on_frames)
 
     async def hello(self) -> None:
-        """Register."""
-        self.send(kv.KvHello(PROTOCOL, self.name, self.incarnation))
-        self.welcome = await self.expect(kv.KvWelcome)
+        """Register. Said again until answered, as instances do: a broken connection takes one with it."""
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                self.send(kv.KvHello(PROTOCOL, self.name, self.incarnation))
+                try:
+                    async with asyncio.timeout(HELLO_RETRY_S):
+                        self.welcome = await self.expect(kv.KvWelcome)
+                    return
+                except TimeoutError:
+                    continue
 
     def send(self, message: msgspec.Struct, frames: Sequence[bytes] = ()) -> None:
         """To the relay."""
