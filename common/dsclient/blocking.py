@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
@@ -20,6 +21,16 @@ ResultT = TypeVar("ResultT")
 
 #: seconds that calls of other threads have to end when the client is closed
 STOP_LIMIT_S = 2.0
+
+
+def _settle(task: asyncio.Task[ResultT], outcome: Future[ResultT]) -> None:
+    if task.cancelled():
+        outcome.cancel()
+    elif outcome.set_running_or_notify_cancel():
+        if (error := task.exception()) is not None:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(task.result())
 
 
 class _LoopThread:
@@ -41,11 +52,18 @@ class _LoopThread:
         if not self.alive:
             work.close()
             raise InvalidRequest("the client is closed", remedy="make a new client")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        outcome: Future[ResultT] = Future()
+        # made before anything starts: wherever in these lines an interrupt strikes, there is something to cancel
         try:
-            return future.result()
+            self._loop.call_soon_threadsafe(self._start, work, outcome)
+            return outcome.result()
         finally:
-            future.cancel()
+            outcome.cancel()
+
+    def _start(self, work: Coroutine[Any, Any, ResultT], outcome: Future[ResultT]) -> None:
+        task = self._loop.create_task(work)
+        task.add_done_callback(lambda task: _settle(task, outcome))
+        outcome.add_done_callback(lambda _: outcome.cancelled() and self._loop.call_soon_threadsafe(task.cancel))
 
     def stop(self) -> None:
         """End loop and thread. Twice is harmless."""
