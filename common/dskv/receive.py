@@ -48,9 +48,10 @@ class Receiver:
         """Copy everything straight from the owner's mapped pool. Raises :class:`TransferFailed`."""
         if self.taken:
             raise TransferFailed(f"{self.handle.key}: a part of it has come by another way already")
-        self._pool.copy_from(source, list(zip(self.handle.blocks, self._own, strict=True)))
-        for block in self._own:
-            self._digest.update(self._pool.slot(block))
+        for theirs, mine in zip(self.handle.blocks, self._own, strict=True):
+            self._pool.copy_from(source, [(theirs, mine)])
+            # a block is summed while the processor's caches still hold it: memory is read once, not twice
+            self._digest.update(self._pool.slot(mine))
         self.taken = len(self._own)
 
     def take(self, chunk: Chunk, data: memoryview) -> None:
