@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from dsctl import __main__ as main
-from dsctl.simulate import REQUESTS, Wish, make, parse_slo
+from dsctl.simulate import parse_slo
 from dssim import plot
+from dssim.wish import REQUESTS, Wish, make
 from dstopology.resolved import Slo
 from dswire.errors import BadInput, StartFailed
 from support.topologies import Desk

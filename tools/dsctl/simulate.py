@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,24 +23,7 @@ if TYPE_CHECKING:
     from dssim.workload import Arrival
     from dstopology.resolved import Slo, Topology
 
-#: requests of a workload without an end
-REQUESTS = 500
 _SLO = re.compile(r"(ttft|tpot):([0-9]+(?:\.[0-9]+)?)")
-_FIXED = re.compile(r"fixed:([0-9]{1,7}),([0-9]{1,7})")
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What is to be simulated."""
-
-    workload: str
-    #: None replays the arrivals of a file
-    rate: float | None
-    #: at most; None is all of a file, and :data:`REQUESTS` of what has no end
-    requests: int | None
-    arrival: str
-    cv: float
-    seed: int
 
 
 @click.command()
@@ -51,13 +33,11 @@ class Wish:
     default="sharegpt",
     show_default=True,
     metavar="WHAT",
-    help="sharegpt, humaneval, longbench, fixed:IN,OUT, or a .csv or .jsonl file with columns prompt_tokens and "
-    "output_tokens, and at_s to replay its arrivals.",
+    help="sharegpt, humaneval, longbench, fixed:IN,OUT, a .csv or .jsonl file, like:FILE or "
+    "servegen:RATES,LENGTHS; docs/workloads.md tells of each.",
 )
 @click.option("--rate", type=float, help="Requests a second; needed unless a file tells when they arrive.")
-@click.option(
-    "--requests", type=click.IntRange(1, 10_000_000), help=f"How many; default all of a file, or {REQUESTS}."
-)
+@click.option("--requests", type=click.IntRange(1, 10_000_000), help="How many; default all of a file, or 500.")
 @click.option(
     "--arrival", type=click.Choice(["poisson", "gamma", "constant"]), default="poisson", show_default=True
 )
@@ -100,6 +80,7 @@ def command(
     dsctl simulate -f T.yaml --workload mine.csv --trace run.json
     """
     from dssim import plot as plots
+    from dssim.wish import Wish, make
     from dstopology.load import find, load
 
     if plot is not None:
@@ -127,36 +108,6 @@ def parse_slo(text: str | None, default: Slo) -> Slo:
             raise BadInput(f"--slo {text!r}: {part!r} is not understood", remedy="write ttft:250,tpot:100, in ms")
         wanted[found[1]] = float(found[2]) / 1e3
     return replace(default, ttft_s=wanted.get("ttft", default.ttft_s), tpot_s=wanted.get("tpot", default.tpot_s))
-
-
-def make(wish: Wish) -> list[Arrival]:
-    """The requests. Raises :class:`BadInput`."""
-    from random import Random
-
-    from dssim import tracefile, workload
-    from dswire.errors import BadInput
-
-    # lengths and arrivals are drawn apart, so that another rate means the same requests
-    draw, wait = Random(wish.seed), Random(~wish.seed)
-    lengths: Iterator[workload.Lengths]
-    count = wish.requests or REQUESTS
-    if wish.workload.endswith((".csv", ".jsonl")):
-        read, timed = tracefile.read(Path(wish.workload))
-        if timed and wish.rate is None:
-            return read[: wish.requests]
-        count = wish.requests or len(read)
-        lengths = iter([(one.prompt_tokens, one.output_tokens) for one in read])
-    elif found := _FIXED.fullmatch(wish.workload):
-        lengths = workload.fixed(int(found[1]), int(found[2]))
-    elif wish.workload in workload.HISTOGRAMS:
-        lengths = workload.histogram(wish.workload, draw)
-    else:
-        names = ", ".join(workload.HISTOGRAMS)
-        remedy = f"use one of {names}, fixed:IN,OUT, or a .csv or .jsonl file"
-        raise BadInput(f"--workload {wish.workload!r} is not known", remedy=remedy)
-    if wish.rate is None:
-        raise BadInput(f"workload {wish.workload} does not tell when requests arrive", remedy="add --rate")
-    return workload.arrivals(workload.gaps(wish.arrival, wish.rate, wait, wish.cv), lengths, count)
 
 
 def _simulate(topology: Topology, arrivals: list[Arrival], profile: str, *, keep_steps: bool) -> Run:

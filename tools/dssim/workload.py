@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from dswire.errors import BadInput
 #: length distributions that come with the simulator
 HISTOGRAMS = ("sharegpt", "humaneval", "longbench")
 ARRIVALS = ("poisson", "gamma", "constant")
+#: tokens of a prompt that one hash stands for, as in Mooncake's traces
+HASHED_TOKENS = 512
 
 #: (prompt tokens, output tokens), both at least 1
 Lengths: TypeAlias = tuple[int, int]
@@ -29,6 +32,9 @@ class Arrival:
     at_s: float
     prompt_tokens: int
     output_tokens: int
+    #: one for each :data:`HASHED_TOKENS` of the prompt, the last perhaps of fewer: prompts that begin with the same
+    #: hashes begin with the same tokens; empty where that is not known, and then no two prompts are alike
+    hashes: tuple[int, ...] = ()
 
 
 def gaps(kind: str, rate: float, random: Random, cv: float = 1.0) -> Iterator[float]:
@@ -75,19 +81,24 @@ def histogram(name: str, random: Random) -> Iterator[Lengths]:
 
 
 def _drawing(shares: Sequence[float], width: float, random: Random) -> Callable[[], int]:
-    ends = list(accumulate(shares))
-
-    def draw() -> int:
-        place = bisect(ends, random.random() * ends[-1])
-        return max(1, round((min(place, len(ends) - 1) + random.random()) * width))
-
-    return draw
+    place = weighted(shares, random)
+    return lambda: max(1, round((place() + random.random()) * width))
 
 
-def arrivals(gaps_s: Iterator[float], lengths: Iterator[Lengths], count: int) -> list[Arrival]:
-    """``count`` requests, or fewer when there are no more lengths."""
+def weighted(weights: Sequence[float], random: Random) -> Callable[[], int]:
+    """Draws an index as often as its weight says."""
+    ends = list(accumulate(weights))
+    return lambda: min(bisect(ends, random.random() * ends[-1]), len(ends) - 1)
+
+
+def arrivals(
+    gaps_s: Iterator[float], lengths: Iterator[Lengths], count: int, until_s: float = math.inf
+) -> list[Arrival]:
+    """``count`` requests, or fewer when there are no more lengths, or the next would come at ``until_s``."""
     at_s, made = 0.0, []
     for prompt, output in islice(lengths, count):
         at_s += next(gaps_s)
+        if at_s >= until_s:
+            break
         made.append(Arrival(at_s, prompt, output))
     return made
