@@ -10,7 +10,7 @@ import click
 from dswire.errors import DsError
 
 #: name -> module:attribute
-COMMANDS = {"engine": "dsbench.engine:command"}
+COMMANDS = {"engine": "dsbench.engine:command", "kv": "dsbench.kv:command"}
 
 
 class _Commands(click.Group):

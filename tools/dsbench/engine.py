@@ -91,7 +91,7 @@ def command(
     path = resolve(model)
     systems = {"distserve": sys.executable} | _present(peers, pythons, console)
     plan = Plan(path, load_architecture(path), systems, rounds, round_seconds, point_seconds)
-    _warn(console)
+    host.warn(console)
     blocks = [list(points_of(_DTYPES[kind], count, batch, context, prefill)) for kind in dtype for count in threads]
     results = _run(plan, blocks, console, as_json)
     if not as_json:
@@ -149,11 +149,3 @@ def _pair(entry: str) -> tuple[str, str]:
             f"{entry!r}: PEER=PYTHON with PEER one of {', '.join(_NEEDS)}", param_hint="--python"
         )
     return peer, python
-
-
-def _warn(console: Console) -> None:
-    console.print(f"[bold]{host.name()}[/]", highlight=False)
-    busy = host.load()
-    colour = "red" if busy > host.BUSY else "green"
-    more = ": others are at work, do not trust the figures" if busy > host.BUSY else ""
-    console.print(f"[{colour}]load average {busy:.2f}{more}[/]", highlight=False)

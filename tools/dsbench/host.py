@@ -6,6 +6,8 @@ import os
 import platform
 from pathlib import Path
 
+from rich.console import Console
+
 #: runnable processes a second, on average over a minute, above which figures are not to be trusted
 BUSY = 0.5
 
@@ -24,6 +26,15 @@ def name() -> str:
     wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16") if flag in flags]
     cores = len(os.sched_getaffinity(0))
     return f"{model}{family}, {cores} cores, {' '.join(wide)}, {platform.system()} {platform.release()}"
+
+
+def warn(console: Console) -> None:
+    """Say which machine this is, and whether its figures can be trusted."""
+    console.print(f"[bold]{name()}[/]", highlight=False)
+    busy = load()
+    colour = "red" if busy > BUSY else "green"
+    more = ": others are at work, do not trust the figures" if busy > BUSY else ""
+    console.print(f"[{colour}]load average {busy:.2f}{more}[/]", highlight=False)
 
 
 def _cpuinfo() -> dict[str, str]:

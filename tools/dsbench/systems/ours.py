@@ -41,7 +41,7 @@ class Ours:
 
     def prepare(self, phase: str, batch: int, context: int) -> None:
         """Make the sequences; their blocks lie apart as after a while of serving."""
-        from dsengine.runner import DecodeItem, PrefillItem
+        from dsengine.runner import StepItem
         from dswire.messages.client import Sampling
 
         engine = self._engine
@@ -51,11 +51,10 @@ class Ours:
         samplers = [engine.sampler(sampling, [], []) for _ in range(batch)]
         if phase == "prefill":
             tokens = [(7 * i + 11) % engine.model.vocab_size for i in range(context)]
-            prompt = [PrefillItem(tokens, blocks[0], samplers[0])]
-            self._do = lambda: engine.prefill(prompt)
+            items = [StepItem(tokens, 0, blocks[0], samplers[0])]
         else:
-            items = [DecodeItem(100 + i, context - 1, blocks[i], samplers[i]) for i in range(batch)]
-            self._do = lambda: engine.decode(items)
+            items = [StepItem((100 + i,), context - 1, blocks[i], samplers[i]) for i in range(batch)]
+        self._do = lambda: engine.step(items)
 
     def step(self) -> float:
         """One step."""

@@ -1,0 +1,250 @@
+"""The two ends of a hand-off for measurements: an owner of KV and a reader of it, without an engine.
+
+They speak to real relays as prefill and decode instances do, and copy in a thread of their own as those do.
+``python -m dsbench.handoff.ends`` is an owner in a process of its own: a line of standard input names how many
+handles of how many blocks it is to offer, and for each it writes the handle as a line of JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import uvloop
+
+from dskv.handle import KvHandle, KvKey
+from dskv.layout import KvLayout
+from dskv.receive import Receiver
+from dskv.segment import Segment, SegmentCache
+from dskv.send import stage
+from dskv.shards import shards
+from dswire.codec import Decoder, encode
+from dswire.errors import Failed, from_info
+from dswire.keys import CurveKeys, load_system
+from dswire.membership import HELLO_RETRY_S
+from dswire.messages import PROTOCOL, kv
+from dswire.sockets import ConnectedSocket
+
+#: a block of SmolLM2-135M in bfloat16: 368,640 bytes
+LAYOUT = KvLayout(layers=30, kv_heads=3, head_dim=64, block_size=16, dtype="bfloat16")
+#: longest wait for any answer, in seconds
+PATIENCE_S = 60.0
+
+T = TypeVar("T")
+
+
+def scattered(count: int) -> list[int]:
+    """The blocks 0 to ``count - 1`` as a pool deals them after a while: each once, neighbours apart."""
+    step = next(step for step in range(max(1, count * 5 // 8), count + 2) if _coprime(step, count))
+    return [at * step % count for at in range(count)]
+
+
+def _coprime(one: int, other: int) -> bool:
+    while other:
+        one, other = other, one % other
+    return one == 1
+
+
+class End:
+    """A worker's connection to its relay: says hello, answers pings, hands on everything else."""
+
+    def __init__(self, endpoint: str, name: str, pool: Segment, keys: CurveKeys | None = None) -> None:
+        self.name = name
+        self.pool = pool
+        self.mapped = SegmentCache()
+        self.welcome: kv.KvWelcome
+        self._socket = ConnectedSocket(endpoint, name, keys=keys)
+        self._decoder: Decoder[msgspec.Struct] = Decoder(kv.ToKvWorker)
+        self._copies = ThreadPoolExecutor(1, thread_name_prefix="copy")
+        self._welcomed = asyncio.Event()
+        self._socket.start(self._on_frames)
+
+    async def hello(self) -> None:
+        """Register, again and again until the relay answers. Raises :class:`Failed`."""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while not self._welcomed.is_set():
+                    self.send(kv.KvHello(PROTOCOL, self.name, "1"))
+                    await asyncio.wait([asyncio.ensure_future(self._welcomed.wait())], timeout=HELLO_RETRY_S)
+        except TimeoutError as error:
+            raise Failed(f"{self.name}: the relay did not answer within {PATIENCE_S:g} s") from error
+
+    def send(self, message: msgspec.Struct) -> None:
+        """To the relay."""
+        self._socket.send("", [encode(message)])
+
+    async def copy(self, run: Callable[[], T]) -> T:
+        """Run in the copy thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._copies, run)
+
+    def staging(self, *, writable: bool) -> Segment:
+        """The relay's staging slots."""
+        told = self.welcome
+        return self.mapped.get(Path(told.staging), told.slots, told.slot_nbytes, writable=writable)
+
+    def take(self, message: Any) -> None:
+        """A message that concerns KV."""
+
+    def close(self) -> None:
+        """Vanish, and give the memory back."""
+        self._socket.close()
+        self._copies.shutdown()
+        self.mapped.close()
+        self.pool.close()
+
+    def _on_frames(self, identity: str, frames: list[bytes]) -> None:
+        match self._decoder.decode(frames[0]):
+            case kv.KvPing():
+                self.send(kv.KvPong())
+            case kv.KvWelcome() as welcome:
+                self.welcome = welcome
+                self._welcomed.set()
+            case message:
+                self.take(message)
+
+
+class Owner(End):
+    """Offers handles over a filled pool, and stages what it is asked for."""
+
+    def __init__(self, endpoint: str, node: str, pool: Segment, keys: CurveKeys | None = None) -> None:
+        super().__init__(endpoint, "prefill-0", pool, keys)
+        self._node = node
+        self._handles: dict[KvKey, KvHandle] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._epoch = 0
+
+    def offer(self, first: int, blocks: int) -> KvHandle:
+        """Offer ``blocks`` blocks, from the ``first`` of the scattered ones on."""
+        self._epoch += 1
+        every = scattered(self.pool.slots)
+        mine = tuple(every[(first + at) % len(every)] for at in range(blocks))
+        handle = KvHandle(
+            key=KvKey(f"bench-{self._epoch}/0", self._epoch),
+            owner=self.name,
+            node=self._node,
+            layout=LAYOUT,
+            tokens=blocks * LAYOUT.block_size,
+            blocks=mine,
+            shards=shards(LAYOUT, 1, 1, [str(self.pool.path)]),
+            segment_blocks=self.pool.slots,
+            checksum=self.pool.checksum(mine),
+        )
+        self._handles[handle.key] = handle
+        self.send(kv.KvOffer(handle))
+        return handle
+
+    def take(self, message: Any) -> None:
+        """Stage a chunk; forget what was released."""
+        match message:
+            case kv.KvStage():
+                task = asyncio.get_running_loop().create_task(self._stage(message))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            case kv.KvRelease(key=key):
+                self._handles.pop(key, None)
+
+    async def _stage(self, asked: kv.KvStage) -> None:
+        handle, slot = self._handles[asked.key], self.staging(writable=True).slot(asked.slot)
+        await self.copy(lambda: stage(self.pool, handle, asked.chunk, slot))
+        self.send(kv.KvStaged(asked.key, asked.chunk))
+
+
+class Reader(End):
+    """Pulls handles into a pool of its own."""
+
+    def __init__(self, endpoint: str, pool: Segment, keys: CurveKeys | None = None) -> None:
+        super().__init__(endpoint, "decode-0", pool, keys)
+        self._pulls: dict[KvKey, asyncio.Queue[Any]] = {}
+
+    async def pull(self, handle: KvHandle, blocks: Sequence[int]) -> None:
+        """Fetch, copy and verify, as a decode instance does. Raises what went wrong."""
+        receiver = Receiver(handle, self.pool, blocks)
+        news = self._pulls[handle.key] = asyncio.Queue()
+        self.send(kv.KvPull(handle))
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while not receiver.complete:
+                    await self._step(receiver, await news.get())
+        finally:
+            del self._pulls[handle.key]
+        self.send(kv.KvPulled(handle.key))
+
+    def take(self, message: Any) -> None:
+        """To the pull that waits for it."""
+        news = self._pulls.get(message.key)
+        if news is not None:
+            news.put_nowait(message)
+
+    async def _step(self, receiver: Receiver, message: Any) -> None:
+        match message:
+            case kv.KvFailed(error=error):
+                raise from_info(error)
+            case kv.KvGrant():
+                await self.copy(lambda: self.direct(receiver))
+            case kv.KvChunkReady(chunk=chunk, slot=slot):
+                data = self.staging(writable=False).slot(slot)
+                await self.copy(lambda: _take(receiver, chunk, data))
+                if not receiver.complete:
+                    self.send(kv.KvTaken(receiver.handle.key, chunk))
+
+    def direct(self, receiver: Receiver) -> None:
+        """Copy straight out of the owner's pool, and verify."""
+        handle = receiver.handle
+        path = Path(handle.shards[0].segment)
+        receiver.copy_direct(self.mapped.get(path, handle.segment_blocks, LAYOUT.block_nbytes))
+        receiver.verify()
+
+
+def _take(receiver: Receiver, chunk: kv.Chunk, data: memoryview) -> None:
+    receiver.take(chunk, data)
+    if receiver.complete:
+        receiver.verify()
+
+
+def filled_pool(path: Path, blocks: int) -> Segment:
+    """A pool of which every page was written."""
+    pool = Segment.create(path, blocks, LAYOUT.block_nbytes)
+    for block in range(blocks):
+        pool.slot(block)[:] = (block + 1).to_bytes(8, "little") * (LAYOUT.block_nbytes // 8)
+    return pool
+
+
+async def _own(endpoint: str, node: str, path: Path, blocks: int, keys: CurveKeys | None) -> None:
+    owner = Owner(endpoint, node, filled_pool(path, blocks), keys)
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+    def offer(count: int, each: int) -> None:
+        for at in range(count):
+            sys.stdout.buffer.write(msgspec.json.encode(owner.offer(at * each, each)) + b"\n")
+        sys.stdout.buffer.flush()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            count, each = map(int, line.split())
+            loop.call_soon_threadsafe(offer, count, each)
+        loop.call_soon_threadsafe(ended.set)
+
+    try:
+        await owner.hello()
+        threading.Thread(target=listen, daemon=True).start()
+        await ended.wait()
+    finally:
+        owner.close()
+
+
+def main() -> None:
+    """Be an owner: ``ENDPOINT NODE POOL BLOCKS [KEYS]``, until standard input ends."""
+    endpoint, node, path, blocks, *where = sys.argv[1:]
+    keys = load_system(Path(where[0])) if where else None
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_own(endpoint, node, Path(path), int(blocks), keys))
+
+
+if __name__ == "__main__":
+    main()

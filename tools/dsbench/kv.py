@@ -1,0 +1,151 @@
+"""``dsbench kv``: how fast KV is handed over, beside what the machine allows."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import TypeAlias
+
+import click
+import msgspec
+import uvloop
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from dsbench import host
+from dsbench.handoff import limits
+from dsbench.handoff.ends import LAYOUT
+from dsbench.handoff.measure import Copies, Cost, Crowd, Limit, Transfer, cost, crowd, transfers
+from dsbench.handoff.world import World, world
+from dskv.segment import Segment
+from dswire.errors import Failed
+
+Row: TypeAlias = Transfer | Cost | Crowd
+
+
+@click.command("kv")
+@click.option(
+    "--transport", type=click.Choice(["shm", "host"]), multiple=True, help="May be said twice; default: both."
+)
+@click.option(
+    "--curve", is_flag=True, help="Encrypt what goes between the relays (and beside it measure that alone)."
+)
+@click.option(
+    "--mib", "sizes", type=click.IntRange(1, 4096), multiple=True, help="Size of a hand-off; default: 16, 64."
+)
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True)
+@click.option("--handles", type=click.IntRange(2, 4096), default=1000, show_default=True, help="Wanted at once.")
+@click.option("--slot", default="4MiB", show_default=True, help="As relay.slot in a topology.")
+@click.option("--staging", default="64MiB", show_default=True, help="As relay.staging in a topology.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line and figure, on standard output.")
+def command(
+    transport: tuple[str, ...],
+    curve: bool,
+    sizes: tuple[int, ...],
+    rounds: int,
+    handles: int,
+    slot: str,
+    staging: str,
+    as_json: bool,
+) -> None:
+    """Hand KV over between real processes: owner, relays, reader.
+
+    \b
+    shm    one node: the reader copies straight out of the owner's pool; the limit is memcpy of the same bytes.
+           `copy` is that without the messages that lead to it
+    host   two nodes on this host's loopback: owner's pool, staging, TCP, staging, reader's pool; the limit is a
+           blocking socket that carries the same bytes, and with --curve libsodium's box over them, in one thread
+
+    Every figure is the median of rounds in which it and its limit take turns.
+
+    \b
+    dsbench kv
+    dsbench kv --transport host --curve --mib 64 --json
+    """
+    console = Console(stderr=True)
+    host.warn(console)
+    plan = [(name, on) for name in transport or ("shm", "host") for on in ([False, True] if curve else [False])]
+    # shared memory is not encrypted, only the words about it are
+    plan = [(name, on) for name, on in plan if name == "host" or not on]
+    rows: list[Row] = []
+    with (
+        Progress(console=console, transient=True) as progress,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        task = progress.add_task("", total=len(plan) * (len(sizes or (16, 64)) + 2))
+
+        async def run(name: str, on: bool) -> None:
+            progress.update(task, description=f"{name}{' with CURVE' if on else ''}")
+            measured = _measure(name, on, sizes or (16, 64), rounds, handles, slot, staging)
+            async for row in measured:
+                progress.advance(task)
+                rows.append(row)
+                if as_json:
+                    click.echo(json.dumps(msgspec.to_builtins(row)))
+
+        for name, on in plan:
+            runner.run(run(name, on))
+    if not as_json:
+        for made in _tables(rows):
+            Console().print(made)
+    console.print(f"load average at the end: {host.load():.2f}")
+
+
+async def _measure(
+    transport: str, curve: bool, sizes: Sequence[int], rounds: int, handles: int, slot: str, staging: str
+) -> AsyncIterator[Row]:
+    blocks = max(sizes) * (1 << 20) // LAYOUT.block_nbytes
+    async with world(transport, blocks, curve=curve, staging=staging, slot=slot) as running:
+        source = Segment.open(
+            running.topology.instance("prefill-0").segment, blocks, LAYOUT.block_nbytes, writable=True
+        )
+        limit = _limit(running, transport, curve, source)
+        for mib in sizes:
+            if transport == "shm":
+                handle = (await running.offer(1, max(1, (mib << 20) // LAYOUT.block_nbytes)))[0]
+                yield Copies(running.reader, source).run(handle, rounds)
+            yield await transfers(running, transport, curve, mib << 20, rounds, limit)
+        yield await cost(running, transport, curve, 20 * rounds)
+        yield await crowd(running, transport, curve, handles, 8, max(1, rounds // 5))
+
+
+def _limit(running: World, transport: str, curve: bool, source: Segment) -> Limit:
+    pool = running.reader.pool
+    target, origin = limits.address(pool), limits.address(source)
+    if transport == "shm":
+        return lambda nbytes: limits.memcpy_s(target, origin, nbytes)
+    if not curve:
+        mine, theirs = memoryview(pool.buffer), memoryview(source.buffer)
+        return lambda nbytes: limits.socket_s(mine[:nbytes], theirs[:nbytes])
+    box = limits.box(running.topology.relays[0].slot_nbytes)
+    if box is None:
+        raise Failed(
+            "there is no libsodium to compare with",
+            remedy="install pyzmq's own wheel or the system's libsodium, or leave --curve out",
+        )
+    return lambda nbytes: box.seconds(origin, nbytes)
+
+
+def _tables(rows: Sequence[Row]) -> list[Table]:
+    speed = Table("transport", "CURVE", "MiB", "ms", "GB/s", "limit GB/s", "of the limit", title="hand-offs")
+    costs = Table("transport", "CURVE", "µs to pull", "µs of that to copy", title="one block (median)")
+    crowds = Table("transport", "CURVE", "handles at once", "a second", "8 at once", "ratio", title="many at once")
+    for row in rows:
+        curve = "on" if row.curve else "off"
+        match row:
+            case Transfer():
+                colour = "green" if row.ratio >= 0.8 else "yellow" if row.ratio >= 0.5 else "red"
+                speed.add_row(
+                    *(row.transport, curve, f"{row.bytes / (1 << 20):.0f}", f"{row.seconds * 1e3:.2f}"),
+                    *(f"{row.bytes_per_s / 1e9:.2f}", f"{row.limit_bytes_per_s / 1e9:.2f}"),
+                    f"[{colour}]{row.ratio:.0%}[/]",
+                )
+            case Cost():
+                copied = "-" if row.copy_us is None else f"{row.copy_us:.0f}"
+                costs.add_row(row.transport, curve, f"{row.pull_us:.0f}", copied)
+            case Crowd():
+                rates = (f"{row.handles_per_s:,.0f}", f"{row.handles_per_s_few:,.0f}", f"{row.ratio:.2f}x")
+                crowds.add_row(row.transport, curve, str(row.handles), *rates)
+    return [speed, costs, crowds]
