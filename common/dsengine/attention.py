@@ -1,14 +1,15 @@
 """Attention over the paged KV cache, one object a step.
 
-Each object is built once a step from the batch, then called once a layer: it stores the new K and V in the pool
-and attends. :class:`PrefillAttention` reads the K and V that were just computed (whole sequences, causal);
-:class:`DecodeAttention` gathers the blocks of each sequence. A sequence only ever sees its own blocks, and with a
-sliding window only those that the window reaches.
+:class:`PagedAttention` is built once a step from its spans, then called once a layer: it stores the new K and V in
+the pool and attends. A span of one token gathers the blocks of its sequence together with others of the kind; a
+whole prompt reads the K and V that were just computed; a chunk reads its sequence from the pool. A sequence only
+ever sees its own blocks, and with a sliding window only those that the window reaches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain
 from typing import Protocol
 
 import torch
@@ -17,10 +18,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dsengine.architecture import AttentionRule
 from dsengine.pool import KvPool
+from dsengine.span import Span
 
 #: sequences up to this many blocks go into one group whatever their lengths
 _SHORT_BLOCKS = 8
-#: queries of one sequence that attend together where there is a window or a cap: bounds the scores held at once
+#: queries of one sequence that attend together where they cannot all see the same: bounds the scores held at once
 _QUERIES = 256
 #: every earlier token, scaled by the head size
 _PLAIN = AttentionRule()
@@ -34,66 +36,87 @@ class Attention(Protocol):
         ...
 
 
-class PrefillAttention:
-    """Whole sequences, one behind the other in the token dimension."""
+class PagedAttention:
+    """Any mix of whole prompts, chunks and single tokens, one behind the other in the token dimension."""
 
-    def __init__(self, pool: KvPool, lengths: Sequence[int], blocks: Sequence[Sequence[int]]) -> None:
-        """Sequence ``i`` has ``lengths[i]`` tokens, for ``blocks[i]`` in order; clears the last of those."""
+    def __init__(self, pool: KvPool, spans: Sequence[Span]) -> None:
+        """Clears every block that the step begins and does not fill."""
         size = pool.layout.block_size
         self._pool = pool
-        self._lengths = list(lengths)
-        self._index = torch.cat(
-            [_sequence_index(pool, length, row) for length, row in zip(lengths, blocks, strict=True)]
-        )
-        tails = [row[length // size] for length, row in zip(lengths, blocks, strict=True) if length % size]
-        pool.clear(_indices(pool, tails))
-
-    def __call__(self, layer: int, q: Tensor, kv: Tensor, rule: AttentionRule = _PLAIN) -> Tensor:
-        self._pool.write(layer, self._index, kv)
-        parts = [
-            _causal(one_q, one_kv, rule)
-            for one_q, one_kv in zip(
-                q.split_with_sizes(self._lengths), kv.split_with_sizes(self._lengths), strict=True
-            )
+        self._index = _write_index(pool, spans)
+        tails = [span for span in spans if span.end % size and span.end - span.end % size >= span.start]
+        pool.clear(_indices(pool, [span.blocks[span.end // size] for span in tails]))
+        ends = accumulate(len(span.tokens) for span in spans)
+        rows = [slice(end - len(span.tokens), end) for end, span in zip(ends, spans, strict=True)]
+        placed = list(zip(rows, spans, strict=True))
+        self._longer: list[_Whole | _Chunk] = [
+            _Chunk(pool, where, span) if span.start else _Whole(where)
+            for where, span in placed
+            if len(span.tokens) > 1
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-class DecodeAttention:
-    """One token of each sequence, all earlier ones in the pool."""
-
-    def __init__(self, pool: KvPool, positions: Sequence[int], blocks: Sequence[Sequence[int]]) -> None:
-        """Sequence ``i`` writes position ``positions[i]``; ``blocks[i]`` holds its tokens, that one included."""
-        size = pool.layout.block_size
-        self._pool = pool
-        current = [row[position // size] for position, row in zip(positions, blocks, strict=True)]
-        offsets = [position % size for position in positions]
-        self._index = pool.write_index(_indices(pool, current), _indices(pool, offsets))
-        pool.clear(_indices(pool, [b for b, offset in zip(current, offsets, strict=True) if offset == 0]))
-        self._positions = positions
-        self._used = [row[: position // size + 1] for position, row in zip(positions, blocks, strict=True)]
+        self._single = [(where.start, span) for where, span in placed if len(span.tokens) == 1]
         #: by window, since a window needs the last blocks only
         self._groups: dict[int | None, list[_Group]] = {}
 
     def __call__(self, layer: int, q: Tensor, kv: Tensor, rule: AttentionRule = _PLAIN) -> Tensor:
         self._pool.write(layer, self._index, kv)
-        groups = self._groups.get(rule.window) or self._make_groups(rule.window)
-        if len(groups) == 1:
-            return groups[0].attend(layer, q, rule)
+        parts: list[_Whole | _Chunk | _Group] = [*self._longer, *self._singles(rule.window)]
+        if len(parts) == 1:
+            return parts[0].attend(layer, q, kv, rule)
         out = torch.empty_like(q)
-        for group in groups:
-            out[group.rows] = group.attend(layer, q[group.rows], rule)
+        for part in parts:
+            out[part.rows] = part.attend(layer, q[part.rows], kv[part.rows], rule)
         return out
 
+    def _singles(self, window: int | None) -> list[_Group]:
+        if not self._single:
+            return []
+        if window not in self._groups:
+            self._groups[window] = self._make_groups(window)
+        return self._groups[window]
+
     def _make_groups(self, window: int | None) -> list[_Group]:
-        size, positions = self._pool.layout.block_size, self._positions
-        first = [0 if window is None else max(0, position + 1 - window) // size for position in positions]
-        seen = [row[start:] for start, row in zip(first, self._used, strict=True)]
+        size = self._pool.layout.block_size
+        rows, spans = zip(*self._single, strict=True)
+        first = [_first_block(span.end, window, size) for span in spans]
+        seen = [span.blocks[start : (span.end - 1) // size + 1] for start, span in zip(first, spans, strict=True)]
         # Positions count from the first block that is looked at.
-        last = [position - start * size for start, position in zip(first, positions, strict=True)]
-        groups = [_Group(self._pool, rows, last, seen, window) for rows in _group_rows([len(row) for row in seen])]
-        self._groups[window] = groups
-        return groups
+        last = [span.start - start * size for start, span in zip(first, spans, strict=True)]
+        members = _group_rows([len(blocks) for blocks in seen])
+        return [
+            _Group(self._pool, [rows[i] for i in group], [last[i] for i in group], [seen[i] for i in group], window)
+            for group in members
+        ]
+
+
+class _Whole:
+    """A sequence from its first token on."""
+
+    def __init__(self, rows: slice) -> None:
+        self.rows = rows
+
+    def attend(self, layer: int, q: Tensor, kv: Tensor, rule: AttentionRule) -> Tensor:
+        """Over the K and V of this step; the layer makes no difference."""
+        kv_heads = kv.shape[1] // 2
+        return _causal(q, kv[:, :kv_heads].transpose(0, 1), kv[:, kv_heads:].transpose(0, 1), rule)
+
+
+class _Chunk:
+    """Tokens of a sequence whose beginning is in the pool."""
+
+    def __init__(self, pool: KvPool, rows: slice, span: Span) -> None:
+        self.rows = rows
+        self._pool = pool
+        self._span = span
+
+    def attend(self, layer: int, q: Tensor, kv: Tensor, rule: AttentionRule) -> Tensor:
+        """Over the pool, where ``kv`` is already."""
+        size, end = self._pool.layout.block_size, self._span.end
+        first = _first_block(self._span.start + 1, rule.window, size)
+        table = torch.tensor([self._span.blocks[first : -(-end // size)]]).to(q.device)
+        k, v = self._pool.read(layer, self._pool.read_index(table))
+        seen = end - first * size
+        return _causal(q, k[0, :, :seen], v[0, :, :seen], rule)
 
 
 class _Group:
@@ -107,21 +130,22 @@ class _Group:
         used: Sequence[Sequence[int]],
         window: int | None,
     ) -> None:
-        width = max(len(used[row]) for row in rows)
+        """Row ``rows[i]`` is at ``positions[i]``, counted from the first of its blocks ``used[i]``."""
+        width = max(len(blocks) for blocks in used)
         # Padding repeats the sequence's own first block: masked, and never somebody else's memory.
-        table = [[*used[row], *[used[row][0]] * (width - len(used[row]))] for row in rows]
+        table = [[*blocks, *[blocks[0]] * (width - len(blocks))] for blocks in used]
         self._pool = pool
         self.rows = _indices(pool, rows)
         self._index = pool.read_index(torch.tensor(table).to(self.rows.device))
-        last = _indices(pool, [positions[row] for row in rows])
+        last = _indices(pool, positions)
         columns = torch.arange(width * pool.layout.block_size, device=self.rows.device)
         self._seen = columns <= last[:, None]
         if window is not None:
             self._seen &= columns > last[:, None] - window
         self._mask: Tensor | None = None
 
-    def attend(self, layer: int, q: Tensor, rule: AttentionRule) -> Tensor:
-        """``q`` ``[rows of the group, heads, head_dim]`` -> the same shape."""
+    def attend(self, layer: int, q: Tensor, kv: Tensor, rule: AttentionRule) -> Tensor:
+        """``q`` ``[rows of the group, heads, head_dim]`` -> the same shape; ``kv`` is in the pool already."""
         batch, heads, head_dim = q.shape
         k, v = self._pool.read(layer, self._index)
         # The heads that share a KV head stand in the place of query positions: no copy of K and V for each.
@@ -131,30 +155,32 @@ class _Group:
         return _attend(grouped, k, v, self._mask, rule).reshape(batch, heads, head_dim)
 
 
-def _causal(q: Tensor, kv: Tensor, rule: AttentionRule) -> Tensor:
-    """Attention of one sequence over itself: ``[tokens, heads, head_dim]`` -> the same shape."""
+def _causal(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
+    """The last tokens of one sequence over all: ``[tokens, heads, head_dim]``, ``[kv_heads, keys, head_dim]``."""
     tokens, heads, head_dim = q.shape
-    kv_heads = kv.shape[1] // 2
+    keys, kv_heads = k.shape[1], k.shape[0]
     # [kv_heads, heads of each, tokens, head_dim]; K and V are seen by every head of a group without being copied.
     grouped = q.reshape(tokens, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-    k, v = (part.transpose(0, 1)[:, None].expand_as(grouped) for part in (kv[:, :kv_heads], kv[:, kv_heads:]))
-    if rule.softcap is None and (rule.window is None or tokens <= rule.window):
+    k, v = (part[:, None].expand(-1, grouped.shape[1], -1, -1) for part in (k, v))
+    if tokens == keys and rule.softcap is None and (rule.window is None or tokens <= rule.window):
         out = scaled_dot_product_attention(grouped, k, v, is_causal=True, scale=rule.scale)
     else:
-        spans = [(start, min(start + _QUERIES, tokens)) for start in range(0, tokens, _QUERIES)]
-        out = torch.cat([_span(grouped, k, v, start, end, rule) for start, end in spans], 2)
+        pieces = [grouped[:, :, first : first + _QUERIES] for first in range(0, tokens, _QUERIES)]
+        starts = range(keys - tokens, keys, _QUERIES)
+        out = torch.cat([_piece(p, k, v, start, rule) for p, start in zip(pieces, starts, strict=True)], 2)
     return out.permute(2, 0, 1, 3).reshape(tokens, heads, head_dim)
 
 
-def _span(q: Tensor, k: Tensor, v: Tensor, start: int, end: int, rule: AttentionRule) -> Tensor:
-    """Queries ``start`` to ``end`` of a sequence, over the keys that they can see."""
+def _piece(q: Tensor, k: Tensor, v: Tensor, start: int, rule: AttentionRule) -> Tensor:
+    """Queries of a sequence from position ``start`` on, over the keys that they can see."""
+    end = start + q.shape[2]
     first = 0 if rule.window is None else max(0, start + 1 - rule.window)
     queries, keys = (torch.arange(*bounds, device=q.device) for bounds in ((start, end), (first, end)))
     distance = queries[:, None] - keys
     seen = distance >= 0
     if rule.window is not None:
         seen &= distance < rule.window
-    return _attend(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], _additive(seen, q.dtype), rule)
+    return _attend(q, k[:, :, first:end], v[:, :, first:end], _additive(seen, q.dtype), rule)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: AttentionRule) -> Tensor:
@@ -171,12 +197,16 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, float("-inf"))
 
 
-def _sequence_index(pool: KvPool, length: int, blocks: Sequence[int]) -> Tensor:
+def _write_index(pool: KvPool, spans: Sequence[Span]) -> Tensor:
     size = pool.layout.block_size
-    positions = torch.arange(length)
-    table = torch.tensor(blocks[: pool.layout.blocks_for(length)])
-    index = pool.write_index(table[positions // size], positions % size)
-    return index.to(pool.device)
+    blocks = chain.from_iterable([span.blocks[at // size] for at in range(span.start, span.end)] for span in spans)
+    offsets = chain.from_iterable(range(span.start, span.end) for span in spans)
+    return pool.write_index(_indices(pool, blocks), _indices(pool, offsets) % size)
+
+
+def _first_block(seen_by: int, window: int | None, size: int) -> int:
+    """The first block that the token before position ``seen_by`` can see."""
+    return 0 if window is None else max(0, seen_by - window) // size
 
 
 def _group_rows(widths: Sequence[int]) -> list[list[int]]:
@@ -194,5 +224,5 @@ def _group_rows(widths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def _indices(pool: KvPool, values: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64).to(pool.device)
+def _indices(pool: KvPool, values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64).to(pool.device)

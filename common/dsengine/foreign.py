@@ -12,6 +12,7 @@ an argument unknown here.
 from __future__ import annotations
 
 from contextvars import ContextVar
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
 from dsengine.architecture import AttentionRule
-from dsengine.attention import Attention, DecodeAttention, PrefillAttention
+from dsengine.attention import Attention, PagedAttention
 from dsengine.config import EngineConfig
 from dsengine.foreign_shape import ForeignShape
 from dsengine.pool import DTYPES, KvPool
+from dsengine.span import Span
 from dskv.layout import KvLayout
 from dswire.errors import ModelNotFound, UnsupportedModel
 
@@ -78,14 +80,15 @@ class ForeignModel:
         tokens = torch.arange(1, count + 1, device=device) * 7919 % shape.vocab_size
         positions = torch.arange(count, device=device)
         pool = KvPool(KvLayout(shape.layers, shape.kv_heads, shape.head_dim, 4, config.dtype), 4, device)
-        blocks, known = [[2, 0, 1]], max(1, count - 2)
+        # A whole part, a chunk, and single tokens.
+        borders = sorted({0, max(1, count - 5), max(1, count - 2), max(1, count - 1), count})
+        got = []
         with torch.inference_mode():
-            step = _Step(PrefillAttention(pool, [known], blocks), shape)
-            got = [self._run(tokens[:known], positions[:known], step, None)]
+            for start, end in pairwise(borders):
+                span = Span(tokens[start:end].tolist(), start, [2, 0, 1])
+                step = _Step(PagedAttention(pool, [span]), shape)
+                got.append(self._run(tokens[start:end], positions[start:end], step, None))
             self._check_layers(config, step)
-            for at in range(known, count):
-                step = _Step(DecodeAttention(pool, [at], blocks), shape)
-                got.append(self._run(tokens[at : at + 1], positions[at : at + 1], step, None))
             self._model.set_attn_implementation("eager")
             want = self._model(input_ids=tokens[None], use_cache=False).logits[0].float()
             self._model.set_attn_implementation(_NAME)

@@ -99,7 +99,9 @@ def _blocks(topology: Topology, instance: Instance, model_dir: Path) -> int:
     return blocks
 
 
-def run_each(run: Callable[[Sequence[ItemT]], list[Sampled]], batch: Sequence[ItemT]) -> list[Sampled | ErrorInfo]:
+def run_each(
+    run: Callable[[Sequence[ItemT]], list[Sampled | None]], batch: Sequence[ItemT]
+) -> list[Sampled | ErrorInfo | None]:
     """Run a step; when it fails as a whole, run its items alone, so that one bad sequence fails alone."""
     try:
         return list(run(batch))

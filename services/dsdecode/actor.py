@@ -22,8 +22,8 @@ from dsdecode.events import (
 )
 from dsdecode.state import DecodeConfig, DecodeState
 from dsengine.instance import RunningInstance, logprobs, run_each
-from dsengine.runner import DecodeItem
-from dsengine.sampler import SamplerState
+from dsengine.runner import StepItem
+from dsengine.sampler import Sampled, SamplerState
 from dskv.handle import KvHandle, KvKey
 from dskv.receive import Receiver
 from dskv.segment import SegmentCache
@@ -92,11 +92,11 @@ class DecodeActor(Actor):
 
     async def _step(self, runs: tuple[DecodeRun, ...]) -> DecodeStepped:
         engine = self._running.engine
-        items = [DecodeItem(one.token, one.position, one.blocks, self._samplers[one.key]) for one in runs]
+        items = [StepItem((one.token,), one.position, one.blocks, self._samplers[one.key]) for one in runs]
         began = self.now()
-        results = await self._running.step(lambda: run_each(engine.decode, items))
+        results = await self._running.step(lambda: run_each(engine.step, items))
         pairs = [(one.key, result) for one, result in zip(runs, results, strict=True)]
-        tokens = tuple(NextToken(key, r.token, logprobs(r)) for key, r in pairs if not isinstance(r, ErrorInfo))
+        tokens = tuple(NextToken(key, r.token, logprobs(r)) for key, r in pairs if isinstance(r, Sampled))
         failed = tuple((key, r) for key, r in pairs if isinstance(r, ErrorInfo))
         now = self.now()
         return DecodeStepped(now, tokens, now - began, failed)

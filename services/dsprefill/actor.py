@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dsengine.instance import RunningInstance, logprobs, run_each
-from dsengine.runner import PrefillItem
+from dsengine.runner import StepItem
+from dsengine.sampler import Sampled
 from dskv.segment import SegmentCache
 from dskv.send import stage
 from dsprefill.events import (
@@ -80,19 +81,20 @@ class PrefillActor(Actor):
 
         def run() -> list[Any]:
             items = [
-                PrefillItem(
+                StepItem(
                     [*one.prompt_ids, *one.output_ids],
+                    0,
                     one.blocks,
                     engine.sampler(one.sampling, one.prompt_ids, one.output_ids),
                 )
                 for one in runs
             ]
-            return run_each(engine.prefill, items)
+            return run_each(engine.step, items)
 
         began = self.now()
         results = await self._running.step(run)
         pairs = [(one.key, result) for one, result in zip(runs, results, strict=True)]
-        tokens = tuple(FirstToken(key, r.token, logprobs(r)) for key, r in pairs if not isinstance(r, ErrorInfo))
+        tokens = tuple(FirstToken(key, r.token, logprobs(r)) for key, r in pairs if isinstance(r, Sampled))
         failed = tuple((key, r) for key, r in pairs if isinstance(r, ErrorInfo))
         now = self.now()
         return PrefillStepped(now, tokens, now - began, failed)

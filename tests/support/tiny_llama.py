@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from dsengine.config import EngineConfig
-from dsengine.runner import DecodeItem, Engine, PrefillItem
+from dsengine.runner import Engine, StepItem
 from dsengine.sampler import Sampled, SamplerState
 from dswire.messages.client import Sampling
 
@@ -91,23 +91,32 @@ class Run:
             tokens = [*prompt, *done]
             blocks = [self._free.pop() for _ in range(self.engine.pool.layout.blocks_for(len(tokens)))]
             sampler = self.engine.sampler(params, prompt, done)
-            items.append(PrefillItem(tokens, blocks, sampler))
+            items.append(StepItem(tokens, 0, blocks, sampler))
             self.prompts.append(tokens)
             self.blocks.append(blocks)
             self.samplers.append(sampler)
             self.outputs.append([])
-        for row, sampled in enumerate(self.engine.prefill(items), first):
-            self.outputs[row].append(sampled)
+        self.take(range(first, len(self.prompts)), self.engine.step(items))
 
     def decode(self, rows: Sequence[int]) -> None:
         """One step of the sequences ``rows``."""
+        self.take(rows, self.engine.step(self.items(rows)))
+
+    def items(self, rows: Sequence[int]) -> list[StepItem]:
+        """One token more for each of the sequences ``rows``."""
         items = []
         for row in rows:
             position = len(self.prompts[row]) + len(self.outputs[row]) - 1
             if position // self.engine.pool.layout.block_size == len(self.blocks[row]):
                 self.blocks[row].append(self._free.pop())
-            items.append(DecodeItem(self.outputs[row][-1].token, position, self.blocks[row], self.samplers[row]))
-        for row, sampled in zip(rows, self.engine.decode(items), strict=True):
+            token = self.outputs[row][-1].token
+            items.append(StepItem([token], position, self.blocks[row], self.samplers[row]))
+        return items
+
+    def take(self, rows: Sequence[int], drawn: Sequence[Sampled | None]) -> None:
+        """What a step drew for the sequences ``rows``."""
+        for row, sampled in zip(rows, drawn, strict=True):
+            assert sampled is not None
             self.outputs[row].append(sampled)
 
     def release(self, row: int) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 
-from dsengine.native.decoder import Span
 from dsengine.runner import Engine
+from dsengine.span import Span
 
 
-def logits_of(engine: Engine, tokens: list[int], prefilled: int) -> torch.Tensor:
-    """``[len(tokens), vocab_size]``: the first ``prefilled`` positions at once, the others one by one."""
+def logits_of(engine: Engine, tokens: list[int], *chunks: int) -> torch.Tensor:
+    """``[len(tokens), vocab_size]``: first ``chunks`` positions at a time, the rest one by one."""
     count = engine.pool.layout.blocks_for(len(tokens))
     blocks = [(7 * i + 3) % engine.pool.num_blocks for i in range(count)]  # scattered
-    whole = Span(tokens[:prefilled], 0, blocks)
-    rows = [engine._run([whole], range(prefilled), engine._torch_prefill).clone()]
-    for position in range(prefilled, len(tokens)):
-        one = Span(tokens[position : position + 1], position, blocks)
-        rows.append(engine._run([one], [0], engine._torch_decode).clone())
+    sizes = [*chunks, *[1] * (len(tokens) - sum(chunks))]
+    rows = []
+    for size, end in zip(sizes, accumulate(sizes), strict=True):
+        span = Span(tokens[end - size : end], end - size, blocks)
+        rows.append(engine._run([span], range(size)).clone())
     return torch.cat(rows)

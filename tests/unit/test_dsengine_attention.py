@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dsengine import attention
 from dsengine.architecture import AttentionRule
-from dsengine.attention import DecodeAttention, PrefillAttention, _group_rows
+from dsengine.attention import PagedAttention, _group_rows
 from dsengine.pool import KvPool
+from dsengine.span import Span
 from dskv.layout import KvLayout
 
 HEADS, KV_HEADS, DIM, SIZE = 6, 2, 8, 4
@@ -69,11 +70,21 @@ def poisoned_pool(lengths: list[int]) -> KvPool:
     return pool
 
 
+def whole(pool: KvPool, lengths: list[int], blocks: list[list[int]]) -> PagedAttention:
+    """A step of whole prompts."""
+    return PagedAttention(pool, [Span(range(length), 0, row) for length, row in zip(lengths, blocks, strict=True)])
+
+
+def single(pool: KvPool, positions: list[int], blocks: list[list[int]]) -> PagedAttention:
+    """A step of one token for each sequence."""
+    return PagedAttention(pool, [Span([at], at, row) for at, row in zip(positions, blocks, strict=True)])
+
+
 @given(st.lists(st.integers(1, 13), min_size=1, max_size=4))
 def test_prefill_sees_each_sequence_alone(lengths: list[int]) -> None:
     pool = poisoned_pool(lengths)
     q, kv = random_step(sum(lengths), 1)
-    got = PrefillAttention(pool, lengths, blocks_for(lengths))(1, q, kv)
+    got = whole(pool, lengths, blocks_for(lengths))(1, q, kv)
     start = 0
     for length in lengths:
         part = slice(start, start + length)
@@ -88,14 +99,14 @@ def test_decode_continues_what_prefill_wrote(shapes: list[tuple[int, int]]) -> N
     pool, blocks = poisoned_pool(lengths), blocks_for(lengths)
     data = [random_step(length, seed) for seed, length in enumerate(lengths)]
     layer = 1
-    PrefillAttention(pool, prompts, blocks)(
+    whole(pool, prompts, blocks)(
         layer,
         torch.cat([q[:n] for (q, _), n in zip(data, prompts, strict=True)]),
         torch.cat([kv[:n] for (_, kv), n in zip(data, prompts, strict=True)]),
     )
     for step in range(steps):
         positions = [prompt + step for prompt in prompts]
-        got = DecodeAttention(pool, positions, blocks)(
+        got = single(pool, positions, blocks)(
             layer,
             torch.stack([q[at] for (q, _), at in zip(data, positions, strict=True)]),
             torch.stack([kv[at] for (_, kv), at in zip(data, positions, strict=True)]),
@@ -111,10 +122,10 @@ def test_bytes_behind_the_last_token_are_zero(length: int) -> None:
     pool = poisoned_pool([length + 1])
     blocks = blocks_for([length + 1])
     q, kv = random_step(length + 1, 3)
-    prefill = PrefillAttention(pool, [length], blocks)
+    prefill = whole(pool, [length], blocks)
     for layer in range(LAYOUT.layers):
         prefill(layer, q[:length], kv[:length])
-    decode = DecodeAttention(pool, [length], blocks)
+    decode = single(pool, [length], blocks)
     for layer in range(LAYOUT.layers):
         decode(layer, q[length:], kv[length:])
     shape = (-1, LAYOUT.layers, 2, KV_HEADS, SIZE, DIM)
@@ -129,8 +140,8 @@ def test_sequences_of_very_different_lengths() -> None:
     data = [random_step(length, seed) for seed, length in enumerate(lengths)]
     for (q, kv), length, row in zip(data, lengths, blocks, strict=True):
         if length > 1:
-            PrefillAttention(pool, [length - 1], [row])(0, q[:-1], kv[:-1])
-    got = DecodeAttention(pool, [length - 1 for length in lengths], blocks)(
+            whole(pool, [length - 1], [row])(0, q[:-1], kv[:-1])
+    got = single(pool, [length - 1 for length in lengths], blocks)(
         0, torch.stack([q[-1] for q, _ in data]), torch.stack([kv[-1] for _, kv in data])
     )
     want = torch.stack([expected(q, kv)[-1] for q, kv in data])
@@ -156,12 +167,12 @@ def test_every_rule(lengths: list[int], rule: AttentionRule, queries: int) -> No
     data = [random_step(length, seed) for seed, length in enumerate(lengths)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "_QUERIES", queries)
-        got = PrefillAttention(pool, [length - 1 for length in lengths], blocks)(
+        got = whole(pool, [length - 1 for length in lengths], blocks)(
             1, torch.cat([q[:-1] for q, _ in data]), torch.cat([kv[:-1] for _, kv in data]), rule
         )
     want = [expected(q, kv, rule) for q, kv in data]
     torch.testing.assert_close(got, torch.cat([out[:-1] for out in want]), rtol=1e-4, atol=1e-5)
-    last = DecodeAttention(pool, [length - 1 for length in lengths], blocks)(
+    last = single(pool, [length - 1 for length in lengths], blocks)(
         1, torch.stack([q[-1] for q, _ in data]), torch.stack([kv[-1] for _, kv in data]), rule
     )
     torch.testing.assert_close(last, torch.stack([out[-1] for out in want]), rtol=1e-4, atol=1e-5)
@@ -171,10 +182,8 @@ def test_layers_with_and_without_a_window_share_a_step() -> None:
     lengths, rules = [30, 11], (AttentionRule(window=6), PLAIN, AttentionRule(window=9))
     pool, blocks = poisoned_pool(lengths), blocks_for(lengths)
     data = [random_step(length, seed) for seed, length in enumerate(lengths)]
-    PrefillAttention(pool, [29, 10], blocks)(
-        0, torch.cat([q[:-1] for q, _ in data]), torch.cat([kv[:-1] for _, kv in data])
-    )
-    step = DecodeAttention(pool, [29, 10], blocks)
+    whole(pool, [29, 10], blocks)(0, torch.cat([q[:-1] for q, _ in data]), torch.cat([kv[:-1] for _, kv in data]))
+    step = single(pool, [29, 10], blocks)
     for rule in rules:
         got = step(0, torch.stack([q[-1] for q, _ in data]), torch.stack([kv[-1] for _, kv in data]), rule)
         want = torch.stack([expected(q, kv, rule)[-1] for q, kv in data])
@@ -184,8 +193,35 @@ def test_layers_with_and_without_a_window_share_a_step() -> None:
 def test_blocks_that_a_window_does_not_reach_are_not_read() -> None:
     pool, (blocks,) = poisoned_pool([30]), blocks_for([30])
     q, kv = random_step(30, 5)
-    PrefillAttention(pool, [29], [blocks])(0, q[:-1], kv[:-1])
+    whole(pool, [29], [blocks])(0, q[:-1], kv[:-1])
     pool._blocks[blocks[: (30 - 6) // SIZE]] = math.nan
     rule = AttentionRule(window=6)
-    got = DecodeAttention(pool, [29], [blocks])(0, q[-1:], kv[-1:], rule)
+    got = single(pool, [29], [blocks])(0, q[-1:], kv[-1:], rule)
     torch.testing.assert_close(got, expected(q, kv, rule)[-1:], rtol=1e-4, atol=1e-5)
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=4),
+    RULES,
+    st.sampled_from([1, 3, 256]),
+)
+def test_any_mix_of_whole_prompts_chunks_and_single_tokens(
+    pieces: list[list[int]], rule: AttentionRule, queries: int
+) -> None:
+    lengths = [sum(sizes) for sizes in pieces]
+    pool, blocks = poisoned_pool(lengths), blocks_for(lengths)
+    data = [random_step(length, seed) for seed, length in enumerate(lengths)]
+    at = [0] * len(pieces)
+    while any(sizes for sizes in pieces):
+        moving = [row for row, sizes in enumerate(pieces) if sizes]
+        parts = {row: slice(at[row], at[row] + pieces[row].pop(0)) for row in moving}
+        spans = [Span(range(part.stop - part.start), part.start, blocks[row]) for row, part in parts.items()]
+        q, kv = (torch.cat([data[row][i][part] for row, part in parts.items()]) for i in (0, 1))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "_QUERIES", queries)
+            got = PagedAttention(pool, spans)(1, q, kv, rule)
+        seen = {row: [x[: part.stop] for x in data[row]] for row, part in parts.items()}
+        want = [expected(seen[row][0], seen[row][1], rule)[part] for row, part in parts.items()]
+        torch.testing.assert_close(got, torch.cat(want), rtol=1e-4, atol=1e-5)
+        for row, part in parts.items():
+            at[row] = part.stop

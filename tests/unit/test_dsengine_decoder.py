@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsengine.attention import DecodeAttention, PrefillAttention
+from dsengine.attention import PagedAttention
 from dsengine.decoder import Decoder
 from dsengine.families import load_architecture
 from dsengine.parts import Parts
 from dsengine.pool import KvPool
 from dsengine.rope import RopeTable
+from dsengine.span import Span
 from dsengine.weights import Checkpoint
 from dskv.layout import KvLayout
 from dswire.errors import UnsupportedModel
@@ -50,7 +51,7 @@ def load(model_dir: Path, dtype: torch.dtype = torch.float32) -> tuple[Decoder, 
 
 
 def prefill_logits(llama: Decoder, pool: KvPool, tokens: list[int]) -> torch.Tensor:
-    attention = PrefillAttention(pool, [len(tokens)], [list(range(16))])
+    attention = PagedAttention(pool, [Span(tokens, 0, range(16))])
     with torch.inference_mode():
         return llama.logits(llama.forward(torch.tensor(tokens), torch.arange(len(tokens)), attention))
 
@@ -62,7 +63,7 @@ def test_logits_equal_transformers(tmp_path: Path, variant: dict[str, Any]) -> N
     want = Reference(tmp_path).logits(tokens)
     torch.testing.assert_close(prefill_logits(llama, pool, tokens), want, rtol=0, atol=1e-4)
     for position in range(15, 50):
-        attention = DecodeAttention(pool, [position], [list(range(16))])
+        attention = PagedAttention(pool, [Span(tokens[position : position + 1], position, range(16))])
         with torch.inference_mode():
             hidden = llama.forward(torch.tensor([tokens[position]]), torch.tensor([position]), attention)
             got = llama.logits(hidden)

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from dsengine.families import load_architecture
 from dsengine.native import build, library, structs
-from dsengine.native.decoder import NativeDecoder, RawLinear, Span, obstacle
+from dsengine.native.decoder import NativeDecoder, RawLinear, obstacle
 from dsengine.parts import Parts
 from dsengine.pool import DTYPES, KvPool
 from dsengine.runner import Engine
+from dsengine.span import Span
 from dsengine.weights import Checkpoint
 from dskv.layout import KvLayout
 from dswire.errors import EngineFailed

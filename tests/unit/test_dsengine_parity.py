@@ -48,10 +48,10 @@ def engine(model_dir: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
     made.close()
 
 
-@pytest.mark.parametrize("prefilled", [50, 15])
-def test_logits(engine: Engine, reference: Reference, prefilled: int) -> None:
+@pytest.mark.parametrize("chunks", [(50,), (15,), (7, 9, 2, 30)], ids=["whole", "token by token", "chunks"])
+def test_logits(engine: Engine, reference: Reference, chunks: tuple[int, ...]) -> None:
     tokens = prompt_of(50)
-    got, want = logits_of(engine, tokens, prefilled), reference.logits(tokens)
+    got, want = logits_of(engine, tokens, *chunks), reference.logits(tokens)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
     assert float(want.std()) > 0.1  # otherwise everything would be near everything
 

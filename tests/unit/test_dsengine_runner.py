@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsengine.runner import DecodeItem, Engine, PrefillItem
+from dsengine.runner import Engine, StepItem
 from dskv.segment import Segment
 from dswire.errors import EngineFailed, ModelNotFound, OutOfMemory, UnsupportedModel
 from dswire.messages.client import Sampling
@@ -142,9 +142,9 @@ def test_kv_pulled_into_another_engine_continues_there(model_dir: Path, tmp_path
     assert target.pool.segment.checksum(moved) == with_kv.checksum(run.blocks[0])
     with_kv.close()
     token = run.tokens(0)[0]
-    there = target.decode([DecodeItem(token, 37, moved, target.sampler(MIXED[0], prompt, [token]))])
+    there = target.step([StepItem([token], 37, moved, target.sampler(MIXED[0], prompt, [token]))])
     run.decode([0])
-    assert there[0].token == run.tokens(0)[1]
+    assert there == [run.outputs[0][1]]
     source.close()
     target.close()
     assert list(tmp_path.iterdir()) == []
@@ -179,42 +179,52 @@ def test_broken_numbers_of_one_sequence_stay_with_it(engine: Engine) -> None:
 
 
 def test_an_empty_batch_is_no_work(engine: Engine) -> None:
-    assert engine.prefill([]) == []
-    assert engine.decode([]) == []
+    assert engine.step([]) == []
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
+def test_steps_mix_chunks_and_single_tokens(model_dir: Path, kernels: bool) -> None:
+    engine = Engine(engine_config(model_dir, kernels=kernels))
+    prompts = [prompt_of(length) for length in (40, 3, 100)]
+    expected = generate(engine, prompts, 8, MIXED[:3])
+    run = Run(engine)
+    run.prefill(prompts[:2], MIXED[:2])
+    blocks, sampler = list(range(40, 50)), engine.sampler(MIXED[2], prompts[2], [])
+    chunks = [(0, 16), (16, 49), (49, 50), (50, 99)]
+    for start, end in chunks:
+        mixed = [StepItem(prompts[2][start:end], start, blocks, None), *run.items([0, 1])]
+        nothing, *drawn = engine.step(mixed)
+        assert nothing is None
+        run.take([0, 1], drawn)
+    first = engine.step([*run.items([1, 0]), StepItem(prompts[2][99:], 99, blocks, sampler)])
+    run.take([1, 0], first[:2])
+    assert first[2] is not None
+    assert first[2].token == expected[2][0]
+    assert [run.tokens(row) for row in (0, 1)] == [tokens[:6] for tokens in expected[:2]]
+    assert engine.step([StepItem(prompts[2][:9], 0, blocks, None)]) == [None]
 
 
 @pytest.mark.parametrize(
-    ("tokens", "blocks", "words"),
+    ("tokens", "start", "blocks", "words"),
     [
-        ([], [0], "0 tokens came"),
-        ([5] * 257, list(range(17)), "257 tokens came"),
-        ([5, VOCAB], [0], "vocabulary"),
-        ([5, -1], [0], "vocabulary"),
-        ([5] * 33, [0, 1], "33 tokens need 3 blocks, 2 came"),
-        ([5], [64], "pool of 64"),
-        ([5], [-1], "pool of 64"),
+        ([], 0, [0], "0 tokens from position 0"),
+        ([5] * 257, 0, list(range(17)), "257 tokens from"),
+        ([5, VOCAB], 0, [0], "vocabulary"),
+        ([5, -1], 0, [0], "vocabulary"),
+        ([5] * 33, 0, [0, 1], "33 tokens need 3 blocks, 2 came"),
+        ([5], 0, [64], "pool of 64"),
+        ([5], 0, [-1], "pool of 64"),
+        ([5], 16, [0], "17 tokens need 2 blocks, 1 came"),
+        ([5], 256, list(range(17)), "1 tokens from position 256"),
+        ([5], -1, [0], "position -1"),
     ],
 )
-def test_prefill_refuses(engine: Engine, tokens: list[int], blocks: list[int], words: str) -> None:
-    good = PrefillItem([5], [63], engine.sampler(GREEDY, [5], []))
+def test_a_step_refuses(engine: Engine, tokens: list[int], start: int, blocks: list[int], words: str) -> None:
+    good = StepItem([5], 0, [63], engine.sampler(GREEDY, [5], []))
     with pytest.raises(EngineFailed, match=words):
-        engine.prefill([good, PrefillItem(tokens, blocks, engine.sampler(GREEDY, tokens, []))])
+        engine.step([good, StepItem(tokens, start, blocks, engine.sampler(GREEDY, tokens, []))])
+    assert good.sampler is not None
     assert good.sampler.position == 0
-
-
-@pytest.mark.parametrize(
-    ("token", "position", "blocks", "words"),
-    [
-        (VOCAB, 3, [0], "vocabulary"),
-        (5, 16, [0], "17 tokens need 2 blocks, 1 came"),
-        (5, 256, list(range(17)), "257 tokens came"),
-        (5, -1, [0], "0 tokens came"),
-        (5, 3, [64], "pool of 64"),
-    ],
-)
-def test_decode_refuses(engine: Engine, token: int, position: int, blocks: list[int], words: str) -> None:
-    with pytest.raises(EngineFailed, match=words):
-        engine.decode([DecodeItem(token, position, blocks, engine.sampler(GREEDY, [5], []))])
 
 
 @pytest.mark.parametrize(

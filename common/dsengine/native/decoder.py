@@ -29,19 +29,9 @@ from dsengine.parts import Parts
 from dsengine.pool import KvPool
 from dsengine.rope import inverse_frequencies
 from dsengine.rope_settings import Rope
+from dsengine.span import Span
 
 _ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "gelu", "relu", "quick_gelu")
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Consecutive tokens of one sequence."""
-
-    tokens: Sequence[int]
-    #: position of the first; the KV of all positions before it lies in ``blocks``
-    start: int
-    #: hold ``start + len(tokens)`` tokens or more
-    blocks: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
