@@ -10,7 +10,11 @@ import click
 from dswire.errors import DsError
 
 #: name -> module:attribute
-COMMANDS = {"engine": "dsbench.engine:command", "kv": "dsbench.kv:command"}
+COMMANDS = {
+    "serve": "dsbench.serve:command",
+    "engine": "dsbench.engine:command",
+    "kv": "dsbench.kv:command",
+}
 
 
 class _Commands(click.Group):
@@ -38,7 +42,7 @@ def main() -> None:
         cli()
     except DsError as error:
         click.secho(str(error), fg="red", err=True)
-        sys.exit(1)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":
