@@ -26,7 +26,7 @@ def interval(values: Sequence[T], figure: Callable[[Sequence[T]], float], seed: 
     count = len(values)
     if count < 2:
         return Estimate(figure(values), -math.inf, math.inf)
-    length = math.ceil(count ** (1 / 3))
+    length = min(count, math.ceil(2 * count ** (1 / 3)))
     random = Random(seed)
     drawn = sorted(figure(_resample(values, length, random)) for _ in range(DRAWS))
     tail = (1 - COVERAGE) / 2

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from dsbench.bootstrap import interval, percentile, share
 from dssim.records import Record
-from dssim.statistics import Estimate
+from dssim.statistics import Estimate, wilson
 from dssim.workload import Arrival
 from dstopology.resolved import Slo
 from dswire.errors import BadInput
@@ -68,14 +68,20 @@ def serve_figures(
         offered_per_s=offered_per_s,
         requests_per_s=len(good) / span_s,
         tokens_per_s=sum(one.output_tokens for one in good) / span_s,
-        attainment=interval([a and b for a, b in zip(ttft, tpot, strict=True)], share),
-        ttft_attainment=interval(ttft, share),
-        tpot_attainment=interval(tpot, share),
+        attainment=_share([a and b for a, b in zip(ttft, tpot, strict=True)]),
+        ttft_attainment=_share(ttft),
+        tpot_attainment=_share(tpot),
         ttft_s=_percentiles([one.ttft_s for one in good]),
         tpot_s=_percentiles([one.tpot_s for one in good if one.output_tokens > 1]),
         total_s=_percentiles([one.total_s for one in good]),
         late_s=late_s,
     )
+
+
+def _share(hits: Sequence[bool]) -> Estimate:
+    """The wider of two intervals: resampling cannot know of misses where none was seen, and Wilson's can."""
+    ours, theirs = interval(hits, share), wilson(sum(hits), len(hits))
+    return Estimate(ours.value, min(max(ours.low, 0.0), theirs.low), max(min(ours.high, 1.0), theirs.high))
 
 
 def _percentiles(values: Sequence[float]) -> dict[int, Estimate]:

@@ -41,8 +41,9 @@ ALIASES = {
         "out_tokens",
         "max_new_tokens",
     ),
-    "hashes": ("hash_ids",),
 }
+#: column of the hashes of a prompt's blocks, in the rows that have them
+HASHED = "hash_ids"
 #: endings of the files that can be read
 SUFFIXES = (".csv", ".jsonl", ".csv.gz", ".jsonl.gz")
 #: requests of one file
@@ -114,7 +115,7 @@ def _arrivals(path: Path, rows: Iterator[tuple[int, Row]]) -> tuple[list[Arrival
         if names.get("at_s") not in (DATED, STAMPED) and made and at_s < made[-1].at_s:
             where = f"{path}:{number}: column {names['at_s']}"
             raise BadInput(f"{where}: {at_s:g} comes before the row above it", remedy="sort the rows by arrival")
-        made.append(Arrival(at_s, prompt, output, _hashes(path, number, row, names, prompt)))
+        made.append(Arrival(at_s, prompt, output, _hashes(path, number, row, prompt)))
     if not made:
         raise BadInput(f"{path} has no requests")
     if names.get("at_s") in (DATED, STAMPED):
@@ -158,7 +159,7 @@ def _columns(path: Path, number: int, row: Row) -> dict[str, str]:
 
 def _arrival(path: Path, number: int, row: Row, column: str) -> float:
     if column == STAMPED:
-        unit_s = 1e-3 if isinstance(row.get("hash_ids"), list) else 1.0
+        unit_s = 1e-3 if isinstance(row.get(HASHED), list) else 1.0
         return amount(path, number, row, column, 0.0) * unit_s
     if column != DATED:
         return amount(path, number, row, column, 0.0)
@@ -169,14 +170,14 @@ def _arrival(path: Path, number: int, row: Row, column: str) -> float:
         raise BadInput(f"{path}:{number}: column {column}: {row.get(column)!r} is no date and time") from error
 
 
-def _hashes(path: Path, number: int, row: Row, names: Mapping[str, str], prompt: int) -> tuple[int, ...]:
+def _hashes(path: Path, number: int, row: Row, prompt: int) -> tuple[int, ...]:
     """Hashes of blocks of one size; RAGPulse's are of pieces of any size, and left out."""
-    found = row.get(names.get("hashes", ""))
+    found = row.get(HASHED)
     if not isinstance(found, list):
         return ()
     wanted = -(-prompt // HASHED_TOKENS)
     if len(found) != wanted or not all(type(one) is int for one in found):
-        where = f"{path}:{number}: column {names['hashes']}"
+        where = f"{path}:{number}: column {HASHED}"
         raise BadInput(f"{where}: {wanted} whole numbers are wanted for {prompt} tokens, {len(found)} things came")
     return tuple(found)
 
