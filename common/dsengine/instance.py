@@ -18,7 +18,9 @@ from dsengine.runner import Engine
 from dsengine.sampler import Sampled
 from dsengine.store import resolve
 from dskv.layout import KvLayout
+from dskv.memory import RankPools
 from dskv.segment import Segment
+from dskv.shards import KvShard, shards
 from dstopology.resolved import Instance, Topology
 from dstopology.wiring import model_identity
 from dswire.errors import DsError, ErrorInfo, OutOfMemory, StartFailed
@@ -66,6 +68,16 @@ class RunningInstance:
         if segment is None:
             raise StartFailed("the KV pool of this device cannot be handed over yet", remedy="place it on cpu:N")
         return segment
+
+    @property
+    def shards(self) -> tuple[KvShard, ...]:
+        """The pools of all ranks."""
+        return shards(self.engine.pool.layout, 1, 1, [str(self.segment.path)])
+
+    @property
+    def pools(self) -> RankPools:
+        """The same, mapped into this process."""
+        return RankPools.of(self.engine.pool.layout, self.segment)
 
     @property
     def capacity(self) -> Capacity:

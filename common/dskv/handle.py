@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from dskv.layout import KvLayout
+from dskv.shards import KvShard
 
 
 class KvKey(msgspec.Struct, frozen=True, array_like=True):
@@ -27,16 +28,17 @@ class KvHandle(msgspec.Struct, frozen=True):
     owner: str
     #: node of the owner; its relay keeps the handle's life cycle
     node: str
+    #: of the whole model; each shard has its part of the layers and heads
     layout: KvLayout
     #: tokens whose KV is in the blocks; the last block may be partly filled
     tokens: int
     #: blocks of the owner's pool, in token order; ``len(blocks) == layout.blocks_for(tokens)``
     blocks: tuple[int, ...]
-    #: file of the owner's pool, for those who can map it
-    segment: str
-    #: blocks in the owner's pool
+    #: the pools of the owner's ranks, which together hold every layer and head
+    shards: tuple[KvShard, ...]
+    #: blocks in each of these pools
     segment_blocks: int
-    #: xxh3_64 over the bytes of ``blocks`` in order
+    #: xxh3_64 over the bytes of ``blocks`` in order, each as if one pool held the whole model
     checksum: int
 
     @property

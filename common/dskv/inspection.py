@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 from dskv.handle import KvHandle
 from dskv.layout import ITEM_NBYTES
 from dswire.errors import ProtocolError
 
 #: the largest KV of one sequence that is believed, in bytes
 MAX_HANDLE_NBYTES = 1 << 40
+#: the most ranks of an instance that are believed
+MAX_SHARDS = 256
 
 
 def inspect(handle: KvHandle) -> None:
@@ -23,5 +27,23 @@ def inspect(handle: KvHandle) -> None:
             f"handle {handle.key}: {len(handle.blocks)} blocks of {layout.block_size} tokens are not what "
             f"{handle.tokens} tokens take"
         )
+    _inspect_shards(handle)
     if min(handle.blocks) < 0 or max(handle.blocks) >= handle.segment_blocks:
         raise ProtocolError(f"handle {handle.key}: names blocks outside a pool of {handle.segment_blocks}")
+
+
+def _inspect_shards(handle: KvHandle) -> None:
+    """Together they hold every layer and head."""
+    layout = handle.layout
+    if len(handle.shards) > MAX_SHARDS:
+        raise ProtocolError(f"handle {handle.key}: {len(handle.shards)} shards, {MAX_SHARDS} are believed")
+    held = set()
+    for shard in handle.shards:
+        inside = 0 <= shard.first_layer < shard.end_layer <= layout.layers
+        if not inside or not 0 <= shard.first_head < shard.end_head <= layout.kv_heads:
+            raise ProtocolError(f"handle {handle.key}: {shard.segment} holds layers or heads that are none")
+        held.add((shard.first_layer, shard.end_layer, shard.first_head, shard.end_head))
+    area = sum((end - first) * (last - head) for first, end, head, last in held)
+    twice = any(a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3] for a, b in combinations(held, 2))
+    if twice or area != layout.layers * layout.kv_heads:
+        raise ProtocolError(f"handle {handle.key}: its shards are not all layers and heads, each once")

@@ -1,7 +1,9 @@
 """The decode side of a hand-off: bytes into the own pool's blocks, and the proof that they are the right ones.
 
-Invariant: the checksum is computed over what lies in the own blocks, in token order, each block exactly once;
-so :meth:`Receiver.verify` vouches for the memory that the model will read, not for what was on the way.
+Invariant: the checksum is computed over what lies in the own blocks, in token order, each token exactly once;
+so :meth:`Receiver.verify` vouches for the memory that the model will read, not for what was on the way. Where the
+owner shares the model out otherwise, or has blocks of another size, the KV is put together again from the own
+blocks as it lies in the owner's, whose bytes behind the last token are zero.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from collections.abc import Sequence
 import xxhash
 
 from dskv.handle import KvHandle
-from dskv.segment import Segment
+from dskv.memory import CanonicalBlocks, KvMemory, RankPools, copy
+from dskv.reshard import difference
 from dswire.errors import KvCorrupt, TransferFailed
 from dswire.messages.kv import Chunk
 
@@ -19,39 +22,44 @@ from dswire.messages.kv import Chunk
 class Receiver:
     """Receives the KV of one handle. Its methods block for the time of a copy: call them in a worker thread."""
 
-    def __init__(self, handle: KvHandle, pool: Segment, own_blocks: Sequence[int]) -> None:
-        """``own_blocks``: blocks of ``pool``; the first ones, as many as the handle has, are written.
+    def __init__(self, handle: KvHandle, pool: RankPools, own_blocks: Sequence[int]) -> None:
+        """``own_blocks``: blocks of ``pool``; the first ones, as many as the tokens take, are written.
 
-        Raises :class:`KvCorrupt` when they are too few, or blocks of another size.
+        Raises :class:`KvCorrupt` when they are too few, or the KV is not one that the pool can hold.
         """
-        if handle.layout.block_nbytes != pool.slot_nbytes:
-            raise KvCorrupt(
-                f"{handle.key}: blocks of {handle.layout.block_nbytes} bytes do not fit a pool whose blocks have "
-                f"{pool.slot_nbytes} bytes"
-            )
-        if len(own_blocks) < len(handle.blocks):
-            raise KvCorrupt(f"{handle.key}: has {len(handle.blocks)} blocks, {len(own_blocks)} were reserved")
+        own = pool.placement.layout
+        error = difference(handle.layout, own)
+        if error is not None:
+            raise KvCorrupt(f"{handle.key}: does not fit the pool: {error.message}")
+        needed = own.blocks_for(handle.tokens)
+        if len(own_blocks) < needed:
+            raise KvCorrupt(f"{handle.key}: takes {needed} blocks, {len(own_blocks)} were reserved")
         self.handle = handle
-        #: blocks that have arrived
+        #: blocks of the owner that have arrived
         self.taken = 0
         self._pool = pool
-        self._own = tuple(own_blocks[: len(handle.blocks)])
+        self._own = tuple(own_blocks[:needed])
+        #: the pool, where the owner's blocks can be had as they are
+        self._alike = pool.single if handle.layout == own else None
         self._digest = xxhash.xxh3_64()
         self._next = 0
 
     @property
     def complete(self) -> bool:
         """Whether every block has arrived."""
-        return self.taken == len(self._own)
+        return self.taken == len(self.handle.blocks)
 
-    def copy_direct(self, source: Segment) -> None:
-        """Copy everything straight from the owner's mapped pool. Raises :class:`TransferFailed`."""
+    def copy_direct(self, source: RankPools) -> None:
+        """Copy everything straight from the owner's mapped pools. Raises :class:`TransferFailed`."""
         if self.taken:
             raise TransferFailed(f"{self.handle.key}: a part of it has come by another way already")
+        if self._alike is None or source.single is None:
+            self._copy(source, self.handle.blocks, 0, len(self.handle.blocks))
+            return
         for theirs, mine in zip(self.handle.blocks, self._own, strict=True):
-            self._pool.copy_from(source, [(theirs, mine)])
+            self._alike.copy_from(source.single, [(theirs, mine)])
             # a block is summed while the processor's caches still hold it: memory is read once, not twice
-            self._digest.update(self._pool.slot(mine))
+            self._digest.update(self._alike.slot(mine))
         self.taken = len(self._own)
 
     def take(self, chunk: Chunk, data: memoryview) -> None:
@@ -61,24 +69,41 @@ class Receiver:
                 f"{self.handle.key}: chunk {chunk.index} at block {chunk.first} came where chunk {self._next} at "
                 f"block {self.taken} is due"
             )
-        size = self._pool.slot_nbytes
-        blocks = self._own[chunk.first : chunk.first + chunk.count]
-        if len(blocks) != chunk.count or len(data) < chunk.count * size:
+        size = self.handle.layout.block_nbytes
+        if chunk.first + chunk.count > len(self.handle.blocks) or len(data) < chunk.count * size:
             raise TransferFailed(f"{self.handle.key}: chunk {chunk.index} has not the size that it tells")
-        for place, block in enumerate(blocks):
-            target = self._pool.slot(block)
-            target[:] = data[place * size : (place + 1) * size]
-            self._digest.update(target)
-        self.taken += chunk.count
+        if self._alike is None:
+            # the chunk's first block is number 0 of its bytes
+            numbers = range(-chunk.first, len(self.handle.blocks) - chunk.first)
+            self._copy(CanonicalBlocks(self.handle.layout, data), numbers, chunk.first, chunk.count)
+        else:
+            for place, block in enumerate(self._own[chunk.first : chunk.first + chunk.count]):
+                target = self._alike.slot(block)
+                target[:] = data[place * size : (place + 1) * size]
+                self._digest.update(target)
+            self.taken += chunk.count
         self._next += 1
 
     def verify(self) -> None:
         """Vouch for the blocks. Raises :class:`TransferFailed` when some are missing, else :class:`KvCorrupt`."""
         if not self.complete:
-            raise TransferFailed(f"{self.handle.key}: {self.taken} of {len(self._own)} blocks have come")
+            raise TransferFailed(f"{self.handle.key}: {self.taken} of {len(self.handle.blocks)} blocks have come")
         found = self._digest.intdigest()
         if found != self.handle.checksum:
             raise KvCorrupt(
                 f"{self.handle.key}: the KV from {self.handle.owner} has checksum {found:016x}, "
                 f"{self.handle.checksum:016x} was announced"
             )
+
+    def _copy(self, source: KvMemory, numbers: Sequence[int], first: int, count: int) -> None:
+        """Copy ``count`` of the owner's blocks, and sum what lies in the own ones."""
+        if not self.taken:
+            self._pool.clear(self._own)
+        size, scratch = self.handle.layout.block_size, CanonicalBlocks.scratch(self.handle.layout)
+        for at in range(first, first + count):
+            low, high = at * size, min((at + 1) * size, self.handle.tokens)
+            copy(source, numbers, self._pool, self._own, low, high)
+            scratch.clear()
+            copy(self._pool, self._own, scratch, range(-at, 1), low, high)
+            self._digest.update(scratch.data)
+        self.taken += count

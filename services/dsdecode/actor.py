@@ -25,6 +25,7 @@ from dsengine.instance import RunningInstance, logprobs, run_each
 from dsengine.runner import StepItem
 from dsengine.sampler import Sampled, SamplerState
 from dskv.handle import KvHandle, KvKey
+from dskv.memory import RankPools
 from dskv.receive import Receiver
 from dskv.segment import SegmentCache
 from dstopology.resolved import Topology
@@ -105,7 +106,7 @@ class DecodeActor(Actor):
         handle = action.handle
 
         def run() -> None:
-            source = self._mapped.get(Path(handle.segment), handle.segment_blocks, handle.layout.block_nbytes)
+            source = RankPools.map(handle.layout, handle.shards, handle.segment_blocks, self._mapped)
             receiver = self._receive(handle, action.blocks)
             receiver.copy_direct(source)
             receiver.verify()
@@ -132,8 +133,7 @@ class DecodeActor(Actor):
         return CopyEnded(self.now(), handle.key, action.chunk, action.last, error)
 
     def _receive(self, handle: KvHandle, blocks: tuple[int, ...]) -> Receiver:
-        # one block more may be taken already, for the first step
-        return Receiver(handle, self._running.segment, blocks[: len(handle.blocks)])
+        return Receiver(handle, self._running.pools, blocks)
 
 
 def _error_of(run: Callable[[], None]) -> ErrorInfo | None:

@@ -100,7 +100,7 @@ class PrefillActor(Actor):
         return PrefillStepped(now, tokens, now - began, failed)
 
     async def _seal(self, action: Seal) -> Sealed:
-        checksum = await self._running.copy(lambda: self._running.segment.checksum(action.blocks))
+        checksum = await self._running.copy(lambda: self._running.pools.checksum(action.blocks))
         return Sealed(self.now(), action.key, checksum)
 
     async def _stage(self, action: StageChunk) -> Staged | None:
@@ -112,7 +112,7 @@ class PrefillActor(Actor):
             try:
                 path = Path(welcome.staging)
                 staging = self._mapped.get(path, welcome.slots, welcome.slot_nbytes, writable=True)
-                stage(self._running.segment, action.handle, action.chunk, staging.slot(action.slot))
+                stage(self._running.pools, action.handle, action.chunk, staging.slot(action.slot))
             except TransferFailed:
                 # the relay was restarted; it will ask again, or its transfer runs into its deadline
                 return False
@@ -133,7 +133,7 @@ async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> 
         model=running.model,
         capacity=running.capacity,
         eos_ids=running.engine.model.eos_ids,
-        segment=str(running.segment.path),
+        shards=running.shards,
         max_queue=instance.max_queue,
         max_batch=instance.max_batch,
         target_tokens=instance.max_batch_tokens,

@@ -23,6 +23,7 @@ from typing import TypeAlias
 import msgspec
 
 from dskv.handle import KvHandle, KvKey
+from dskv.shards import KvShard
 from dsprefill.events import (
     End,
     FirstToken,
@@ -80,8 +81,8 @@ class PrefillConfig:
     model: worker.ModelIdentity
     capacity: worker.Capacity
     eos_ids: frozenset[int]
-    #: file of the pool, as the handle tells it
-    segment: str
+    #: the pools of its ranks, as the handle tells them
+    shards: tuple[KvShard, ...]
     #: sequences that wait
     max_queue: int
     #: sequences of one step
@@ -305,7 +306,7 @@ class PrefillState:
             layout=config.capacity.layout,
             tokens=one.length,
             blocks=one.blocks,
-            segment=config.segment,
+            shards=config.shards,
             segment_blocks=config.capacity.blocks,
             checksum=checksum,
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from dsdecode.state import DecodeConfig, DecodeState
+from dskv.shards import shards
 from dsprefill.state import PrefillConfig, PrefillState
 from dsrelay.state import RelayConfig, RelayState
 from dsrouter.config import RouterConfig
@@ -253,7 +254,7 @@ class Cluster:
             model=self.shape.models.get(name, MODEL),
             capacity=worker.Capacity(self.shape.prefill_blocks, LAYOUT),
             eos_ids=frozenset({EOS}),
-            segment=f"/shm/{name}/{incarnation}",
+            shards=shards(LAYOUT, 1, 1, [f"/shm/{name}/{incarnation}"]),
             max_queue=self.shape.prefill_queue,
             max_batch=self.shape.prefill_batch,
             target_tokens=self.shape.target_tokens,

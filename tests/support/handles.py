@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import msgspec
 
 from dskv.handle import KvHandle, KvKey
 from dskv.layout import KvLayout
+from dskv.memory import CanonicalBlocks, RankPools, copy
+from dskv.reshard import Placement
 from dskv.segment import Segment
+from dskv.shards import KvShard, shards
 
 #: 256 bytes a block, 4 tokens in each
 LAYOUT = KvLayout(layers=2, kv_heads=2, head_dim=4, block_size=4, dtype="float16")
+
+
+def whole(segment: str) -> tuple[KvShard, ...]:
+    """One rank's pool, which holds everything."""
+    return shards(LAYOUT, 1, 1, [segment])
 
 
 def make_handle(
@@ -27,7 +38,7 @@ def make_handle(
     """A handle whose last block is half full."""
     tokens = len(blocks) * LAYOUT.block_size - 2
     key = KvKey(sequence, epoch)
-    return KvHandle(key, owner, node, LAYOUT, tokens, tuple(blocks), segment, segment_blocks, checksum)
+    return KvHandle(key, owner, node, LAYOUT, tokens, tuple(blocks), whole(segment), segment_blocks, checksum)
 
 
 def make_pool(path: Path, blocks: int = 16, *, seed: int = 1) -> Segment:
@@ -49,3 +60,21 @@ def offered(pool: Segment, sequence: str, blocks: Sequence[int], *, owner: str, 
         segment_blocks=pool.slots,
         checksum=pool.checksum(blocks),
     )
+
+
+@contextmanager
+def ranks(stem: Path, tp: int, pp: int, block_size: int, *, tokens: int = 0) -> Iterator[RankPools]:
+    """Ten blocks on each of ``tp * pp`` ranks; the first ones hold ``tokens`` tokens, and zeros behind them."""
+    layout = msgspec.structs.replace(LAYOUT, block_size=block_size)
+    parts = shards(layout, tp, pp, [f"{stem}-{rank}.kv" for rank in range(tp * pp)])
+    with ExitStack() as stack:
+        segments = [Segment.create(Path(one.segment), 10, one.layout(layout).block_nbytes) for one in parts]
+        for segment in segments:
+            stack.callback(segment.close)
+        made = RankPools(Placement(layout, parts), segments)
+        one_token = msgspec.structs.replace(layout, block_size=1)
+        for token in range(tokens):
+            data = bytearray((token * 37 + at * 7) % 251 for at in range(one_token.block_nbytes))
+            source = CanonicalBlocks(one_token, memoryview(data))
+            copy(source, [0] * tokens, made, range(10), token, token + 1)
+        yield made

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from dskv.handle import KvHandle, KvKey
+from dskv.memory import RankPools
 from dskv.receive import Receiver
 from dskv.segment import Segment, SegmentCache
 from dskv.send import stage
@@ -113,7 +114,7 @@ class Prefill(Endpoint):
             return super().take(message)
         path = Path(self.welcome.staging)
         staging = self._mapped.get(path, self.welcome.slots, self.welcome.slot_nbytes, writable=True)
-        stage(self.pool, self.handles[message.key], message.chunk, staging.slot(message.slot))
+        stage(RankPools.of(LAYOUT, self.pool), self.handles[message.key], message.chunk, staging.slot(message.slot))
         self.send(kv.KvStaged(message.key, message.chunk))
         return True
 
@@ -134,7 +135,7 @@ class Decode(Endpoint):
 
     async def pull(self, handle: KvHandle, blocks: Sequence[int]) -> None:
         """The whole of a pull, as a decode instance does it. Raises what went wrong."""
-        receiver = Receiver(handle, self.pool, blocks)
+        receiver = Receiver(handle, RankPools.of(LAYOUT, self.pool), blocks)
         self.send(kv.KvPull(handle))
         try:
             while not receiver.complete:
@@ -152,8 +153,7 @@ class Decode(Endpoint):
         if isinstance(message, kv.KvFailed):
             raise from_info(message.error)
         if isinstance(message, kv.KvGrant):
-            source = self._mapped.get(Path(handle.segment), handle.segment_blocks, LAYOUT.block_nbytes)
-            receiver.copy_direct(source)
+            receiver.copy_direct(RankPools.map(handle.layout, handle.shards, handle.segment_blocks, self._mapped))
         else:
             staging = self._mapped.get(Path(self.welcome.staging), self.welcome.slots, self.welcome.slot_nbytes)
             receiver.take(message.chunk, staging.slot(message.slot))

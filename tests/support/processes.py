@@ -319,11 +319,11 @@ class DecodeProcess(Process):
 
     def _copy_direct(self, action: decode.CopyDirect) -> None:
         handle, memory = action.handle, self.world.memory
-        if not memory.exists(handle.segment):
-            error = TransferFailed(f"{handle.segment} is gone").info()
+        if not memory.exists(handle.shards[0].segment):
+            error = TransferFailed(f"{handle.shards[0].segment} is gone").info()
             self.copy("copy", lambda: decode.CopyEnded(self.now, handle.key, None, True, error))
             return
-        source = memory.pool(handle.segment)
+        source = memory.pool(handle.shards[0].segment)
         before = read(source, handle.blocks)
 
         def end() -> decode.CopyEnded:

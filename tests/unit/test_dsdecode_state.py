@@ -23,6 +23,7 @@ from dsdecode.sequence import Phase
 from dsdecode.state import MAX_PULLS, Action, DecodeConfig, DecodeState, Event
 from dskv.handle import KvHandle, KvKey
 from dskv.layout import KvLayout
+from dskv.shards import shards
 from dswire.errors import EngineFailed, ErrorInfo, KvCorrupt
 from dswire.machine import Received, Send, Tick
 from dswire.messages import PROTOCOL, kv, worker
@@ -71,7 +72,7 @@ class Desk:
         """Work on a prompt of ``tokens`` tokens, to which prefill made one."""
         key = KvKey(f"{name}/0", 0)
         blocks = tuple(range(layout.blocks_for(tokens)))
-        handle = KvHandle(key, "prefill-0", "n1", layout, tokens, blocks, "/pool", 64, 99)
+        handle = KvHandle(key, "prefill-0", "n1", layout, tokens, blocks, shards(layout, 1, 1, ["/pool"]), 64, 99)
         prompt = tuple(range(1, tokens + 1))
         self.say("router", worker.DecodeWork(handle, prompt, (50,), Sampling(max_tokens=max_tokens)))
         return key

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from dskv.handle import KvKey
+from dskv.shards import shards
 from dsprefill.events import End, FirstToken, PrefillStepped, Ready, RunPrefill, Seal, Sealed, StageChunk, Staged
 from dsprefill.state import Action, Event, Phase, PrefillConfig, PrefillState
 from dswire.errors import EngineFailed, ErrorInfo
@@ -21,6 +22,7 @@ MessageT = TypeVar("MessageT", bound=msgspec.Struct)
 
 MODEL = worker.ModelIdentity("tiny", "f", "float16")
 LEASE_S = 30.0
+POOL = shards(LAYOUT, 1, 1, ["/pool"])
 
 
 class Desk:
@@ -31,7 +33,7 @@ class Desk:
     ) -> None:
         capacity = worker.Capacity(blocks, LAYOUT)
         config = PrefillConfig(
-            "prefill-0", "n0", "1", MODEL, capacity, frozenset({0}), "/pool", max_queue, max_batch, target_tokens
+            "prefill-0", "n0", "1", MODEL, capacity, frozenset({0}), POOL, max_queue, max_batch, target_tokens
         )
         self.state = PrefillState(config)
         self.now = 100.0
@@ -119,7 +121,7 @@ def test_work_runs_at_once_and_its_token_is_told(desk: Desk) -> None:
     desk.feed(Sealed(desk.now, key, 99))
     (offer,), (sealed,) = desk.told("relay", kv.KvOffer), desk.told("router", worker.KvSealed)
     assert offer.handle == sealed.handle
-    assert (offer.handle.tokens, offer.handle.checksum, offer.handle.segment) == (6, 99, "/pool")
+    assert (offer.handle.tokens, offer.handle.checksum, offer.handle.shards) == (6, 99, POOL)
     desk.say("relay", kv.KvRelease(key, "pulled"))
     assert desk.state.pool.held == 0
 

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from dskv.handle import KvHandle, KvKey
+from dskv.shards import shards
 from dsrouter.config import RouterConfig
 from dsrouter.events import Stopping, Tokenize, Tokenized
 from dsrouter.state import Action, Event, RouterState
@@ -81,7 +82,7 @@ class Desk:
     def prefilled(self, key: KvKey, peer: str = "prefill-0") -> KvHandle:
         """A prefill instance makes the next token of a sequence and offers its KV."""
         self.say(peer, worker.PrefillDone(key, 7, 0.0, 0.0))
-        handle = KvHandle(key, peer, "n0", LAYOUT, 6, (0, 1), "/pool", 16, 99)
+        handle = KvHandle(key, peer, "n0", LAYOUT, 6, (0, 1), shards(LAYOUT, 1, 1, ["/pool"]), 16, 99)
         self.say(peer, worker.KvSealed(handle))
         return handle
 

@@ -8,6 +8,7 @@ from random import Random
 
 from dsdecode.state import DecodeConfig, DecodeState
 from dskv.layout import KvLayout
+from dskv.shards import shards
 from dskv.staging import halves
 from dsprefill.state import PrefillConfig, PrefillState
 from dsrelay.state import RelayConfig, RelayState
@@ -171,7 +172,7 @@ class System:
                 model=self._model,
                 capacity=capacity,
                 eos_ids=frozenset(),
-                segment=str(instance.segment),
+                shards=shards(self._layout, 1, 1, [str(instance.segment)]),
                 max_queue=instance.max_queue,
                 max_batch=instance.max_batch,
                 target_tokens=instance.max_batch_tokens,
