@@ -28,6 +28,7 @@ from dsdecode.events import (
 )
 from dsdecode.sequence import TRANSITIONS, Phase, Sequence
 from dskv.handle import KvKey
+from dskv.reshard import difference
 from dssched.batching import decode_may_admit, preemption_victims
 from dssched.blocks import BlockPool
 from dssched.finish import finish_reason
@@ -180,9 +181,7 @@ class DecodeState:
                 f"prompt and max_tokens are {longest} tokens, the KV pool of {name} has room for {room}",
                 remedy="lower max_tokens, or raise kv.memory in the topology",
             )
-        if work.handle.layout != capacity.layout:
-            return InvalidRequest(f"the KV of {work.handle.owner} is laid out differently from {name}'s")
-        return None
+        return difference(work.handle.layout, capacity.layout)
 
     # pulls
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from dskv.layout import KvLayout
+from dskv.reshard import difference
 from dssched.dispatch import Candidate, pick
 from dswire.errors import DsError, DuplicateName, ModelMismatch, Refused, VersionMismatch
 from dswire.messages import PROTOCOL
@@ -103,13 +104,13 @@ class Workers:
         if hello.role != "relay" and (hello.capacity is None or hello.capacity.blocks < 1):
             return Refused(f"{name} has no KV pool", remedy="raise kv.memory in the topology")
         layout = self.layout()
-        if layout is not None and hello.capacity is not None and hello.capacity.layout != layout:
-            remedy = "give every instance the same kv.block_size and model.dtype"
+        if layout is not None and hello.capacity is not None and difference(hello.capacity.layout, layout):
+            remedy = "give every instance the same model.dtype"
             return Refused(f"the KV layout of {name} differs from that of the others", remedy=remedy)
         return None
 
     def layout(self) -> KvLayout | None:
-        """The KV layout that all live instances share."""
+        """The KV layout that all live instances share, but for its block size."""
         return next((w.hello.capacity.layout for w in self._up.values() if w.hello.capacity is not None), None)
 
     def join(self, now: float, peer: str, hello: WorkerHello) -> Worker:

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dskv.handle import KvHandle
+from dskv.memory import RankPools
 from dskv.receive import Receiver
 from dskv.segment import Segment
 from dskv.send import plan, stage
 from dswire.errors import KvCorrupt, TransferFailed
 from dswire.messages.kv import Chunk
-from support.handles import LAYOUT, make_handle, make_pool, offered
+from support.handles import LAYOUT, make_handle, make_pool, offered, ranks
 
 SIZE = LAYOUT.block_nbytes
 BLOCKS = (5, 2, 9, 0, 7)
@@ -42,14 +43,19 @@ def handle(source: Segment) -> KvHandle:
     return offered(source, "r1/0", BLOCKS, owner="prefill-0", node="n0")
 
 
+def alone(segment: Segment) -> RankPools:
+    """An instance of one rank."""
+    return RankPools.of(LAYOUT, segment)
+
+
 def assert_arrived(source: Segment, pool: Segment) -> None:
     for theirs, mine in zip(BLOCKS, OWN, strict=True):
         assert bytes(pool.slot(mine)) == bytes(source.slot(theirs))
 
 
 def test_a_direct_copy_arrives_and_verifies(source: Segment, pool: Segment, handle: KvHandle) -> None:
-    receiver = Receiver(handle, pool, (*OWN, 11))
-    receiver.copy_direct(source)
+    receiver = Receiver(handle, alone(pool), (*OWN, 11))
+    receiver.copy_direct(alone(source))
     receiver.verify()
     assert receiver.complete
     assert_arrived(source, pool)
@@ -60,19 +66,19 @@ def test_a_direct_copy_arrives_and_verifies(source: Segment, pool: Segment, hand
 def test_staged_chunks_arrive_and_verify(
     source: Segment, pool: Segment, handle: KvHandle, slot_blocks: int
 ) -> None:
-    receiver = Receiver(handle, pool, OWN)
+    receiver = Receiver(handle, alone(pool), OWN)
     slot = memoryview(bytearray(slot_blocks * SIZE + 17))
     for chunk in plan(len(BLOCKS), SIZE, len(slot)):
-        assert stage(source, handle, chunk, slot) == chunk.count * SIZE
+        assert stage(alone(source), handle, chunk, slot) == chunk.count * SIZE
         receiver.take(chunk, slot)
     receiver.verify()
     assert_arrived(source, pool)
 
 
 def test_a_flipped_bit_is_told(source: Segment, pool: Segment, handle: KvHandle) -> None:
-    receiver = Receiver(handle, pool, OWN)
+    receiver = Receiver(handle, alone(pool), OWN)
     slot = memoryview(bytearray(5 * SIZE))
-    stage(source, handle, Chunk(0, 0, 5), slot)
+    stage(alone(source), handle, Chunk(0, 0, 5), slot)
     slot[3 * SIZE] ^= 4
     receiver.take(Chunk(0, 0, 5), slot)
     with pytest.raises(KvCorrupt, match=r"r1/0#0: the KV from prefill-0 has checksum"):
@@ -80,14 +86,14 @@ def test_a_flipped_bit_is_told(source: Segment, pool: Segment, handle: KvHandle)
 
 
 def test_missing_blocks_are_told(source: Segment, pool: Segment, handle: KvHandle) -> None:
-    receiver = Receiver(handle, pool, OWN)
+    receiver = Receiver(handle, alone(pool), OWN)
     slot = memoryview(bytearray(2 * SIZE))
-    stage(source, handle, Chunk(0, 0, 2), slot)
+    stage(alone(source), handle, Chunk(0, 0, 2), slot)
     receiver.take(Chunk(0, 0, 2), slot)
     with pytest.raises(TransferFailed, match="2 of 5 blocks"):
         receiver.verify()
     with pytest.raises(TransferFailed, match="another way"):
-        receiver.copy_direct(source)
+        receiver.copy_direct(alone(source))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +102,7 @@ def test_missing_blocks_are_told(source: Segment, pool: Segment, handle: KvHandl
     ids=["index", "gap", "empty", "negative", "too many", "more than the data"],
 )
 def test_a_wrong_chunk_changes_nothing(pool: Segment, handle: KvHandle, chunk: Chunk) -> None:
-    receiver = Receiver(handle, pool, OWN)
+    receiver = Receiver(handle, alone(pool), OWN)
     with pytest.raises(TransferFailed):
         receiver.take(chunk, memoryview(bytes(4 * SIZE)))
     assert receiver.taken == 0
@@ -104,7 +110,7 @@ def test_a_wrong_chunk_changes_nothing(pool: Segment, handle: KvHandle, chunk: C
 
 
 def test_a_duplicate_chunk_is_refused(pool: Segment, handle: KvHandle) -> None:
-    receiver = Receiver(handle, pool, OWN)
+    receiver = Receiver(handle, alone(pool), OWN)
     data = memoryview(bytes(2 * SIZE))
     receiver.take(Chunk(0, 0, 2), data)
     with pytest.raises(TransferFailed, match="chunk 0 at block 0 came where chunk 1 at block 2 is due"):
@@ -113,22 +119,63 @@ def test_a_duplicate_chunk_is_refused(pool: Segment, handle: KvHandle) -> None:
 
 def test_another_layout_or_number_of_blocks_is_refused(pool: Segment, handle: KvHandle) -> None:
     with pytest.raises(KvCorrupt, match="4 were reserved"):
-        Receiver(handle, pool, OWN[:4])
+        Receiver(handle, alone(pool), OWN[:4])
     wide = msgspec.structs.replace(handle, layout=msgspec.structs.replace(LAYOUT, dtype="float32"))
-    with pytest.raises(KvCorrupt, match="do not fit a pool"):
-        Receiver(wide, pool, OWN)
+    with pytest.raises(KvCorrupt, match="does not fit the pool"):
+        Receiver(wide, alone(pool), OWN)
 
 
 @pytest.mark.parametrize("chunk", [Chunk(0, 4, 2), Chunk(0, -1, 1), Chunk(0, 0, 0), Chunk(0, 0, 3)])
 def test_the_owner_stages_no_chunk_that_is_not_there(source: Segment, handle: KvHandle, chunk: Chunk) -> None:
     with pytest.raises(TransferFailed):
-        stage(source, handle, chunk, memoryview(bytearray(2 * SIZE)))
+        stage(alone(source), handle, chunk, memoryview(bytearray(2 * SIZE)))
 
 
 def test_a_block_larger_than_a_slot_is_refused() -> None:
     with pytest.raises(TransferFailed) as caught:
         plan(3, 1000, 999)
     assert "relay.slot" in caught.value.remedy
+
+
+#: tp, pp and block size of the owner and of the reader
+UNEQUAL = [((2, 2, 4), (1, 1, 4)), ((1, 1, 4), (2, 2, 4)), ((2, 1, 4), (4, 2, 2)), ((1, 2, 2), (2, 1, 8))]
+#: more than the last block of any of them is full
+TOKENS = 11
+
+
+@pytest.mark.parametrize(("owners", "readers"), UNEQUAL, ids=str)
+@pytest.mark.parametrize("path", ["direct", "staged"])
+def test_unequal_sides_verify_and_find_a_flipped_bit(
+    tmp_path: Path, owners: tuple[int, int, int], readers: tuple[int, int, int], path: str
+) -> None:
+    with ranks(tmp_path / "owner", *owners, tokens=TOKENS) as owner, ranks(tmp_path / "own", *readers) as reader:
+        layout = owner.placement.layout
+        blocks = range(layout.blocks_for(TOKENS))
+        handle = make_handle(blocks=blocks, checksum=owner.checksum(blocks))
+        handle = msgspec.structs.replace(handle, layout=layout, tokens=TOKENS)
+        hand_over(handle, owner, reader, path)
+        for rank in range(len(owner.placement.shards)):
+            owner.block(rank, 1)[0] ^= 1
+            with pytest.raises(KvCorrupt):
+                hand_over(handle, owner, reader, path)
+            owner.block(rank, 1)[0] ^= 1
+
+
+def hand_over(handle: KvHandle, owner: RankPools, reader: RankPools, path: str) -> None:
+    """One whole hand-off, into blocks that are full of something else."""
+    own = (9, 4, 7, 1, 8, 2)
+    for rank in range(len(reader.placement.shards)):
+        for number in own:
+            reader.block(rank, number)[:] = b"\xaa" * len(reader.block(rank, number))
+    receiver = Receiver(handle, reader, own)
+    if path == "direct":
+        receiver.copy_direct(owner)
+    else:
+        slot = memoryview(bytearray(2 * handle.layout.block_nbytes + 5))
+        for chunk in plan(len(handle.blocks), handle.layout.block_nbytes, len(slot)):
+            stage(owner, handle, chunk, slot)
+            receiver.take(chunk, slot)
+    receiver.verify()
 
 
 @given(st.integers(1, 300), st.integers(1, 64), st.integers(0, 63))

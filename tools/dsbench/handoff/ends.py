@@ -20,6 +20,7 @@ import uvloop
 
 from dskv.handle import KvHandle, KvKey
 from dskv.layout import KvLayout
+from dskv.memory import RankPools
 from dskv.receive import Receiver
 from dskv.segment import Segment, SegmentCache
 from dskv.send import stage
@@ -151,7 +152,7 @@ class Owner(End):
 
     async def _stage(self, asked: kv.KvStage) -> None:
         handle, slot = self._handles[asked.key], self.staging(writable=True).slot(asked.slot)
-        await self.copy(lambda: stage(self.pool, handle, asked.chunk, slot))
+        await self.copy(lambda: stage(RankPools.of(LAYOUT, self.pool), handle, asked.chunk, slot))
         self.send(kv.KvStaged(asked.key, asked.chunk))
 
 
@@ -164,7 +165,7 @@ class Reader(End):
 
     async def pull(self, handle: KvHandle, blocks: Sequence[int]) -> None:
         """Fetch, copy and verify, as a decode instance does. Raises what went wrong."""
-        receiver = Receiver(handle, self.pool, blocks)
+        receiver = Receiver(handle, RankPools.of(LAYOUT, self.pool), blocks)
         news = self._pulls[handle.key] = asyncio.Queue()
         self.send(kv.KvPull(handle))
         try:
@@ -196,8 +197,7 @@ class Reader(End):
     def direct(self, receiver: Receiver) -> None:
         """Copy straight out of the owner's pool, and verify."""
         handle = receiver.handle
-        path = Path(handle.shards[0].segment)
-        receiver.copy_direct(self.mapped.get(path, handle.segment_blocks, LAYOUT.block_nbytes))
+        receiver.copy_direct(RankPools.map(LAYOUT, handle.shards, handle.segment_blocks, self.mapped))
         receiver.verify()
 
 

@@ -13,6 +13,7 @@ from dsbench.handoff import limits
 from dsbench.handoff.ends import LAYOUT, Reader
 from dsbench.handoff.world import World
 from dskv.handle import KvHandle
+from dskv.memory import RankPools
 from dskv.receive import Receiver
 from dskv.segment import Segment
 
@@ -71,7 +72,7 @@ class Copies:
         seconds, least = [], []
         for _ in range(rounds + 1):
             began = time.perf_counter()
-            self._reader.direct(Receiver(handle, self._reader.pool, own))
+            self._reader.direct(Receiver(handle, RankPools.of(LAYOUT, self._reader.pool), own))
             seconds.append(time.perf_counter() - began)
             least.append(limits.memcpy_s(target, origin, handle.nbytes))
         return made("copy", handle.nbytes, False, seconds[1:], least[1:])
@@ -99,7 +100,7 @@ async def cost(world: World, transport: str, curve: bool, rounds: int) -> Cost:
         await world.reader.pull(handle, [0])
         pulls.append(time.perf_counter() - began)
         if transport == "shm":
-            receiver = Receiver(handle, world.reader.pool, [0])
+            receiver = Receiver(handle, RankPools.of(LAYOUT, world.reader.pool), [0])
             began = time.perf_counter()
             world.reader.direct(receiver)
             copies.append(time.perf_counter() - began)

@@ -1,0 +1,129 @@
+"""KV in mapped memory: the pools of an instance's ranks, or canonical blocks in a buffer, and copies between them.
+
+A canonical block is one of the whole model in its owner's layout: that is what a checksum is over and what lies
+in staging slots, however many ranks the owner and the reader have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import xxhash
+
+from dskv.layout import KvLayout
+from dskv.reshard import Placement, canonical, plan, runs
+from dskv.segment import Segment, SegmentCache
+from dskv.shards import KvShard
+
+
+class KvMemory(Protocol):
+    """Blocks that can be read and written, rank by rank."""
+
+    @property
+    def placement(self) -> Placement:
+        """What each rank's blocks hold."""
+
+    def block(self, rank: int, number: int) -> memoryview:
+        """The bytes of one rank's block."""
+
+
+class RankPools:
+    """The pools of an instance's ranks, as one."""
+
+    def __init__(self, placement: Placement, segments: Sequence[Segment]) -> None:
+        self.placement = placement
+        self._segments = tuple(segments)
+        only = placement.shards == (whole_model(placement.layout, placement.shards[0].segment),)
+        #: the one pool that holds everything, where there is only one rank
+        self.single = self._segments[0] if only else None
+
+    @classmethod
+    def of(cls, layout: KvLayout, segment: Segment) -> RankPools:
+        """An instance of one rank."""
+        return cls(Placement(layout, (whole_model(layout, str(segment.path)),)), [segment])
+
+    @classmethod
+    def map(
+        cls,
+        layout: KvLayout,
+        shards: tuple[KvShard, ...],
+        blocks: int,
+        cache: SegmentCache,
+        *,
+        writable: bool = False,
+    ) -> RankPools:
+        """Map the files of all ranks. Raises :class:`TransferFailed` when one cannot be."""
+        sizes = [shard.layout(layout).block_nbytes for shard in shards]
+        segments = [
+            cache.get(Path(shard.segment), blocks, size, writable=writable)
+            for shard, size in zip(shards, sizes, strict=True)
+        ]
+        return cls(Placement(layout, shards), segments)
+
+    def block(self, rank: int, number: int) -> memoryview:
+        """The bytes of one rank's block."""
+        return self._segments[rank].slot(number)
+
+    def clear(self, numbers: Sequence[int]) -> None:
+        """Zero whole blocks."""
+        for segment in self._segments:
+            zeros = bytes(segment.slot_nbytes)
+            for number in numbers:
+                segment.slot(number)[:] = zeros
+
+    def checksum(self, numbers: Sequence[int]) -> int:
+        """xxh3_64 over canonical blocks in order."""
+        if self.single is not None:
+            return self.single.checksum(numbers)
+        digest = xxhash.xxh3_64()
+        size = self.placement.layout.block_size
+        block = CanonicalBlocks.scratch(self.placement.layout)
+        for number in numbers:
+            copy(self, [number], block, [0], 0, size)
+            digest.update(block.data)
+        return digest.intdigest()
+
+
+class CanonicalBlocks:
+    """Whole blocks of the whole model, one behind the other."""
+
+    def __init__(self, layout: KvLayout, data: memoryview) -> None:
+        self.placement = canonical(layout)
+        self.data = data
+        self._nbytes = layout.block_nbytes
+
+    @classmethod
+    def scratch(cls, layout: KvLayout) -> CanonicalBlocks:
+        """Room for one block, zeroed."""
+        return cls(layout, memoryview(bytearray(layout.block_nbytes)))
+
+    def block(self, rank: int, number: int) -> memoryview:
+        """The bytes of block ``number`` of the buffer."""
+        return self.data[number * self._nbytes : (number + 1) * self._nbytes]
+
+    def clear(self) -> None:
+        """Zero all."""
+        self.data[:] = bytes(len(self.data))
+
+
+def copy(
+    source: KvMemory,
+    source_blocks: Sequence[int],
+    target: KvMemory,
+    target_blocks: Sequence[int],
+    first: int,
+    end: int,
+) -> None:
+    """Copy the tokens ``first`` to ``end`` of the sequence whose blocks these are."""
+    for box in plan(source.placement, target.placement, first, end):
+        theirs = source.block(box.source, source_blocks[box.source_block])
+        mine = target.block(box.target, target_blocks[box.target_block])
+        for run in runs(box, source.placement, target.placement):
+            mine[run.target : run.target + run.nbytes] = theirs[run.source : run.source + run.nbytes]
+
+
+def whole_model(layout: KvLayout, segment: str) -> KvShard:
+    """The shard of an instance of one rank."""
+    return KvShard(segment, 0, layout.layers, 0, layout.kv_heads)
