@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -36,7 +37,8 @@ BURST = 64
 LINGER_MS = 500
 
 Frames = Sequence[bytes | memoryview]
-#: called with (peer, frames); ``peer`` is the identity on a bound socket and "" on a connected one
+#: called with (peer, frames); ``peer`` is the identity on a bound socket and "" on a connected one. On a socket for
+#: bulk the frames after the first are memoryviews
 OnFrames = Callable[[str, list[bytes]], None]
 #: called when the other side turns the connection away; libzmq goes on trying
 OnDenied = Callable[[Unauthorized], None]
@@ -61,6 +63,7 @@ class _Socket:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_frames: OnFrames | None = None
         self._drain_queued = False
+        self._receive: Callable[[], list[bytes]] = self._frames
 
     def start(self, on_frames: OnFrames) -> None:
         """Begin to deliver to ``on_frames`` in the running loop."""
@@ -84,11 +87,19 @@ class _Socket:
             if self._zmq.closed or self._on_frames is None:
                 return
             try:
-                frames = self._zmq.recv_multipart(zmq.NOBLOCK)
+                frames = self._receive()
             except zmq.Again:
                 return
             self._deliver(frames)
         self._queue_drain()
+
+    def _frames(self) -> list[bytes]:
+        return self._zmq.recv_multipart(zmq.NOBLOCK)
+
+    def _bulk_frames(self) -> list[bytes]:
+        first, *bulk = self._zmq.recv_multipart(zmq.NOBLOCK, copy=False)
+        # a view keeps libzmq's memory until whoever got it has let go
+        return [first.bytes, *(cast("bytes", frame.buffer) for frame in bulk)]
 
     def _deliver(self, frames: list[bytes]) -> None:
         raise NotImplementedError
@@ -150,9 +161,15 @@ class ConnectedSocket(_Socket):
         keys: CurveKeys | None = None,
         max_nbytes: int = MAX_FRAME_NBYTES,
         on_denied: OnDenied | None = None,
+        bulk: bool = False,
     ) -> None:
-        """``identity``: how the other side names this connection; unique among its peers."""
+        """``identity``: how the other side names this connection; unique among its peers.
+
+        ``bulk``: what comes behind a message's first frame is large, and is not copied to be delivered.
+        """
         super().__init__(zmq.DEALER, max_nbytes)
+        if bulk:
+            self._receive = self._bulk_frames
         self._endpoint = endpoint
         self._zmq.setsockopt(zmq.IDENTITY, identity.encode())
         self._zmq.setsockopt(zmq.RECONNECT_IVL, 100)

@@ -2,7 +2,7 @@
 
 Sockets, first match wins: the router's backend; one connection to each relay that KV is fetched from; ``data``,
 bound, for the relays that fetch from here; ``local``, bound, for the workers of the node. The bytes of a chunk
-are copied twice here: by libzmq on sending, into the slot on arrival.
+are copied once on either side: by libzmq on sending, into the slot on arrival.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from dsrelay.events import (
 from dsrelay.state import RelayConfig, RelayState
 from dstopology.resolved import Topology
 from dstopology.wiring import router_route, system_keys
+from dswire import heap
 from dswire.actor import Actor, Route
 from dswire.codec import MAX_FRAME_NBYTES
 from dswire.errors import DsError, ProtocolError, from_info
@@ -158,7 +159,7 @@ def _routes(topology: Topology, config: RelayConfig, routes: list[Route]) -> Non
     for node in config.sources:
         endpoint = topology.relay_of(node).data_connect
         assert endpoint is not None, "sources_of() names only nodes that have one"
-        socket = ConnectedSocket(endpoint, config.name, keys=keys, max_nbytes=limit)
+        socket = ConnectedSocket(endpoint, config.name, keys=keys, max_nbytes=limit, bulk=True)
         routes.append(Route(socket, kv.ToFetcher, peer=RELAY + node))
     if relay.data_bind is not None:
         routes.append(Route(BoundSocket(relay.data_bind, keys=keys), kv.FromFetcher, prefix=FETCHER))
@@ -175,6 +176,7 @@ async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> 
     phase("mapping staging memory")
     config, relay = configure(topology, name), topology.relay(name)
     slots = config.sending_slots + config.receiving_slots
+    heap.keep(slots * config.slot_nbytes)
     routes: list[Route] = []
     with contextlib.ExitStack() as stack:
         stack.callback(_close, routes)

@@ -17,7 +17,7 @@ from dswire.sockets import BURST, HIGH_WATER, BoundSocket, ConnectedSocket, OnFr
 from support.memory import Memory
 from support.rebind import rebind
 
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 
 
 def free_port() -> int:
@@ -50,21 +50,21 @@ class Transport:
     connect: Callable[[str], Socket]
 
 
-def zmq_transport(name: str, address: str) -> Transport:
+def zmq_transport(name: str, address: str, *, bulk: bool = False) -> Transport:
     return Transport(
         name,
         lambda: BoundSocket(address),
         lambda: BoundSocket(address, max_nbytes=1024),
-        lambda identity: ConnectedSocket(address, identity),
+        lambda identity: ConnectedSocket(address, identity, bulk=bulk),
     )
 
 
-@pytest.fixture(params=["ipc", "tcp", "memory"])
+@pytest.fixture(params=["ipc", "tcp", "bulk", "memory"])
 def transport(request: pytest.FixtureRequest, tmp_path: Path) -> Transport:
     if request.param == "ipc":
         return zmq_transport("ipc", f"ipc://{tmp_path}/socket")
-    if request.param == "tcp":
-        return zmq_transport("tcp", f"tcp://127.0.0.1:{free_port()}")
+    if request.param in ("tcp", "bulk"):
+        return zmq_transport("tcp", f"tcp://127.0.0.1:{free_port()}", bulk=request.param == "bulk")
     memory = Memory()
     return Transport(
         "memory",
