@@ -24,7 +24,6 @@ from dskv.memory import RankPools
 from dskv.receive import Receiver
 from dskv.segment import Segment, SegmentCache
 from dskv.send import stage
-from dskv.shards import shards
 from dswire.codec import Decoder, encode
 from dswire.errors import Failed, from_info
 from dswire.keys import CurveKeys, load_system
@@ -58,6 +57,7 @@ class End:
     def __init__(self, endpoint: str, name: str, pool: Segment, keys: CurveKeys | None = None) -> None:
         self.name = name
         self.pool = pool
+        self.pools = RankPools.of(LAYOUT, pool)
         self.mapped = SegmentCache()
         self.welcome: kv.KvWelcome
         self._socket = ConnectedSocket(endpoint, name, keys=keys)
@@ -132,7 +132,7 @@ class Owner(End):
             layout=LAYOUT,
             tokens=blocks * LAYOUT.block_size,
             blocks=mine,
-            shards=shards(LAYOUT, 1, 1, [str(self.pool.path)]),
+            shards=self.pools.placement.shards,
             segment_blocks=self.pool.slots,
             checksum=self.pool.checksum(mine),
         )
