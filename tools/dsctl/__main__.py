@@ -27,6 +27,7 @@ COMMANDS = {
     "chat": ("dsctl.chat:command", "Talk to the model in the terminal."),
     "topology": ("dsctl.topology:command", "Draw, validate and describe topology files."),
     "model": ("dsctl.model:command", "Fetch models into this host's store, and list them."),
+    "profile": ("dsctl.profile:command", "Measure how long a model's steps take on this machine."),
     "plan": ("dsctl.plan:command", "Find the placement with the most goodput per device."),
     "simulate": ("dsctl.simulate:command", "Tell how a topology would do under a workload."),
     "keys": ("dsctl.keys:command", "Make the keys of encrypted sockets, and say who may connect."),

@@ -49,7 +49,7 @@ _SLO = re.compile(r"(ttft|tpot):([0-9]+(?:\.[0-9]+)?)")
     default="opt-13b-a100",
     show_default=True,
     metavar="NAME|FILE",
-    help="How long steps and transfers take: DistServe's published OPT-13B times, or a JSON file like them.",
+    help="How long steps and transfers take: DistServe's published OPT-13B times, or a file of `dsctl profile`.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
@@ -111,9 +111,11 @@ def parse_slo(text: str | None, default: Slo) -> Slo:
 
 
 def _simulate(topology: Topology, arrivals: list[Arrival], profile: str, *, keep_steps: bool) -> Run:
+    from dsplan.profile import check_topology
     from dssim.system import System
     from dssim.times import linear_times, transfer_times
 
+    check_topology(Path(profile), topology)
     system = System(
         topology,
         _layout(topology),

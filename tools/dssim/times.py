@@ -134,7 +134,7 @@ def linear_times(profile: str, tp: int) -> LinearTimes:
             f"profile {profile} has no times for tp {tp}, only for tp {known}",
             remedy="change tp in the topology, or add the coefficients to a profile of your own",
         )
-    return _times(profile, tp, fits[str(tp)])
+    return times_of(profile, tp, fits[str(tp)])
 
 
 def transfer_times(profile: str) -> FlatTransfer:
@@ -172,7 +172,8 @@ def _read(profile: str) -> dict[str, Any]:
     return document
 
 
-def _times(profile: str, tp: int, fit: Any) -> LinearTimes:
+def times_of(profile: str, tp: int, fit: Any) -> LinearTimes:
+    """Times by coefficients as they stand in a profile, which has that name. Raises :class:`BadInput`."""
     try:
         large = fit.get("decode_large")
         return LinearTimes(

@@ -1,0 +1,213 @@
+"""``dsctl profile``: how long the steps of a model take on this machine, for the simulator and the planner."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dsctl.topology import FILE_HELP
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dsplan.profile import Profile, Subject
+    from dsplan.profiling import Effort
+
+#: TP that can be measured in one process
+TP = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to be measured."""
+
+    model: str
+    dtype: str
+    threads: int
+    max_model_len: int
+    max_batch: int
+
+
+@click.command()
+@click.option("-f", "--file", type=click.Path(path_type=Path), help=FILE_HELP)
+@click.option("--model", help="As model.path in a topology, instead of one.")
+@click.option("--dtype", default="bfloat16", show_default=True, help="With --model.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of a rank; with --model.")
+@click.option("--max-model-len", type=click.IntRange(16), default=2048, show_default=True, help="With --model.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="The file; default profile-MODEL-DTYPE-THREADSt.json."
+)
+@click.option("--again", is_flag=True, help="Measure everything anew instead of going on with the file.")
+@click.option("--point-seconds", type=click.FloatRange(0.001), default=0.5, show_default=True, help="Of one point.")
+@click.option(
+    "--most-tokens", type=click.IntRange(64), default=32_768, show_default=True, help="In the KV of a point."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the fit as JSON.")
+def command(
+    file: Path | None,
+    model: str | None,
+    dtype: str,
+    threads: int,
+    max_model_len: int,
+    out: Path | None,
+    again: bool,
+    point_seconds: float,
+    most_tokens: int,
+    as_json: bool,
+) -> None:
+    """Run the engine over a grid of steps, fit their times, and write a profile.
+
+    Takes a minute or two, on a machine that does nothing else. Interrupted, it goes on where it stood. The profile
+    is for `dsctl simulate --profile FILE` and `dsctl plan --profile FILE`.
+
+    \b
+    dsctl profile -f topology.yaml
+    dsctl profile --model smollm2-135m-instruct --dtype float32 --threads 2 -o two.json
+    """
+    from rich.console import Console
+
+    from dsbench import host
+    from dsplan.profiling import Effort
+
+    wanted = _wanted(file, model, Wanted(model or "", dtype, threads, max_model_len, 128))
+    console = Console(stderr=True)
+    host.warn(console)
+    path, profile = profile_of(wanted, out, again, Effort(point_seconds), most_tokens, console)
+    if as_json:
+        click.echo(json.dumps({"file": str(path), "tp": profile.fits}, indent=2))
+    else:
+        _show(profile, path)
+
+
+def _wanted(file: Path | None, model: str | None, given: Wanted) -> Wanted:
+    from dstopology.load import find, load
+    from dswire.errors import BadInput
+
+    if model is not None and file is not None:
+        raise BadInput("--file and --model exclude each other", remedy="give one of the two")
+    if model is not None:
+        return given
+    return wanted_by(load(find(file)))
+
+
+def wanted_by(topology: Any) -> Wanted:
+    """What a topology's instances want measured. Raises :class:`BadInput` where they differ."""
+    from dswire.errors import BadInput
+
+    threads = {one.threads for one in topology.instances}
+    if len(threads) > 1:
+        raise BadInput(
+            f"{topology.path}: prefill and decode have different numbers of threads, {sorted(threads)}",
+            remedy="give both the same, or measure each with --model and --threads",
+        )
+    most = max(one.max_batch for one in topology.instances)
+    return Wanted(topology.model.path, topology.model.dtype, threads.pop(), topology.model.max_model_len, most)
+
+
+def profile_of(
+    wanted: Wanted, out: Path | None, again: bool, effort: Effort, most_tokens: int, console: Console
+) -> tuple[Path, Profile]:
+    """The complete profile and its file: measured, or what is missing of it. Raises :class:`DsError`."""
+    from dsplan import profile as profiles
+    from dsplan import profile_fit
+    from dsplan.profiling import grid
+
+    model_dir, subject = _subject(wanted)
+    path = out or Path(f"profile-{subject.model}-{subject.dtype}-{subject.threads}t.json")
+    profile = profiles.Profile(subject)
+    if path.exists() and not again:
+        profile = profiles.load(path)
+        profiles.check(path, profile.subject, _fields(subject))
+    steps = grid(wanted.max_model_len, wanted.max_batch, most_tokens)
+    missing = [spans for spans in steps if profile.find(TP, spans) is None]
+    if missing:
+        _measure(profile, path, model_dir, wanted, missing, effort, console)
+    profile.fits[TP] = profile_fit.fit(profile.samples[TP])
+    profile.fits[TP]["saturating_tokens"] = _saturating(profile, path)
+    profile.save(path)
+    return path, profile
+
+
+def _subject(wanted: Wanted) -> tuple[Path, Subject]:
+    from dsbench import host
+    from dsengine.snapshot import identity
+    from dsengine.store import resolve
+    from dsplan.profile import Subject
+    from dstopology.modelfacts import model_name
+
+    model_dir = resolve(wanted.model)
+    # the kernel's version is no part of what was measured
+    machine = host.name().rsplit(", ", 1)[0]
+    fingerprint = identity(model_dir).fingerprint
+    return model_dir, Subject(machine, model_name(wanted.model), fingerprint, wanted.dtype, wanted.threads)
+
+
+def _fields(subject: Subject) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(subject)
+
+
+def _measure(
+    profile: Profile,
+    path: Path,
+    model_dir: Path,
+    wanted: Wanted,
+    steps: list[tuple[tuple[int, int], ...]],
+    effort: Effort,
+    console: Console,
+) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from dsplan.profiling import make_engine, measure
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    samples = profile.samples.setdefault(TP, [])
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("loading", total=len(steps))
+        engine = make_engine(model_dir, wanted.dtype, wanted.threads, wanted.max_model_len, steps)
+        try:
+            for sample in measure(engine, steps, effort):
+                samples.append(sample)
+                profile.save(path)
+                tokens = sum(count for _, count in sample.spans)
+                progress.update(task, advance=1, description=f"{len(sample.spans)} sequences, {tokens} tokens")
+        finally:
+            engine.close()
+
+
+def _saturating(profile: Profile, path: Path) -> int:
+    """Lm: the shortest prompt that doubling would hardly make cheaper a token."""
+    from dsplan.latency import saturating_tokens
+    from dsplan.profile import ProfileInstance
+    from dssim.times import times_of
+
+    return saturating_tokens(ProfileInstance(times_of(str(path), TP, profile.fits[TP])))
+
+
+def _show(profile: Profile, path: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
+    console.print(f"[bold]{profile.subject.model}[/], {profile.subject.dtype}, {profile.subject.threads} threads")
+    for tp, fit in profile.fits.items():
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for heading in (f"ms, tp {tp}", "base", "a token", "a square", "a sequence", "error", "p90"):
+            table.add_column(heading, justify="left" if heading.startswith("ms") else "right")
+        for name in ("prefill", "decode", "decode_large"):
+            row, errors = fit[name], fit["errors"].get(name)
+            known = [f"{row[key]:.4g}" if key in row else "" for key in _COLUMNS]
+            told = [f"{errors['mean']:.1%}", f"{errors['p90']:.1%}"] if errors else ["", ""]
+            table.add_row(name.replace("_large", f", {fit['large_batch']} and more"), *known, *told)
+        console.print(table)
+        console.print(f"Lm: prompts of {fit['saturating_tokens']} tokens saturate it")
+    console.print(f"errors are of points that the fit had not seen; written to {path}", soft_wrap=True)
+
+
+_COLUMNS = ("base_ms", "per_token_ms", "per_square_ms", "per_sequence_ms")

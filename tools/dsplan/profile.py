@@ -1,0 +1,209 @@
+"""A measured profile: how long the steps of one model take on one machine, as ``dsctl profile`` found out.
+
+A JSON file: whose it is (machine, model, dtype, threads), the measured points, and for each TP the coefficients of
+the linear form that the simulator (:mod:`dssim.times`) and the planner read. It is written after each point, so
+that a profile that was interrupted goes on where it stood. A profile of another model, dtype or number of threads
+is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsengine.snapshot import identity
+from dsplan.errors import ProfileMismatch
+from dsplan.latency import missing_degree
+from dssim.times import LinearTimes, linear_times
+from dstopology import modelfacts
+from dstopology.resolved import Topology
+from dswire.errors import BadInput, DsError
+
+#: of the file; one that we do not know is refused
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a profile is of."""
+
+    machine: str
+    model: str
+    #: identity of the model's files
+    fingerprint: str
+    dtype: str
+    #: CPU threads of one rank
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One step, measured."""
+
+    #: (first position, tokens) of each sequence in the step
+    spans: tuple[tuple[int, int], ...]
+    #: median, and the least, of the repetitions
+    seconds: float
+    least_s: float
+
+    @property
+    def decode(self) -> bool:
+        """Whether every sequence makes one token."""
+        return all(tokens == 1 for _, tokens in self.spans)
+
+
+@dataclass
+class Profile:
+    """The file's content."""
+
+    subject: Subject
+    #: by TP
+    samples: dict[int, list[Sample]] = field(default_factory=dict)
+    #: by TP, as :func:`dssim.times.linear_times` reads it, with ``saturating_tokens`` and ``errors``
+    fits: dict[int, dict[str, Any]] = field(default_factory=dict)
+    #: measured fields of :class:`dssim.times.FlatTransfer`
+    transfer: dict[str, float] = field(default_factory=dict)
+
+    def find(self, tp: int, spans: tuple[tuple[int, int], ...]) -> Sample | None:
+        """The sample of that step."""
+        return next((one for one in self.samples.get(tp, ()) if one.spans == spans), None)
+
+    def save(self, path: Path) -> None:
+        """Replace the file at once. Raises :class:`BadInput`."""
+        document = {
+            "format": FORMAT,
+            "source": f"dsctl profile: {self.subject.model} on {self.subject.machine}",
+            "subject": asdict(self.subject),
+            "transfer": self.transfer,
+            "tp": {str(tp): fit for tp, fit in self.fits.items()},
+            "samples": {str(tp): [asdict(one) for one in samples] for tp, samples in self.samples.items()},
+        }
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise BadInput(f"the profile cannot be written to {path}: {error.strerror or error}") from error
+
+
+def load(path: Path) -> Profile:
+    """Read a profile. Raises :class:`BadInput`."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"profile {path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise BadInput(f"profile {path} is not JSON: {error}", remedy="measure it again") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise BadInput(f"{path} is no profile of this release", remedy="make one with `dsctl profile`")
+    try:
+        return Profile(
+            Subject(**document["subject"]),
+            {int(tp): [_sample(one) for one in samples] for tp, samples in document["samples"].items()},
+            {int(tp): dict(fit) for tp, fit in document["tp"].items()},
+            {name: float(value) for name, value in document["transfer"].items()},
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"profile {path} is damaged: {type(error).__name__}: {error}", remedy="measure it again"
+        ) from error
+
+
+def _sample(one: Mapping[str, Any]) -> Sample:
+    spans = tuple((int(start), int(tokens)) for start, tokens in one["spans"])
+    return Sample(spans, float(one["seconds"]), float(one["least_s"]))
+
+
+def check(path: Path, found: Subject, wanted: Mapping[str, Any]) -> None:
+    """Raise :class:`ProfileMismatch` unless the profile at ``path``, of ``found``, has all ``wanted`` fields."""
+    for name, ours in wanted.items():
+        theirs = getattr(found, name)
+        if theirs != ours:
+            raise ProfileMismatch(
+                f"profile {path} was taken with {name} {theirs}, not {ours}",
+                remedy="measure one of this with `dsctl profile -o OTHER.json`",
+            )
+
+
+def check_topology(path: Path, topology: Topology) -> None:
+    """Refuse a measured profile of something else than the topology's; its machine may be another than this one.
+
+    A file without a subject (coefficients by hand, or those that come with the simulator) is of whatever it is used
+    for. Raises :class:`ProfileMismatch` and :class:`BadInput`.
+    """
+    if not measured(path):
+        return
+    found = load(path).subject
+    wanted = {"model": topology.model.name, "dtype": topology.model.dtype}
+    fingerprint = _fingerprint(topology.model.path)
+    if fingerprint is not None:
+        wanted["fingerprint"] = fingerprint
+    for instance in topology.instances:
+        check(path, found, {**wanted, "threads": instance.threads})
+
+
+def _fingerprint(model: str) -> str | None:
+    """Of a model's files; None where they are not on this host."""
+    directory = Path(model) if Path(model).is_absolute() else modelfacts.home(os.environ) / "models" / model
+    try:
+        return identity(directory).fingerprint
+    except (OSError, DsError):
+        return None
+
+
+def measured(path: Path) -> bool:
+    """Whether a file tells what it was measured on; False for one that cannot be read."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and "subject" in document
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileInstance:
+    """A measured TP, cut into ``stages``; a :class:`dsplan.latency.Instance`."""
+
+    times: LinearTimes
+    stages: int = 1
+
+    def prefill_stage_s(self, tokens: int, squares: int, count: int) -> float:
+        """The whole step, cut evenly."""
+        form = self.times.prefill
+        whole_s = form.base_s + form.per_token_s * tokens + form.per_square_s * squares
+        return (whole_s + form.per_sequence_s * count) / self.stages
+
+    def decode_step_s(self, batch: int, tokens: int) -> float:
+        """``stages`` micro-batches of ``batch / stages`` go round, each through stages of an even part."""
+        times, micro = self.times, batch / self.stages
+        large = times.decode_large is not None and micro >= times.large_batch
+        form = times.decode_large if large and times.decode_large is not None else times.decode
+        return form.base_s + form.per_token_s * tokens / self.stages + form.per_sequence_s * micro
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileLatency:
+    """The planner's view of a profile; a :class:`dsplan.latency.Latency`."""
+
+    path: Path
+    profile: Profile
+
+    @property
+    def source(self) -> str:
+        """For people."""
+        subject = self.profile.subject
+        return f"profile {self.path} of {subject.model} ({subject.dtype}) on {subject.machine}"
+
+    def degrees(self) -> tuple[int, ...] | None:
+        """The TP degrees that were measured."""
+        return tuple(self.profile.fits)
+
+    def instance(self, tp: int, pp: int) -> ProfileInstance:
+        """Raises :class:`ProfileMismatch` for a TP that was not measured."""
+        if tp not in self.profile.fits:
+            raise missing_degree(self.source, tp, tuple(self.profile.fits))
+        return ProfileInstance(linear_times(str(self.path), tp), pp)
