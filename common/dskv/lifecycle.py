@@ -7,8 +7,9 @@
       └─> EXPIRED                     its lease over, nobody came
 
 RESERVED and FILLING come before the offer and are the owner's alone. RELEASED and EXPIRED are ends: ``reason``
-then is what the owner is told. A quarantine has a hard bound of one lease, so a handle outlives the last
-sign of interest in it by two leases at most.
+then is what the owner is told. A quarantine has a hard bound: one lease after a withdrawal, ``GRACE_S`` after a
+lease that was over, since its reader is told to stop and any torn read is caught by the checksum. So a handle
+outlives its withdrawal by one lease at most, and the last sign of interest in it by a lease and ``GRACE_S``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from enum import Enum
 
 from dskv.handle import KvHandle
 from dswire.lifecycle import Lifecycle
+
+#: seconds that a reader has to hear that its lease is over
+GRACE_S = 0.5
 
 
 class HandlePhase(Enum):
@@ -77,14 +81,13 @@ class OfferedHandle:
         """``reader`` begins to read. Raises ``IllegalTransition`` unless READY."""
         self.life.move(HandlePhase.PULLING, now, f"pulled by {reader}")
         self.reader = reader
-        self.deadline = now + self.lease_s
 
     def withdraw(self, now: float) -> None:
         """The owner wants its blocks back: at once when nobody reads them, else when that ends."""
         if self.phase is HandlePhase.READY:
             self._end(HandlePhase.RELEASED, now, "withdrawn")
         elif self.phase is HandlePhase.PULLING:
-            self._quarantine(now, "withdrawn")
+            self._quarantine(now, "withdrawn", self.lease_s)
 
     def read_ended(self, now: float, reason: str) -> None:
         """The reader has ended: ``reason`` is "pulled", "aborted" or "lost"; a quarantine keeps its own."""
@@ -95,14 +98,14 @@ class OfferedHandle:
         if self.phase is HandlePhase.READY:
             self._end(HandlePhase.EXPIRED, now, "expired")
         elif self.phase is HandlePhase.PULLING:
-            self._quarantine(now, "expired")
+            self._quarantine(now, "expired", min(GRACE_S, self.lease_s))
         else:
             self._end(HandlePhase.RELEASED, now, self.reason)
 
-    def _quarantine(self, now: float, reason: str) -> None:
+    def _quarantine(self, now: float, reason: str, bound_s: float) -> None:
         self.life.move(HandlePhase.QUARANTINED, now, reason)
         self.reason = reason
-        self.deadline = now + self.lease_s
+        self.deadline = now + bound_s
 
     def _end(self, phase: HandlePhase, now: float, reason: str) -> None:
         self.life.move(phase, now, reason)

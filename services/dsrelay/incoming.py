@@ -3,7 +3,8 @@
 A credit is a slot reserved for one chunk. A pull gets ``CREDITS`` of them at most; one that finds no slot free
 waits, first come first served. Invariants: chunks are taken in order and only into reserved slots; whatever a
 peer sends out of turn or in a wrong size ends that one transfer, with a typed error, and harms nothing else;
-every transfer has a deadline, which only progress moves. The slots of a transfer that has ended are free at once:
+every transfer has a deadline, which only progress moves, and ends one lease after its reader's last sign of
+interest. The slots of a transfer that has ended are free at once:
 a reader that still looks at one has been told to drop what it read.
 """
 
@@ -71,19 +72,21 @@ class IncomingTransfers:
         slots: StagingSlots[KvKey],
         slot_nbytes: int,
         timeout_s: float,
-        wait_s: float,
+        lease_s: float,
         out: list[Action],
     ) -> None:
-        """``sources``: nodes that can be reached; ``wait_s``: longest wait for a slot."""
+        """``sources``: nodes that can be reached; ``lease_s``: also the longest wait for a slot."""
         self.slots = slots
         self.transfers: dict[KvKey, Incoming] = {}
         #: those without a slot yet
         self.waiting: deque[KvKey] = deque()
         self._deadlines: Timers[KvKey] = Timers()
+        #: one lease from the reader's last sign of interest
+        self._wanted: Timers[KvKey] = Timers()
         self._sources = sources
         self._slot_nbytes = slot_nbytes
         self._timeout_s = timeout_s
-        self._wait_s = wait_s
+        self._lease_s = lease_s
         self._out = out
 
     # the reader
@@ -101,9 +104,15 @@ class IncomingTransfers:
             self._out.append(Send(reader, kv.KvFailed(key, error.info())))
             return
         self.transfers[key] = Incoming(reader, handle, RELAY + handle.node, per_slot)
-        self._deadlines.set(key, now + self._wait_s)
+        self._deadlines.set(key, now + self._lease_s)
+        self._wanted.set(key, now + self._lease_s)
         self.waiting.append(key)
         self._deal(now)
+
+    def extend(self, now: float, reader: str, key: KvKey) -> None:
+        """The reader still wants it."""
+        if self._of(reader, key) is not None:
+            self._wanted.set(key, now + self._lease_s)
 
     def taken(self, now: float, reader: str, key: KvKey, index: int) -> None:
         """The reader has copied a chunk: its slot serves for the next one."""
@@ -112,6 +121,7 @@ class IncomingTransfers:
             return
         slot = one.filled.pop(index)
         self._deadlines.set(key, now + self._timeout_s)
+        self._wanted.set(key, now + self._lease_s)
         if one.wanted > 0:
             one.reserved.append(slot)
             self._out.append(Send(one.source, kv.KvCredit(key)))
@@ -187,17 +197,21 @@ class IncomingTransfers:
         for key in self._deadlines.due(now):
             one = self.transfers[key]
             self._fail(now, one, TransferFailed(f"the KV of {key} did not come: {self._stuck(one)}").info())
+        for key in self._wanted.due(now):
+            one = self.transfers[key]
+            error = TransferFailed(f"{one.reader} said nothing of {key} for {self._lease_s:g} s")
+            self._fail(now, one, error.info())
 
     def next_deadline(self) -> float | None:
         """The earliest end of patience."""
-        return self._deadlines.next()
+        return min((at for at in (self._deadlines.next(), self._wanted.next()) if at is not None), default=None)
 
     def validate(self) -> None:
         """Every taken slot belongs to one transfer, every transfer has a deadline."""
         self.slots.validate()
         used = [slot for one in self.transfers.values() for slot in (*one.reserved, *one.filled.values())]
         assert sorted(used) == sorted(self.slots.owners)
-        assert len(self._deadlines) == len(self.transfers)
+        assert len(self._deadlines) == len(self._wanted) == len(self.transfers)
         assert list(self.waiting) == [key for key, one in self.transfers.items() if not one.begun]
         assert not (self.waiting and self.slots.free), "a slot is free and a transfer waits"
         for key, one in self.transfers.items():
@@ -209,7 +223,7 @@ class IncomingTransfers:
 
     def _stuck(self, one: Incoming) -> str:
         if not one.begun:
-            return f"no staging slot became free for {self._wait_s:g} s"
+            return f"no staging slot became free for {self._lease_s:g} s"
         if one.filled or not one.missing:
             return f"{one.reader} did not take what had come for {self._timeout_s:g} s"
         return f"nothing came from node {one.handle.node} for {self._timeout_s:g} s"
@@ -289,6 +303,7 @@ class IncomingTransfers:
         key = one.handle.key
         del self.transfers[key]
         self._deadlines.cancel(key)
+        self._wanted.cancel(key)
         if not one.begun:
             self.waiting.remove(key)
         for slot in (*one.reserved, *one.filled.values()):

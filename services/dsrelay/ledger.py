@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from dskv.handle import KvHandle, KvKey
 from dskv.inspection import inspect
@@ -25,6 +25,10 @@ EARLY_S = 2.0
 #: askers that wait for an offer, and handles, at once
 MAX_EARLY = 4_096
 MAX_HANDLES = 65_536
+
+
+#: what became of a handle that was cancelled, as ``KvCancelled`` tells it
+CancelResult: TypeAlias = Literal["freed", "in_flight_quarantined", "unknown"]
 
 
 class Readers(Protocol):
@@ -86,12 +90,19 @@ class Ledger:
             self._patience.cancel(handle.key)
             self._begin(now, made, early)
 
-    def withdraw(self, now: float, owner: str, key: KvKey) -> None:
-        """The owner wants its blocks back; a handle that is not known was released already."""
-        known = self.handles.get(key)
-        if known is not None and known.handle.owner == owner:
-            known.withdraw(now)
-            self._settle(known)
+    def withdraw(self, now: float, owner: str, key: KvKey) -> CancelResult:
+        """The owner wants its blocks back."""
+        known = self._offered(owner, key)
+        if known is None:
+            return "unknown"
+        known.withdraw(now)
+        self._settle(known)
+        return "freed" if known.ended else "in_flight_quarantined"
+
+    def held(self, owner: str, key: KvKey) -> None:
+        """The owner asks whether its offer is known; one that is not was released, and the word of it lost."""
+        if self._offered(owner, key) is None:
+            self._out.append(Send(WORKER + owner, kv.KvRelease(key, "lost")))
 
     def owner_lost(self, now: float, owner: str) -> None:
         """The worker is gone, or was started again: its handles are void."""
@@ -111,15 +122,18 @@ class Ledger:
             self.early[ask.key] = ask
             self._patience.set(ask.key, now + EARLY_S)
 
-    def ended(self, now: float, peer: str, key: KvKey, reason: str) -> None:
+    def ended(self, now: float, peer: str, key: KvKey, reason: str) -> CancelResult:
         """``peer`` reads no more: "pulled", "aborted" or "lost". Others than the reader change nothing."""
         early, known = self.early.get(key), self.handles.get(key)
         if early is not None and early.peer == peer:
             del self.early[key]
             self._patience.cancel(key)
-        if known is not None and known.reader == peer:
-            known.read_ended(now, reason)
-            self._settle(known)
+            return "freed"
+        if known is None or known.reader != peer:
+            return "unknown"
+        known.read_ended(now, reason)
+        self._settle(known)
+        return "freed"
 
     def reader_lost(self, now: float, peer: str) -> None:
         """Whatever ``peer`` reads or waits for has ended."""
@@ -186,15 +200,21 @@ class Ledger:
             self._reading[ask.key] = ask.readers
             ask.readers.granted(now, ask.peer, known.handle)
 
+    def _offered(self, owner: str, key: KvKey) -> OfferedHandle | None:
+        known = self.handles.get(key)
+        return known if known is not None and known.handle.owner == owner else None
+
     def _refuse(self, now: float, ask: Ask, why: str) -> None:
         ask.readers.failed(now, ask.peer, ask.key, TransferFailed(f"the KV of {ask.key} {why}").info())
 
     def _lease_over(self, now: float, known: OfferedHandle) -> None:
         reader, key = known.reader, known.handle.key
+        # who reads on after a withdrawal was told nothing yet, who reads on after the lease was told then
+        told = known.reason == "expired"
         known.lease_over(now)
         readers = self._reading.get(key)
         self._settle(known)
-        if known.ended and reader is not None and readers is not None:
+        if reader is not None and readers is not None and not told:
             error = TransferFailed(f"reading the KV of {key} took longer than its lease allows")
             readers.failed(now, reader, key, error.info())
 

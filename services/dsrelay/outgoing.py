@@ -108,9 +108,10 @@ class OutgoingTransfers:
         self._want(key, made)
 
     def failed(self, now: float, peer: str, key: KvKey, error: ErrorInfo) -> None:
-        """The handle is gone, or cannot be had."""
+        """The handle is gone, or cannot be had; nobody but its owner ever reads its blocks, so that is over."""
         self._stop(now, peer, key)
         self._out.append(Send(peer, kv.KvFetchFailed(key, error)))
+        self._ledger.ended(now, peer, key, "lost")
 
     # fetching relays
 
@@ -177,7 +178,6 @@ class OutgoingTransfers:
             peer = self.transfers[key].peer
             error = TransferFailed(f"no chunk of {key} could be staged or sent for {self._timeout_s:g} s")
             self.failed(now, peer, key, error.info())
-            self._ledger.ended(now, peer, key, "lost")
         for copy in self._orphaned.due(now):
             self._free_orphan(copy)
         self._deal()

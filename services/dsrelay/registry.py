@@ -1,6 +1,7 @@
 """Who is registered with this relay: the workers of its node, and the relays that fetch from it.
 
-A worker is pinged every ``PING_S`` and is lost when it was silent for ``SILENCE_S``; relays say nothing while
+A worker is pinged every ``PING_S`` and is lost when it was silent for ``SILENCE_S``, or for a lease where that is
+shorter; relays say nothing while
 nothing is fetched, and are known to be gone when a message to them cannot be sent.
 """
 
@@ -36,8 +37,9 @@ class Worker:
 class Workers:
     """The registered workers of this node, by the machine's name for them."""
 
-    def __init__(self, out: list[Action]) -> None:
+    def __init__(self, lease_s: float, out: list[Action]) -> None:
         self.known: dict[str, Worker] = {}
+        self._silence_s = min(SILENCE_S, lease_s)
         self._ping_at: float | None = None
         self._out = out
 
@@ -74,7 +76,7 @@ class Workers:
         """Ping; call ``lost`` for those that were silent."""
         if self._ping_at is None or now < self._ping_at:
             return
-        for peer in [peer for peer, one in self.known.items() if now - one.heard >= SILENCE_S]:
+        for peer in [peer for peer, one in self.known.items() if now - one.heard >= self._silence_s]:
             lost(now, peer)
         self._out += [Send(peer, kv.KvPing()) for peer in self.known]
         self._ping_at = now + PING_S if self.known else None

@@ -28,7 +28,7 @@ from dsrelay.events import (
     Ready,
 )
 from dsrelay.incoming import IncomingTransfers
-from dsrelay.ledger import Ask, Ledger
+from dsrelay.ledger import Ask, CancelResult, Ledger
 from dsrelay.outgoing import Copy, OutgoingTransfers
 from dsrelay.registry import Fetchers, Workers
 from dswire.errors import ProtocolError
@@ -65,17 +65,17 @@ class RelayState:
         self.config = config
         self._out: list[Action] = []
         self.router = Membership(ROUTER, self._router_hello)
-        self.workers = Workers(self._out)
+        # a transfer that stands still holds blocks: no longer than a lease
+        timeout_s = min(config.transfer_timeout_s, config.lease_s)
+        self.workers = Workers(config.lease_s, self._out)
         self.fetchers = Fetchers()
         self.ledger = Ledger(config.node, config.lease_s, self._out)
         self.direct = DirectReaders(self._out)
         sending: StagingSlots[Copy] = StagingSlots(0, config.sending_slots)
-        self.outgoing = OutgoingTransfers(
-            self.ledger, sending, config.slot_nbytes, config.transfer_timeout_s, config.lease_s, self._out
-        )
+        self.outgoing = OutgoingTransfers(self.ledger, sending, config.slot_nbytes, timeout_s, timeout_s, self._out)
         receiving: StagingSlots[KvKey] = StagingSlots(config.sending_slots, config.receiving_slots)
         self.incoming = IncomingTransfers(
-            config.sources, receiving, config.slot_nbytes, config.transfer_timeout_s, config.lease_s, self._out
+            config.sources, receiving, config.slot_nbytes, timeout_s, config.lease_s, self._out
         )
         self._begun = False
 
@@ -156,7 +156,10 @@ class RelayState:
             case kv.KvOffer(handle=handle):
                 self.ledger.offer(now, peer.removeprefix(WORKER), handle)
             case kv.KvWithdraw(key=key):
-                self.ledger.withdraw(now, peer.removeprefix(WORKER), key)
+                result = self.ledger.withdraw(now, peer.removeprefix(WORKER), key)
+                self._out.append(Send(peer, kv.KvCancelled(key, result)))
+            case kv.KvHeld(key=key):
+                self.ledger.held(peer.removeprefix(WORKER), key)
             case kv.KvStaged(key=key, chunk=chunk):
                 self.outgoing.staged(now, peer.removeprefix(WORKER), key, chunk.index)
             case _:
@@ -165,6 +168,7 @@ class RelayState:
     def _from_reader(self, now: float, peer: str, message: msgspec.Struct) -> None:
         match message:
             case kv.KvPull(handle=handle):
+                self._extend(now, peer, ((handle.key, handle.node),))
                 if self.config.direct and handle.node == self.config.node:
                     self.ledger.ask(now, Ask(peer, handle.key, self.direct, handle))
                 else:
@@ -175,10 +179,13 @@ class RelayState:
                 if not self.incoming.ended(now, peer, key, error):
                     self.ledger.ended(now, peer, key, "pulled" if error is None else "lost")
             case kv.KvAbort(key=key):
-                if not self.incoming.abort(now, peer, key):
-                    self.ledger.ended(now, peer, key, "aborted")
+                if self.incoming.abort(now, peer, key):
+                    result: CancelResult = "freed"
+                else:
+                    result = self.ledger.ended(now, peer, key, "aborted")
+                self._out.append(Send(peer, kv.KvCancelled(key, result)))
             case kv.KvExtend(wanted=wanted):
-                self._extend(now, wanted)
+                self._extend(now, peer, wanted)
             case _:
                 self._out.append(Complain(peer, _unexpected(message)))
 
@@ -220,9 +227,10 @@ class RelayState:
             case _:
                 self._out.append(Complain(peer, _unexpected(message)))
 
-    def _extend(self, now: float, wanted: tuple[tuple[KvKey, str], ...]) -> None:
+    def _extend(self, now: float, reader: str, wanted: tuple[tuple[KvKey, str], ...]) -> None:
         elsewhere: dict[str, list[tuple[KvKey, str]]] = {}
         for key, node in wanted:
+            self.incoming.extend(now, reader, key)
             if node == self.config.node:
                 self.ledger.extend(now, key)
             elif node in self.config.sources:

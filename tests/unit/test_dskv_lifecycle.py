@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dskv.lifecycle import TRANSITIONS, HandlePhase, OfferedHandle
+from dskv.lifecycle import GRACE_S, TRANSITIONS, HandlePhase, OfferedHandle
 from dswire.lifecycle import IllegalTransition
 from support.handles import make_handle
 
@@ -18,7 +18,7 @@ def held() -> OfferedHandle:
 
 def test_pulled(held: OfferedHandle) -> None:
     held.pull(110.0, "decode-0")
-    assert (held.phase, held.reader, held.deadline) == (HandlePhase.PULLING, "decode-0", 140.0)
+    assert (held.phase, held.reader, held.deadline) == (HandlePhase.PULLING, "decode-0", 130.0)
     held.read_ended(111.0, "pulled")
     assert (held.phase, held.reason, held.reader) == (HandlePhase.RELEASED, "pulled", None)
     assert held.ended
@@ -56,9 +56,9 @@ def test_expired(held: OfferedHandle) -> None:
 
 def test_expired_while_read_has_a_hard_bound(held: OfferedHandle) -> None:
     held.pull(101.0, "decode-0")
-    held.lease_over(131.0)
-    assert (held.phase, held.deadline) == (HandlePhase.QUARANTINED, 161.0)
-    held.lease_over(161.0)
+    held.lease_over(130.0)
+    assert (held.phase, held.deadline) == (HandlePhase.QUARANTINED, 130.0 + GRACE_S)
+    held.lease_over(130.5)
     assert (held.phase, held.reason) == (HandlePhase.RELEASED, "expired")
 
 

@@ -70,7 +70,8 @@ def test_pulls_wait_for_slots_in_order() -> None:
     assert [fetch.key.sequence for fetch in desk.sent(SOURCE, kv.KvFetch)] == ["b/0"]
     assert desk.sent(SOURCE, kv.KvFetched)[0].error == Cancelled("the sequence was aborted").info()
     desk.say(DECODE, kv.KvAbort(KvKey("c/0", 0)))
-    assert desk.actions == [], "the other side never heard of it"
+    told = [Send(DECODE, kv.KvCancelled(KvKey("c/0", 0), "freed"))]
+    assert desk.actions == told, "the other side never heard of it"
 
 
 def test_a_transfer_gets_more_slots_as_they_become_free() -> None:
@@ -157,6 +158,7 @@ def test_a_pull_that_never_finds_a_slot_fails() -> None:
         chunk = Chunk(index, 2 * index, 2)
         desk.chunk(SOURCE, long.key, chunk, 2 * SIZE)
         desk.say(DECODE, kv.KvTaken(long.key, chunk))
+        desk.say(DECODE, kv.KvExtend(((late.key, "n1"),)))
         desk.pass_time(LEASE_S / 6, alive=("decode-0",))
     (failed,) = desk.sent(DECODE, kv.KvFailed)
     assert (failed.key, "no staging slot became free" in failed.error.message) == (late.key, True)
@@ -226,3 +228,16 @@ def test_a_second_reader_of_the_same_fetch_is_refused(fetcher: Desk) -> None:
 def test_wanted_handles_of_other_nodes_are_told_there(fetcher: Desk) -> None:
     fetcher.say(DECODE, kv.KvExtend(((THERE.key, "n1"), (HERE.key, "n0"), (HERE.key, "n7"))))
     assert fetcher.actions == [Send(SOURCE, kv.KvExtend(((THERE.key, "n1"),)))]
+
+
+def test_a_reader_that_wants_it_no_more_is_given_up_after_a_lease(fetcher: Desk) -> None:
+    waiting = make_handle("r3/0", node="n1", blocks=(0, 1, 2, 3, 4))
+    bring(fetcher, 0)
+    fetcher.say(DECODE, kv.KvPull(waiting))
+    for _ in range(5):
+        fetcher.say(DECODE, kv.KvExtend(((waiting.key, "n1"),)))
+        assert fetcher.sent(SOURCE, kv.KvExtend) == [kv.KvExtend(((waiting.key, "n1"),))]
+        fetcher.pass_time(LEASE_S / 6, alive=("decode-0",))
+    assert THERE.key not in fetcher.state.incoming.transfers
+    fetcher.pass_time(LEASE_S, alive=("decode-0",))
+    fetcher.assert_idle()

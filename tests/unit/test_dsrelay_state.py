@@ -7,7 +7,7 @@ import pytest
 
 from dsrelay.events import Complain, End, Ready
 from dswire.errors import DuplicateName, KvCorrupt
-from dswire.machine import Tick
+from dswire.machine import Send, Tick
 from dswire.messages import PROTOCOL, kv, worker
 from support.handles import LAYOUT, make_handle
 from support.relay_desk import LEASE_S, Desk, make_config
@@ -40,6 +40,10 @@ def pulling(offered: Desk) -> Desk:
 
 def released(desk: Desk) -> list[str]:
     return [message.reason for message in desk.sent(PREFILL, kv.KvRelease)]
+
+
+def cancelled(peer: str, result: str) -> Send:
+    return Send(peer, kv.KvCancelled(KEY, result))
 
 
 # registration
@@ -174,16 +178,45 @@ def test_only_the_reader_can_end_a_reading(pulling: Desk) -> None:
 
 
 def test_a_withdrawal_waits_for_the_reader(pulling: Desk) -> None:
-    assert pulling.say(PREFILL, kv.KvWithdraw(KEY)) == []
+    assert pulling.say(PREFILL, kv.KvWithdraw(KEY)) == [cancelled(PREFILL, "in_flight_quarantined")]
     assert pulling.state.ledger.counts() == {"quarantined": 1}
     pulling.say(DECODE, kv.KvAbort(KEY))
     assert released(pulling) == ["withdrawn"]
+    assert cancelled(DECODE, "freed") in pulling.actions
+    assert pulling.say(DECODE, kv.KvAbort(KEY)) == [cancelled(DECODE, "unknown")]
+
+
+def test_a_withdrawal_waits_one_lease_at_most(pulling: Desk) -> None:
+    pulling.say(PREFILL, kv.KvWithdraw(KEY))
+    for _ in range(6):
+        pulling.say(DECODE, kv.KvExtend(((KEY, "n0"),)))
+        pulling.pass_time(LEASE_S / 6, alive=("prefill-0", "decode-0"))
+    assert released(pulling) == ["withdrawn"]
+    assert len(pulling.sent(DECODE, kv.KvFailed)) == 1
+    pulling.assert_idle()
 
 
 def test_a_withdrawal_of_what_nobody_reads_is_granted_at_once(offered: Desk) -> None:
     offered.say(PREFILL, kv.KvWithdraw(KEY))
     assert released(offered) == ["withdrawn"]
-    assert offered.say(PREFILL, kv.KvWithdraw(KEY)) == []
+    assert cancelled(PREFILL, "freed") in offered.actions
+    assert offered.say(PREFILL, kv.KvWithdraw(KEY)) == [cancelled(PREFILL, "unknown")]
+
+
+def test_an_abort_before_the_offer_is_freed(desk: Desk) -> None:
+    desk.say(DECODE, kv.KvPull(HANDLE))
+    assert desk.say(DECODE, kv.KvAbort(KEY)) == [cancelled(DECODE, "freed")]
+    desk.assert_idle()
+
+
+def test_a_release_that_was_lost_comes_again_when_the_owner_asks(offered: Desk) -> None:
+    assert offered.say(PREFILL, kv.KvHeld(KEY)) == []
+    offered.say(PREFILL, kv.KvWithdraw(KEY))
+    assert offered.say(PREFILL, kv.KvHeld(KEY)) == [Send(PREFILL, kv.KvRelease(KEY, "lost"))]
+    offered.join("prefill-1")
+    offered.say(PREFILL, kv.KvOffer(HANDLE))
+    offered.say("worker:prefill-1", kv.KvHeld(KEY))
+    assert offered.sent("worker:prefill-1", kv.KvRelease) == [kv.KvRelease(KEY, "lost")], "it is another's"
 
 
 # leases
@@ -207,9 +240,10 @@ def test_an_extended_lease_begins_anew(offered: Desk) -> None:
 def test_a_reader_that_never_ends_is_bounded(pulling: Desk) -> None:
     pulling.pass_time(LEASE_S, alive=("prefill-0", "decode-0"))
     assert pulling.state.ledger.counts() == {"quarantined": 1}
-    pulling.pass_time(LEASE_S, alive=("prefill-0", "decode-0"))
+    assert len(pulling.sent(DECODE, kv.KvFailed)) == 1, "it is told to stop"
+    pulling.pass_time(1.0, alive=("prefill-0", "decode-0"))
     assert released(pulling) == ["expired"]
-    assert len(pulling.sent(DECODE, kv.KvFailed)) == 1
+    assert not pulling.sent(DECODE, kv.KvFailed)
     pulling.assert_idle()
 
 

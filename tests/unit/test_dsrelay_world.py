@@ -14,8 +14,8 @@ OWNERS = st.sampled_from([f"prefill-{node}" for node in NODES])
 READERS = st.sampled_from([f"decode-{node}" for node in NODES])
 WORKERS = OWNERS | READERS
 PICK = st.integers(0, 1_000)
-#: a handle outlives the last interest in it by two leases; before that a transfer may stand still, a pull wait
-LONGEST_S = 3 * LEASE_S + TIMEOUT_S + 2
+#: nothing outlives the last interest in it by more, in seconds
+LONGEST_S = LEASE_S + 1.0
 
 
 class RelayLives(RuleBasedStateMachine):
@@ -133,9 +133,12 @@ class RelayLives(RuleBasedStateMachine):
             assert not relay.outgoing.transfers
             assert not relay.outgoing.asked
             assert not relay.incoming.transfers
-            assert relay.outgoing.slots.held == relay.incoming.slots.held == 0
+            assert relay.incoming.slots.held == 0
         for owner in world.prefills.values():
             assert not owner.handles, "an owner never got its blocks back"
+        # an owner that was asked for a copy and never ends it keeps the slot from others for a while
+        world.advance(TIMEOUT_S, deliver=True)
+        assert not any(relay.outgoing.slots.held for relay in world.relays.values())
 
 
 RelayLives.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

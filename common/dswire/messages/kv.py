@@ -49,7 +49,13 @@ class KvOffer(msgspec.Struct, frozen=True, tag=True):
 
 
 class KvWithdraw(msgspec.Struct, frozen=True, tag=True):
-    """Prefill: the sequence was aborted; release it as soon as nobody reads the blocks."""
+    """Prefill: the sequence was aborted; release it as soon as nobody reads the blocks. Answer: ``KvCancelled``."""
+
+    key: KvKey
+
+
+class KvHeld(msgspec.Struct, frozen=True, tag=True):
+    """Prefill: is this offer still known? Where it is not, ``KvRelease`` was lost, and comes again."""
 
     key: KvKey
 
@@ -82,7 +88,7 @@ class KvPulled(msgspec.Struct, frozen=True, tag=True):
 
 
 class KvAbort(msgspec.Struct, frozen=True, tag=True):
-    """Decode: the sequence was aborted; nothing of it is read or written here any more."""
+    """Decode: the sequence was aborted; nothing of it is read or written here any more. Answer: ``KvCancelled``."""
 
     key: KvKey
 
@@ -126,6 +132,17 @@ class KvRelease(msgspec.Struct, frozen=True, tag=True):
 
     key: KvKey
     reason: str
+
+
+class KvCancelled(msgspec.Struct, frozen=True, tag=True):
+    """Answer to :class:`KvWithdraw` and :class:`KvAbort`: what became of the handle.
+
+    ``result``: "freed" (nothing of it is held here), "in_flight_quarantined" (somebody still reads the blocks;
+    ``KvRelease`` follows when that ends, at the latest one lease from now) or "unknown" (it had ended before).
+    """
+
+    key: KvKey
+    result: str
 
 
 class KvStage(msgspec.Struct, frozen=True, tag=True):
@@ -208,10 +225,19 @@ class KvFetchFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 FromKvWorker: TypeAlias = (
-    KvHello | KvPong | KvOffer | KvWithdraw | KvStaged | KvPull | KvTaken | KvPulled | KvAbort | KvExtend
+    KvHello | KvPong | KvOffer | KvWithdraw | KvHeld | KvStaged | KvPull | KvTaken | KvPulled | KvAbort | KvExtend
 )
 ToKvWorker: TypeAlias = (
-    KvWelcome | KvRefused | HelloWanted | KvPing | KvRelease | KvStage | KvGrant | KvChunkReady | KvFailed
+    KvWelcome
+    | KvRefused
+    | HelloWanted
+    | KvPing
+    | KvRelease
+    | KvCancelled
+    | KvStage
+    | KvGrant
+    | KvChunkReady
+    | KvFailed
 )
 FromFetcher: TypeAlias = RelayHello | KvFetch | KvCredit | KvFetched | KvExtend
 ToFetcher: TypeAlias = HelloWanted | KvChunk | KvFetchFailed
