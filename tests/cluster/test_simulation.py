@@ -10,11 +10,12 @@ import msgspec
 import pytest
 
 from dskv.layout import KvLayout
+from dssim.failure import parse
 from dssim.records import Record, Run
 from dssim.system import System
 from dssim.times import INSTANT, FlatTransfer, Linear, LinearTimes, TransferTimes
 from dssim.workload import Arrival, arrivals, fixed, gaps, histogram
-from dswire.errors import TopologyError
+from dswire.errors import BadInput, TopologyError
 from support.topologies import Desk
 
 #: a block is 1,024 bytes
@@ -156,6 +157,42 @@ def test_transfers_share_the_way_out_of_a_node(desk: Desk, requests: int, slowes
     assert max(waits) >= 0.8
     assert waits[0] == pytest.approx(0.8)
     assert run.simulated_s >= 1.0 + slowest_s
+
+
+@pytest.mark.parametrize("name", ["2p2d", "two nodes"])
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0", "relay-"])
+def test_what_a_process_held_when_it_died_is_made_again(desk: Desk, name: str, victim: str) -> None:
+    one = system(desk, TOPOLOGIES[name])
+    victim = next(found for found in one.processes if found.startswith(victim))
+    run = one.run(sharegpt(30, 40.0, seed=3), failures=parse([f"{victim}@0.5s+1s"], one.topology))
+    assert all(not record.error for record in run.records)
+    assert run.held == {}
+    assert [(found, came) for _, found, came in run.seen.failures] == [(victim, False), (victim, True)]
+    retries = [record.ledger.retries for record in run.records if record.ledger is not None]
+    assert any(retries) == (victim != "relay-a"), "the relay of prefill's node is busy only while it fetches"
+
+
+def test_requests_end_though_the_only_instance_never_comes_back(desk: Desk) -> None:
+    one = system(desk, TOPOLOGIES["1p1d"])
+    run = one.run(sharegpt(20, 40.0, seed=3), failures=parse(["decode-0@0.2"], one.topology))
+    assert {record.error for record in run.records} == {"", "no_instance"}
+    assert run.held == {}
+
+
+@pytest.mark.parametrize(
+    ("texts", "word"),
+    [
+        (["decode-0"], "not understood"),
+        (["decode-0@-1"], "not understood"),
+        (["decode-7@1"], "no decode-7"),
+        (["router-0@1"], "the router"),
+        (["decode-0@1", "decode-0@9"], "is down then"),
+        (["decode-0@1s+3s", "decode-0@2s"], "is down then"),
+    ],
+)
+def test_failures_that_make_no_sense_are_refused(desk: Desk, texts: list[str], word: str) -> None:
+    with pytest.raises(BadInput, match=word):
+        parse(texts, system(desk, TOPOLOGIES["1p1d"]).topology)
 
 
 @pytest.mark.parametrize(

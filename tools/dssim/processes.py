@@ -2,7 +2,9 @@
 
 Each performs its machine's actions and nothing else; no decision is taken here. As in the real shells an instance
 runs one step at a time, and its copies one after the other in the order in which they were asked for, beside the
-step. Connections lose nothing and keep the order of what is sent.
+step. Connections lose nothing and keep the order of what is sent, until one of their ends dies: what was sent to
+the end that opened it is lost then, and whoever sends more is told; the other end finds what it was sent unread
+when it is back.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from dsrelay.events import Ready as RelayReady
 from dssim.kernel import Kernel
 from dssim.times import StepTimes, TransferTimes
 from dswire.errors import ErrorInfo, from_info
-from dswire.machine import Machine, Received, Send, Tick
+from dswire.machine import Machine, PeerLost, Received, Send, Tick
 from dswire.messages.kv import KvChunk
 from dswire.messages.worker import Load, Preempted, WorkerReport
 
@@ -45,9 +47,23 @@ class Receiver(Protocol):
     """The end of a connection."""
 
     name: str
+    alive: bool
 
-    def take(self, peer: str, message: msgspec.Struct, nbytes: int) -> None:
+    def arrive(self, peer: str, message: msgspec.Struct, nbytes: int) -> None:
         """A message has come, with ``nbytes`` of raw frames behind it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A connection, as one of its ends has it."""
+
+    other: Receiver
+    #: the other's name for us
+    us: str
+    #: how long messages take
+    seconds: float
+    #: whether we opened it; if so it outlives the other
+    ours: bool
 
 
 class Watch(Protocol):
@@ -71,30 +87,38 @@ class Process:
         self.node = node
         self.machine = machine
         self.ready = False
+        self.alive = True
+        #: what came after its death
+        self.unread: list[tuple[str, msgspec.Struct, int]] = []
         #: called after every event
         self.check: Callable[[], None] | None = None
         self.kernel = kernel
         self.transfers = transfers
-        #: by the machine's name for a peer: who that is, its name for us, and seconds on the way
-        self.peers: dict[str, tuple[Receiver, str, float]] = {}
+        #: by the machine's name for a peer
+        self.peers: dict[str, Way] = {}
         self._copies_end = 0.0
         #: when the tick that is scheduled comes
         self._tick_at: float | None = None
-
-    def connect(self, peer: str, other: Receiver, us: str, seconds: float) -> None:
-        """Messages to ``peer`` go to ``other``, which knows us as ``us``, and take ``seconds``."""
-        self.peers[peer] = (other, us, seconds)
 
     def start(self) -> None:
         """The process comes up, and says hello to those it knows."""
         self.feed(Tick(self.kernel.now))
 
+    def arrive(self, peer: str, message: msgspec.Struct, nbytes: int) -> None:
+        """A message has come, perhaps to nobody."""
+        if self.alive:
+            self.take(peer, message, nbytes)
+        else:
+            self.unread.append((peer, message, nbytes))
+
     def take(self, peer: str, message: msgspec.Struct, nbytes: int) -> None:
-        """A message has come."""
+        """Look at a message."""
         self.feed(Received(self.kernel.now, peer, message))
 
     def feed(self, event: Any) -> None:
-        """Give the machine an event and perform what it wants."""
+        """Give the machine an event and perform what it wants, unless the process is dead."""
+        if not self.alive:
+            return
         for action in self.machine.handle(event):
             if type(action) is Send:
                 self.send(action.peer, action.message)
@@ -110,8 +134,12 @@ class Process:
 
     def send(self, peer: str, message: msgspec.Struct, nbytes: int = 0, began_s: float | None = None) -> None:
         """Send a message, which leaves now or at ``began_s``."""
-        other, us, seconds = self.peers[peer]
-        self.kernel.at((self.kernel.now if began_s is None else began_s) + seconds, other.take, us, message, nbytes)
+        way = self.peers[peer]
+        if not (way.ours or way.other.alive):
+            self.kernel.after(0.0, self.feed, PeerLost(self.kernel.now, peer))
+            return
+        when = (self.kernel.now if began_s is None else began_s) + way.seconds
+        self.kernel.at(when, way.other.arrive, way.us, message, nbytes)
 
     def perform(self, action: Any) -> None:
         """Perform an action of the service."""

@@ -55,6 +55,8 @@ class Observations:
     #: seconds that each instance spent in steps
     busy_s: dict[str, float] = field(default_factory=dict)
     preemptions: int = 0
+    #: (time, process, whether it came or went)
+    failures: list[tuple[float, str, bool]] = field(default_factory=list)
 
     def step(self, step: Step) -> None:
         """A step begins."""

@@ -15,8 +15,9 @@ from dsrelay.state import RelayConfig, RelayState
 from dsrouter.config import RouterConfig
 from dsrouter.state import RouterState
 from dssim.client import PEER, Client
+from dssim.failure import Failure
 from dssim.kernel import Kernel
-from dssim.processes import TOKEN, DecodeProcess, PrefillProcess, Process, RelayProcess, RouterProcess
+from dssim.processes import TOKEN, DecodeProcess, PrefillProcess, Process, RelayProcess, RouterProcess, Way
 from dssim.records import Observations, Record, Run
 from dssim.times import StepTimes, TransferTimes
 from dssim.workload import Arrival
@@ -68,29 +69,38 @@ class System:
         self.processes: dict[str, Process] = {}
         self._model = worker.ModelIdentity(topology.model.name, "simulated", topology.model.dtype)
         self._layout = layout
+        self._times = times
         self._transfers = transfers
+        self._validate = validate
+        #: processes made so far
+        self._made = 0
         self.router = self._router()
         for relay in topology.relays:
-            self._relay(relay.name)
+            self._make(relay.name)
         for instance in topology.instances:
-            self._instance(instance, times(instance))
+            self._make(instance.name)
         for process in self.processes.values():
             self._connect(process)
         way_s = transfers.message_s(False)
         self.client = Client(self.kernel, self.router, way_s, topology.router.client_lease_s)
         self.router.clients[PEER] = (self.client, way_s)
         for process in self.processes.values():
-            if validate:
-                process.check = process.machine.validate
             process.start()
 
-    def run(self, arrivals: Sequence[Arrival], on_end: Callable[[Record], None] = lambda record: None) -> Run:
+    def run(
+        self,
+        arrivals: Sequence[Arrival],
+        on_end: Callable[[Record], None] = lambda record: None,
+        failures: Sequence[Failure] = (),
+    ) -> Run:
         """Serve a workload to its last end; ``on_end`` is told of each. To be called once."""
         kernel, client = self.kernel, self.client
         client.on_end = on_end
         began, began_cpu = time.perf_counter(), time.process_time()
         self._until(lambda: all(one.ready for one in self.processes.values()))
         begun_s = kernel.now
+        for failure in failures:
+            kernel.at(begun_s + failure.at_s, self._kill, failure)
         client.submit_all(arrivals)
         while not client.done:
             kernel.step()
@@ -113,7 +123,46 @@ class System:
         while not reached() and self.kernel.now < end:
             self.kernel.step()
 
+    # failures
+
+    def _kill(self, failure: Failure) -> None:
+        gone = self.processes.pop(failure.name)
+        gone.alive = False
+        self.seen.failures.append((self.kernel.now, gone.name, False))
+        if failure.down_s is not None:
+            self.kernel.after(failure.down_s, self._revive, gone)
+
+    def _revive(self, gone: Process) -> None:
+        made = self._make(gone.name)
+        self.seen.failures.append((self.kernel.now, made.name, True))
+        self._connect(made)
+        # those that opened a connection to it find it under the same address
+        for process in self.processes.values():
+            for name, way in list(process.peers.items()):
+                if way.other is gone and way.ours:
+                    self._join(process, name, made, way.us)
+        made.start()
+        if isinstance(made, RelayProcess):
+            for parcel in gone.unread:
+                made.arrive(*parcel)
+
     # processes
+
+    def _make(self, name: str) -> Process:
+        self._made += 1
+        instance = next((one for one in self.topology.instances if one.name == name), None)
+        made = self._relay(name) if instance is None else self._instance(instance, self._times(instance))
+        return self._keep(made)
+
+    def _keep(self, made: Process) -> Process:
+        if self._validate:
+            made.check = made.machine.validate
+        self.processes[made.name] = made
+        return made
+
+    @property
+    def _incarnation(self) -> str:
+        return f"simulated-{self._made}"
 
     def _router(self) -> RouterProcess:
         topology, router = self.topology, self.topology.router
@@ -137,17 +186,17 @@ class System:
         machine = RouterState(config, lambda sampling, prompt_ids: writer, Random(0), self.kernel.now)
         process = RouterProcess(router.name, router.node, machine, self.kernel, self._transfers)
         process.ready = True
-        self.processes[router.name] = process
+        self._keep(process)
         return process
 
-    def _relay(self, name: str) -> None:
+    def _relay(self, name: str) -> Process:
         relay = self.topology.relay(name)
         sources = sources_of(self.topology, relay.node)
         sending, receiving = halves(relay.staging_nbytes, relay.slot_nbytes)
         config = RelayConfig(
             name=name,
             node=relay.node,
-            incarnation="simulated",
+            incarnation=self._incarnation,
             staging=str(relay.staging),
             sending_slots=sending,
             receiving_slots=receiving,
@@ -157,18 +206,17 @@ class System:
             sources=sources,
             direct=self.topology.transport(relay.node, relay.node) == "shm",
         )
-        self.processes[name] = RelayProcess(name, relay.node, RelayState(config), self.kernel, self._transfers)
+        return RelayProcess(name, relay.node, RelayState(config), self.kernel, self._transfers)
 
-    def _instance(self, instance: Instance, times: StepTimes) -> None:
+    def _instance(self, instance: Instance, times: StepTimes) -> Process:
         blocks = instance.kv_blocks or instance.kv_memory_nbytes // self._layout.block_nbytes
         capacity = worker.Capacity(blocks, self._layout)
         name, node = instance.name, instance.node
-        made: Process
         if instance.role == "prefill":
             prefill = PrefillConfig(
                 name=name,
                 node=node,
-                incarnation="simulated",
+                incarnation=self._incarnation,
                 model=self._model,
                 capacity=capacity,
                 eos_ids=frozenset(),
@@ -177,24 +225,22 @@ class System:
                 max_batch=instance.max_batch,
                 target_tokens=instance.max_batch_tokens,
             )
-            made = PrefillProcess(
+            return PrefillProcess(
                 name, node, PrefillState(prefill), self.kernel, self._transfers, times=times, watch=self.seen
             )
-        else:
-            decode = DecodeConfig(
-                name=name,
-                node=node,
-                incarnation="simulated",
-                model=self._model,
-                capacity=capacity,
-                eos_ids=frozenset(),
-                max_queue=instance.max_queue,
-                max_batch=instance.max_batch,
-            )
-            made = DecodeProcess(
-                name, node, DecodeState(decode), self.kernel, self._transfers, times=times, watch=self.seen
-            )
-        self.processes[name] = made
+        decode = DecodeConfig(
+            name=name,
+            node=node,
+            incarnation=self._incarnation,
+            model=self._model,
+            capacity=capacity,
+            eos_ids=frozenset(),
+            max_queue=instance.max_queue,
+            max_batch=instance.max_batch,
+        )
+        return DecodeProcess(
+            name, node, DecodeState(decode), self.kernel, self._transfers, times=times, watch=self.seen
+        )
 
     # connections
 
@@ -202,7 +248,7 @@ class System:
         """The connections that a process opens, in both directions, by the names that the real shells use."""
         if process is self.router:
             return
-        self._join(process, "router", self.router, process.name)
+        self._join(process, "router", self.router, f"{process.name}/{self._made}")
         if isinstance(process, RelayProcess):
             for node in sources_of(self.topology, process.node):
                 other = self.processes[self.topology.relay_of(node).name]
@@ -213,8 +259,8 @@ class System:
 
     def _join(self, one: Process, ones_name: str, other: Process, others_name: str) -> None:
         seconds = self._transfers.message_s(one.node == other.node)
-        one.connect(ones_name, other, others_name, seconds)
-        other.connect(others_name, one, ones_name, seconds)
+        one.peers[ones_name] = Way(other, others_name, seconds, True)
+        other.peers[others_name] = Way(one, ones_name, seconds, False)
 
 
 def sources_of(topology: Topology, node: str) -> tuple[str, ...]:
