@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from dsctl.topology import file_option
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dskv.layout import KvLayout
     from dssim.records import Record, Run
     from dssim.workload import Arrival
     from dstopology.resolved import Slo, Topology
@@ -112,33 +110,20 @@ def parse_slo(text: str | None, default: Slo) -> Slo:
 
 def _simulate(topology: Topology, arrivals: list[Arrival], profile: str, *, keep_steps: bool) -> Run:
     from dsplan.profile import check_topology
+    from dssim.model import layout_of
     from dssim.system import System
     from dssim.times import linear_times, transfer_times
 
     check_topology(Path(profile), topology)
     system = System(
         topology,
-        _layout(topology),
+        layout_of(topology),
         lambda instance: linear_times(profile, instance.tp),
         transfer_times(profile),
         keep_steps=keep_steps,
     )
     with _progress(len(arrivals)) as advance:
         return system.run(arrivals, advance)
-
-
-def _layout(topology: Topology) -> KvLayout:
-    """Shape of the KV blocks. Raises :class:`ModelNotFound`."""
-    from dstopology import modelfacts
-    from dswire.errors import ModelNotFound
-
-    facts = modelfacts.read(topology.model.path, os.environ)
-    if facts is None:
-        raise ModelNotFound(
-            f"the size of KV is not known: model {topology.model.path} is not on this host",
-            remedy="`dsctl model pull` it, or make a directory with its config.json and name that in the topology",
-        )
-    return facts.kv_layout(topology.instances[0].block_size, topology.model.dtype)
 
 
 @contextmanager
