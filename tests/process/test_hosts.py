@@ -53,7 +53,7 @@ security: {{keys: {root}/keys}}
 #: the relay of n0 listens there for the one of n1: KV goes this way
 KV_PORT = 7100
 PROMPTS = tuple(
-    tuple(1000 + (7 * first + at) % 900 for at in range(length)) for first, length in ((0, 24), (1, 150))
+    tuple(1000 + (7 * first + at) % 900 for at in range(length)) for first, length in ((0, 24), (1, 100))
 )
 TOKENS = 6
 START_LIMIT_S = 120.0
