@@ -91,13 +91,14 @@ def test_lm_of_13b_on_a100_is_near_the_papers_512() -> None:
 
 
 @pytest.mark.parametrize("device", known_devices())
-@pytest.mark.parametrize("model", known_models())
-def test_roofline_never_beats_the_peak_rates(model: str, device: str) -> None:
-    shape, hardware = find_model(model), find_device(device)
-    instance = RooflineLatency(shape, hardware).instance(1, 1)
-    weights = shape.layers * shape.layer_weights
-    assert instance.prefill_stage_s(4096, 4096**2, 1) > 2 * weights * 4096 / hardware.flops * 0.99
-    assert instance.decode_step_s(1, 1000) > weights * shape.item_nbytes / hardware.bytes_per_s * 0.99
+def test_roofline_never_beats_the_peak_rates(device: str) -> None:
+    hardware = find_device(device)
+    for shape in map(find_model, known_models()):
+        instance = RooflineLatency(shape, hardware).instance(1, 1)
+        active = dataclasses.replace(shape, experts=shape.active)
+        weights = shape.layers * active.layer_weights
+        assert instance.prefill_stage_s(4096, 4096**2, 1) > 2 * weights * 4096 / hardware.flops * 0.99
+        assert instance.decode_step_s(1, 1000) > weights * shape.item_nbytes / hardware.bytes_per_s * 0.99
 
 
 @given(batch=st.integers(1, 256), context=st.integers(1, 4000), tp=st.sampled_from([1, 2, 4, 8]))
@@ -162,7 +163,7 @@ def test_a_config_json_is_a_model(tmp_path: Path) -> None:
     [
         ({"hidden_size": "wide"}, "hidden_size is 'wide'"),
         ({"hidden_size": 64, "num_attention_heads": 0}, "num_attention_heads is 0"),
-        ({"hidden_size": 64, "num_attention_heads": 4, "num_local_experts": 8}, "mixtures of experts"),
+        ({"hidden_size": 64, "num_attention_heads": 4, "kv_lora_rank": 512}, "latent attention"),
     ],
 )
 def test_configs_that_make_no_sense_are_refused(config: dict[str, object], words: str) -> None:
@@ -177,7 +178,43 @@ def test_a_model_that_is_nowhere_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("model", "parameters"),
-    [("OPT-13B", 12.85e9), ("OPT-66B", 65.7e9), ("OPT-175B", 174.6e9), ("Llama-3-8B", 8.03e9)],
+    [
+        ("OPT-13B", 12.85e9),
+        ("OPT-66B", 65.7e9),
+        ("OPT-175B", 174.6e9),
+        ("Llama-3-8B", 8.03e9),
+        ("Mixtral-8x7B", 46.7e9),
+        ("Qwen3-30B-A3B", 30.5e9),
+    ],
 )
 def test_known_models_have_the_published_number_of_parameters(model: str, parameters: float) -> None:
     assert find_model(model).weights_nbytes / 2 == pytest.approx(parameters, rel=0.005)
+
+
+def test_a_mixture_reads_the_experts_that_its_tokens_go_to() -> None:
+    shape = find_model("Mixtral-8x7B")
+    assert shape.hit_experts(1) == pytest.approx(2)
+    assert shape.hit_experts(2) == pytest.approx(8 - 8 * 0.75**2)
+    assert shape.hit_experts(1000) == pytest.approx(8)
+
+
+def test_a_mixture_decodes_like_its_active_part_alone_and_like_all_of_it_in_a_batch() -> None:
+    mixture, dense = (
+        RooflineLatency(find_model(name), find_device("h100")).instance(2, 1)
+        for name in ("Mixtral-8x7B", "Mistral-7B")
+    )
+    assert 1.2 < mixture.decode_step_s(1, 512) / dense.decode_step_s(1, 512) < 2.2
+    assert mixture.decode_step_s(64, 64 * 512) / dense.decode_step_s(64, 64 * 512) > 3
+    assert 1.3 < mixture.prefill_stage_s(4096, 4096**2, 1) / dense.prefill_stage_s(4096, 4096**2, 1) < 2.5
+
+
+def test_dense_layers_and_shared_experts_of_a_mixture_are_told_apart() -> None:
+    config = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 100}
+    config |= {"intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config |= {"first_k_dense_replace": 1, "n_shared_experts": 1}
+    shape = shape_of("mixed", config)
+    assert (shape.sparse, shape.shared_width, shape.expert_width) == (0.75, 32, 32)
+    mixed = 3 * 64 * (8 * 32 + 32) + 64 * 8
+    assert shape.layer_weights == pytest.approx(4 * 64 * 64 + 0.25 * 3 * 64 * 256 + 0.75 * mixed, rel=0.01)
+    with pytest.raises(PlanInput, match="9 active experts of 8"):
+        shape_of("mixed", config | {"num_experts_per_tok": 9})

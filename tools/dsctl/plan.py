@@ -107,9 +107,8 @@ def _device(name: str) -> Device:
 
 
 def _latency(model: str, device: str, kind: str, stack: str, node_devices: int) -> Latency:
-    from dsplan.errors import PlanInput
     from dsplan.linear import distserve_latency, profiled
-    from dsplan.roofline import STACKS, RooflineLatency
+    from dsplan.roofline import RooflineLatency, find_stack
     from dsplan.shapes import find_model
 
     shape, hardware = find_model(model), _device(device)
@@ -117,9 +116,7 @@ def _latency(model: str, device: str, kind: str, stack: str, node_devices: int) 
         return distserve_latency(shape.name, hardware.name, kind)
     if kind == "auto" and profiled(shape.name, hardware.name):
         return distserve_latency(shape.name, hardware.name)
-    if stack not in STACKS:
-        raise PlanInput(f"there is no stack {stack}", remedy=f"choose one of {', '.join(STACKS)}")
-    return RooflineLatency(shape, hardware, STACKS[stack], node_devices)
+    return RooflineLatency(shape, hardware, find_stack(stack), node_devices)
 
 
 def _slo(text: str, attainment: float) -> Slo:

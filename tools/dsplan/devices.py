@@ -30,6 +30,8 @@ class Device:
     #: key of ``data/efficiency.json``
     efficiency: str
     note: str
+    #: how much longer the host takes for what it does than one of an A100
+    host_factor: float = 1.0
 
 
 @cache

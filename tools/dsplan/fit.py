@@ -38,6 +38,8 @@ MOST_ROWS = 6000
 OUTLIER = 0.15
 #: query heads for each KV head beyond which no model of today goes
 MOST_GROUP = 16
+#: head dimension beyond which libraries fall back to slow kernels, and no model of today goes
+MOST_DIM = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ def _all(*columns: Column) -> Any:
 
 
 def _grouped(batch: Column, tokens: Column, heads: Column, kv: Column, dim: Column) -> Any:
-    return heads <= MOST_GROUP * kv
+    return (heads <= MOST_GROUP * kv) & (dim <= MOST_DIM)
 
 
 def _large(ranks: Column, nbytes: Column) -> Any:
@@ -90,7 +92,7 @@ TABLES = (
         ("batch_size", "isl", *_HEADS),
         _BF16,
         kernels.context_s,
-        (8e-6, 0.6, 2e-9, 2.0, 0.7, 0.5),
+        (8e-6, 0.6, 2e-9, 2.0, 0.7, 0.5, 0.3),
         _grouped,
     ),
     Table(
@@ -99,7 +101,7 @@ TABLES = (
         ("batch_size", "step", *_HEADS),
         _BF16,
         kernels.generation_s,
-        (8e-6, 0.8, 0.2, 1e-10, 2.0, 1e-9, 8.0),
+        (8e-6, 0.8, 0.2, 1e-10, 2.0, 1e-9, 8.0, 1e-9),
         _grouped,
     ),
     Table("allreduce_small", "custom_allreduce", _REDUCE, _GRAPH, kernels.allreduce_s, (4e-6, 1e-7, 0.3), _small),

@@ -34,7 +34,8 @@ class Memory:
 
 def activations_nbytes(shape: ModelShape, tp: int, step_tokens: int) -> int:
     """The residual stream twice, the widest intermediate, and the logits of 256 rows in float32."""
-    wide = (2 if shape.gated else 1) * shape.intermediate // tp
+    inner = max(shape.intermediate, shape.active * shape.expert_width + shape.shared_width)
+    wide = (2 if shape.gated else 1) * inner // tp
     qkv = (shape.heads + 2 * shape.kv_heads) * shape.head_dim // tp
     return step_tokens * (2 * shape.hidden + max(wide, qkv)) * shape.item_nbytes + 256 * 4 * shape.vocab // tp
 

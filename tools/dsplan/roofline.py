@@ -1,10 +1,11 @@
-"""A latency model of any dense decoder on any device of the table, from first principles.
+"""A latency model of any decoder on any device of the table, from first principles.
 
 A step is the sum of its kernels (:mod:`dsplan.kernels`, with the efficiencies of ``data/efficiency.json``): for
 each layer four GEMMs, attention, the element-wise kernels as memory traffic, and with TP two all-reduces; then the
-output matrix, and with PP a send between stages. On top comes the software: a time for each step, and one for each
-layer below which the host cannot launch a layer's kernels (zero with CUDA graphs). Those two depend on the serving
-software, not on the device: :data:`STACKS` names what is known of them.
+output matrix, and with PP a send between stages. A mixture of experts computes for the active experts of each
+token and reads those that any token of the step goes to. On top comes the software: a time for each step, and one
+for each layer below which the host cannot launch a layer's kernels (zero with CUDA graphs). Those two depend on the
+serving software, not on the device: :data:`STACKS` names what is known of them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ SEND_S = 10e-6
 #: passes over the residual stream and the wide activations of a layer, in elements a token: two norms (read and
 #: write), two residual sums (two reads, one write), rotary and cache writes of Q and K
 RESIDUAL_PASSES = 10
+#: arithmetic under steady load, to that of kernels measured one at a time: power holds the clock down. Set on the
+#: GEMMs of Llama-2 on A100 in Vidur's tables; those of Llama-3 and on H100 were held out
+SUSTAINED = 0.87
+#: place of the share of arithmetic in the parameters of a kernel
+_FLOPS_SHARE = {"gemm": 1, "context": 1}
 #: rows that are told apart, beyond a tile
 ROWS = 16
 
@@ -39,31 +45,38 @@ class Stack:
     layer_s: float
     #: for each sequence of a step
     sequence_s: float
-    #: how many times longer than its kernels a prefill takes
-    prefill_factor: float
     about: str
 
 
 STACKS = {
-    "graphs": Stack(2e-3, 0.0, 0.0, 1.0, "decode in CUDA graphs; 2 ms a step is hand-set"),
+    "graphs": Stack(2e-3, 0.0, 0.0, "decode in CUDA graphs; 2 ms a step is hand-set"),
     "eager-2023": Stack(
         6e-3,
         0.48e-3,
         0.4e-3,
-        1.05,
         "vLLM of 2023 without CUDA graphs: set on Splitwise's A100 rows of Llama2-70B at TP 2 and 8; the "
-        "rows at TP 4, held out, are then met to 3 % in decode, 10 % in prefill of one prompt and 21 % of batches",
+        "rows at TP 4, held out, are then met to 4 % in decode and 8 % in prefill of one prompt",
     ),
 }
 
 
+def find_stack(name: str) -> Stack:
+    """The stack of that name. Raises :class:`PlanInput`."""
+    if name not in STACKS:
+        raise PlanInput(f"there is no stack {name}", remedy=f"choose one of {', '.join(STACKS)}")
+    return STACKS[name]
+
+
 @cache
 def efficiencies(name: str) -> dict[str, Parameters]:
-    """Fitted parameters of a device, by kernel. Raises :class:`PlanInput` for a name that is not in the file."""
+    """Parameters of a device under steady load, by kernel. Raises :class:`PlanInput` for an unknown name."""
     devices = json.loads(files("dsplan").joinpath("data/efficiency.json").read_text())["devices"]
     if name not in devices:
         raise PlanInput(f"there are no efficiencies named {name}", remedy=f"choose one of {', '.join(devices)}")
-    return {kernel: tuple(values) for kernel, values in devices[name].items()}
+    fitted = {kernel: list(values) for kernel, values in devices[name].items()}
+    for kernel, place in _FLOPS_SHARE.items():
+        fitted[kernel][place] *= SUSTAINED
+    return {kernel: tuple(values) for kernel, values in fitted.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +109,36 @@ class RooflineInstance:
     def _layer_dense_s(self, rows: int) -> float:
         s, tp, device = self.shape, self.tp, self.device
         gemm = self._kernels()["gemm"]
-        heads, inner = s.heads * s.head_dim / tp, s.intermediate / tp
-        kv = max(s.kv_heads / tp, 1) * s.head_dim
-        wide = (2 if s.gated else 1) * inner
+        heads, kv = s.heads * s.head_dim / tp, max(s.kv_heads / tp, 1) * s.head_dim
         total = kernels.gemm_s(gemm, device, rows, heads + 2 * kv, s.hidden)
         total += kernels.gemm_s(gemm, device, rows, s.hidden, heads)
-        total += kernels.gemm_s(gemm, device, rows, wide, s.hidden)
-        total += kernels.gemm_s(gemm, device, rows, s.hidden, inner)
-        moved = rows * (RESIDUAL_PASSES * s.hidden + wide + inner + 2 * (heads + kv)) * s.item_nbytes
-        total += moved / (device.bytes_per_s * gemm[2])
+        total += self._moved_s(rows * (RESIDUAL_PASSES * s.hidden + 2 * (heads + kv)))
+        if s.sparse < 1:
+            total += (1 - s.sparse) * self._mlp_s(rows, s.intermediate)
+        if s.sparse:
+            total += s.sparse * self._mixture_s(rows)
         return float(total + 2 * self.allreduce_s(rows * s.hidden * s.item_nbytes))
+
+    def _mlp_s(self, rows: float, width: int, groups: float = 1) -> float:
+        """Two GEMMs and what is between them."""
+        gemm, device, hidden = self._kernels()["gemm"], self.device, self.shape.hidden
+        inner = width / self.tp
+        wide = (2 if self.shape.gated else 1) * inner
+        total = kernels.gemm_s(gemm, device, rows, wide, hidden, groups)
+        total += kernels.gemm_s(gemm, device, rows, hidden, inner, groups)
+        return float(total) + self._moved_s(rows * (wide + inner))
+
+    def _mixture_s(self, rows: int) -> float:
+        """Router, experts and shared experts of a layer; the rows are gathered, and added up again."""
+        s = self.shape
+        total = float(kernels.gemm_s(self._kernels()["gemm"], self.device, rows, s.experts, s.hidden))
+        total += self._mlp_s(rows * s.active, s.expert_width, s.hit_experts(rows))
+        total += self._moved_s(3 * rows * s.active * s.hidden)
+        return total + (self._mlp_s(rows, s.shared_width) if s.shared_width else 0.0)
+
+    def _moved_s(self, elements: float) -> float:
+        """Element-wise kernels that read or write as many."""
+        return elements * self.shape.item_nbytes / (self.device.bytes_per_s * self._kernels()["gemm"][2])
 
     def allreduce_s(self, nbytes: float) -> float:
         """Sum over the TP ranks."""
@@ -124,8 +157,9 @@ class RooflineInstance:
 
     def _software_s(self, kernels_s: float, count: int) -> float:
         """``count`` sequences of one stage's batch."""
-        host_s = (self.stack.step_s + self.stack.sequence_s * count) / self.stages
-        return max(kernels_s, self._layers * self.stack.layer_s) + host_s
+        slow = self.device.host_factor
+        host_s = slow * (self.stack.step_s + self.stack.sequence_s * count) / self.stages
+        return max(kernels_s, slow * self._layers * self.stack.layer_s) + host_s
 
     def prefill_stage_s(self, tokens: int, squares: int, count: int) -> float:
         """Kernels of the last stage (the output matrix is its), which is the slowest."""
@@ -137,7 +171,7 @@ class RooflineInstance:
         )
         total = self._layers * (self.layer_dense_s(tokens) + float(attention)) + self._output_s(count)
         send = self._send_s(tokens) if self.stages > 1 else 0.0
-        return self._software_s(total * self.stack.prefill_factor, count) + send
+        return self._software_s(total, count) + send
 
     def decode_step_s(self, batch: int, tokens: int) -> float:
         """``stages`` micro-batches go round; a token for each sequence takes all of them."""

@@ -44,12 +44,37 @@ class ModelShape:
     tied: bool
     #: bytes of one weight and of one KV element
     item_nbytes: int = 2
+    #: of a mixture of experts: how many, those that a token goes to, and the width of one; 0 for dense models
+    experts: int = 0
+    active: int = 0
+    expert_width: int = 0
+    #: width of the experts that every token goes to
+    shared_width: int = 0
+    #: layers of a mixture that have the dense MLP of ``intermediate``
+    dense_layers: int = 0
+
+    @property
+    def sparse(self) -> float:
+        """Share of the layers that are mixtures of experts."""
+        return 1 - self.dense_layers / self.layers if self.experts else 0.0
+
+    def hit_experts(self, tokens: float) -> float:
+        """Distinct experts of a layer that ``tokens`` tokens go to, on average, were all equally liked."""
+        return float(self.experts * (1 - (1 - self.active / self.experts) ** tokens))
 
     @property
     def layer_weights(self) -> int:
-        """Elements of one layer's matrices."""
+        """Elements of the matrices of a layer, the mean of all."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return attention + (3 if self.gated else 2) * self.hidden * self.intermediate
+        width = self.intermediate
+        if self.experts:
+            mixed = self.experts * self.expert_width + self.shared_width
+            width = round((1 - self.sparse) * width + self.sparse * mixed)
+        return (
+            attention
+            + (3 if self.gated else 2) * self.hidden * width
+            + round(self.sparse * self.experts * self.hidden)
+        )
 
     @property
     def weights_nbytes(self) -> int:
@@ -104,10 +129,10 @@ def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
     heads = _count(name, config, "num_attention_heads", "n_head")
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float16")
     ungated = config.get("model_type") in UNGATED
-    if config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts"):
+    if config.get("kv_lora_rank"):
         raise PlanInput(
-            f"model {name}: mixtures of experts are not modelled",
-            remedy="plan with a dense model of the active size, and check the memory by hand",
+            f"model {name}: multi-head latent attention is not modelled",
+            remedy="plan with a model of grouped-query attention of about that size",
         )
     return ModelShape(
         name=name,
@@ -121,7 +146,29 @@ def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
         gated=not ungated,
         tied=bool(config.get("tie_word_embeddings", ungated)),
         item_nbytes=ITEM_NBYTES.get(stored, 2),
+        **_experts(name, config),
     )
+
+
+def _experts(name: str, config: Mapping[str, Any]) -> dict[str, int]:
+    """What makes a mixture of experts, by the names of Mixtral, Qwen and their kin; nothing for dense models."""
+    keys = ("num_local_experts", "num_experts", "n_routed_experts")
+    if not any(config.get(key) for key in keys):
+        return {}
+    layers = _count(name, config, "num_hidden_layers", "n_layer")
+    width = _count(name, config, "moe_intermediate_size", "intermediate_size")
+    shared = config.get("shared_expert_intermediate_size") or (config.get("n_shared_experts") or 0) * width
+    every = int(config.get("decoder_sparse_step") or 1)
+    dense = {int(one) for one in config.get("mlp_only_layers") or ()}
+    dense |= set(range(int(config.get("first_k_dense_replace") or 0)))
+    dense |= {layer for layer in range(layers) if (layer + 1) % every}
+    found = {
+        "experts": _count(name, config, *keys),
+        "active": _count(name, config, "num_experts_per_tok", "num_experts_per_token"),
+    }
+    if found["active"] > found["experts"]:
+        raise PlanInput(f"model {name}: {found['active']} active experts of {found['experts']}")
+    return found | {"expert_width": width, "shared_width": int(shared), "dense_layers": len(dense)}
 
 
 def _count(name: str, config: Mapping[str, Any], *keys: str, default: int | None = None) -> int:

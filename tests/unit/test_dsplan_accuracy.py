@@ -1,0 +1,79 @@
+"""The roofline beside measurements: of one's own, and public ones where they are on this host."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from dsctl.latency import command
+from dsplan import accuracy
+from dsplan.accuracy import Row, errors, measured, published, step_s
+from dsplan.devices import find_device
+from dsplan.errors import PlanInput
+from dsplan.roofline import STACKS, RooflineLatency
+from dsplan.shapes import find_model
+
+MEASURED = Path(__file__).parents[3] / "shared" / "data" / "gpu"
+HEADER = "model,device,tp,pp,phase,batch,tokens,ms\n"
+
+
+def test_errors_by_hand() -> None:
+    rows = [Row("a", 1.0, 1.1), Row("a", 1.0, 0.7), Row("b", 2.0, 2.0)]
+    first, second = errors(rows)
+    assert (first.table, first.rows, first.mape, first.p90) == pytest.approx(("a", 2, 0.2, 0.3))
+    assert (second.mape, second.bias) == (0.0, 0.0)
+
+
+def test_own_measurements_are_read_and_compared(tmp_path: Path) -> None:
+    model = RooflineLatency(find_model("OPT-13B"), find_device("h100")).instance(2, 1)
+    ms = step_s(model, "decode", 8, 512) * 1e3
+    path = tmp_path / "mine.csv"
+    path.write_text(HEADER + f"OPT-13B,h100,2,1,decode,8,512,{ms * 2}\n")
+    (row,) = measured(path, STACKS["graphs"])
+    assert row.error == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("OPT-13B,h100,2,1,reading,8,512,9", "line 2: phase is 'reading'"),
+        ("OPT-13B,h100,2,1,decode,0,512,9", "line 2: batch is 0"),
+        ("OPT-13B,h100,2,1,decode,8,512,fast", "line 2: could not convert"),
+        ("OPT-13B,h900,2,1,decode,8,512,9", "device h900 is not known"),
+        ("", "has no rows"),
+    ],
+)
+def test_malformed_measurements_are_refused_by_line(tmp_path: Path, line: str, words: str) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text(HEADER + line)
+    with pytest.raises(PlanInput, match=words):
+        measured(path, STACKS["graphs"])
+
+
+def test_distserves_profile_is_met_although_nothing_was_fitted_on_it() -> None:
+    found = {one.table: one for one in errors(accuracy.distserve_rows())}
+    assert all(one.mape < 0.15 for one in found.values())
+
+
+@pytest.mark.skipif(not MEASURED.exists(), reason="the measurements are not on this host")
+def test_public_measurements_are_met() -> None:
+    found = {one.table: one.mape for one in errors(published(MEASURED))}
+    assert found["GEMMs of a layer, a100-80g"] < 0.08
+    assert found["GEMMs of a layer, h100"] < 0.13
+    assert found["decode attention, a100-80g"] < 0.16
+    assert found["Splitwise decode, Llama-2-70B a100-80g TP 4 (held out)"] < 0.05
+
+
+def test_the_command_tells_times_and_errors(tmp_path: Path) -> None:
+    shown = CliRunner().invoke(command, ["--model", "Qwen3-30B-A3B", "--device", "l40s", "--tp", "2", "--json"])
+    assert shown.exit_code == 0
+    assert {one["phase"] for one in json.loads(shown.output)["steps"]} == {"prefill", "decode"}
+    path = tmp_path / "mine.csv"
+    path.write_text(HEADER + "OPT-13B,h100,2,1,decode,8,512,9\n")
+    told = CliRunner().invoke(command, ["--measured", str(path), "--json"])
+    assert json.loads(told.output)[0]["table"] == "OPT-13B h100 decode"
+    table = CliRunner().invoke(command, ["--model", "OPT-13B"])
+    assert "prefill" in table.output

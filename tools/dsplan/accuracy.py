@@ -1,0 +1,217 @@
+"""How far the roofline is from measurements: mean and 90th percentile of the relative error, by table.
+
+Two sources. :func:`published` reads public measurements from a directory that the user names (Vidur's kernels,
+Splitwise's whole steps) and DistServe's profile of OPT, which is shipped; nothing but the two hand-set numbers of
+the stack "eager-2023" was set on any of it. :func:`measured` reads a CSV of one's own, with the columns
+:data:`COLUMNS`: a model (a known name or a config), a device, ``tp``, ``pp``, ``phase`` (prefill or decode),
+``batch``, ``tokens`` of each prompt or of each context, and ``ms`` of the step.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+
+from dsplan import kernels
+from dsplan.devices import find_device
+from dsplan.errors import PlanInput
+from dsplan.latency import Instance
+from dsplan.linear import distserve_latency
+from dsplan.linear import published as distserve
+from dsplan.roofline import STACKS, RooflineInstance, RooflineLatency, Stack, efficiencies
+from dsplan.shapes import find_model
+
+COLUMNS = ("model", "device", "tp", "pp", "phase", "batch", "tokens", "ms")
+#: Splitwise's table, and the mean number of output tokens before one of which it tells the time
+_SPLITWISE = "splitwise_perf_model_a100_llama2_70b.csv.gz"
+_SPLITWISE_STEPS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measurement beside the model's word."""
+
+    table: str
+    measured_s: float
+    modelled_s: float
+
+    @property
+    def error(self) -> float:
+        """Relative, without sign."""
+        return abs(self.modelled_s / self.measured_s - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """Errors of a table, as shares."""
+
+    table: str
+    rows: int
+    mape: float
+    p90: float
+    #: of the median row, with its sign: above 0 the model is too slow
+    bias: float
+
+
+def errors(rows: list[Row]) -> list[Error]:
+    """One for each table, in order of appearance."""
+    tables: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        tables[row.table].append(row)
+    found = []
+    for name, each in tables.items():
+        sizes = sorted(row.error for row in each)
+        bias = median(row.modelled_s / row.measured_s - 1 for row in each)
+        found.append(Error(name, len(each), mean(sizes), sizes[min(int(len(sizes) * 0.9), len(sizes) - 1)], bias))
+    return found
+
+
+def step_s(instance: Instance, phase: str, batch: int, tokens: int) -> float:
+    """A whole step over ``batch`` prompts or contexts of ``tokens`` each."""
+    if phase == "prefill":
+        return instance.stages * instance.prefill_stage_s(batch * tokens, batch * tokens * tokens, batch)
+    return instance.decode_step_s(batch, batch * tokens)
+
+
+# measurements of one's own
+
+
+def measured(path: Path, stack: Stack) -> list[Row]:
+    """The rows of a CSV. Raises :class:`PlanInput` naming the row and column that make no sense."""
+    rows = []
+    for number, row in enumerate(_rows(path), 2):
+        try:
+            instance = _instance(row, stack)
+            phase = row["phase"]
+            if phase not in ("prefill", "decode"):
+                raise ValueError(f"phase is {phase!r}, not prefill or decode")
+            batch, tokens, ms = _positive(row, "batch"), _positive(row, "tokens"), float(row["ms"])
+            if not 0 < ms < 1e9:
+                raise ValueError(f"ms is {ms:g}")
+        except (KeyError, ValueError) as error:
+            raise PlanInput(
+                f"{path}, line {number}: {error}", remedy=f"give the columns {', '.join(COLUMNS)}"
+            ) from error
+        rows.append(
+            Row(f"{row['model']} {row['device']} {phase}", ms / 1e3, step_s(instance, phase, batch, tokens))
+        )
+    if not rows:
+        raise PlanInput(f"{path} has no rows", remedy=f"give the columns {', '.join(COLUMNS)}")
+    return rows
+
+
+def _positive(row: Mapping[str, str], name: str) -> int:
+    value = int(row[name])
+    if value < 1:
+        raise ValueError(f"{name} is {value}, below 1")
+    return value
+
+
+def _instance(row: Mapping[str, str], stack: Stack) -> RooflineInstance:
+    latency = RooflineLatency(find_model(row["model"]), find_device(row["device"]), stack)
+    return latency.instance(_positive(row, "tp"), _positive(row, "pp"))
+
+
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+            yield from csv.DictReader(lines)
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanInput(f"{path} cannot be read: {error}") from error
+
+
+# published ones
+
+
+def published(directory: Path) -> list[Row]:
+    """Every table of ``directory`` that is there, and DistServe's profile. Raises :class:`PlanInput` for none."""
+    rows: list[Row] = []
+    if (directory / "vidur").is_dir():
+        rows += _vidur_gemm(directory / "vidur")
+        rows += _vidur_attention(directory / "vidur")
+    if (directory / _SPLITWISE).exists():
+        rows += _splitwise(directory / _SPLITWISE)
+    if not rows:
+        raise PlanInput(
+            f"{directory} holds no measurements that are known here",
+            remedy="name a directory with vidur/*_mlp.csv.gz or Splitwise's table; docs/planning.md tells of both",
+        )
+    return rows + distserve_rows()
+
+
+def _vidur_gemm(directory: Path) -> Iterator[Row]:
+    """The four GEMMs of a layer, one row each."""
+    for path in sorted(directory.glob("*_mlp.csv.gz")):
+        gpu = path.name.partition("_")[0]
+        device = find_device({"a100": "a100-80g"}.get(gpu, gpu))
+        gemm = efficiencies(device.efficiency)["gemm"]
+        for row in _rows(path):
+            tp, tokens, hidden = (int(row[n]) for n in ("num_tensor_parallel_workers", "num_tokens", "n_embd"))
+            heads, kv, inner = int(row["n_head"]), int(row["n_kv_head"]), int(row["n_expanded_embd"])
+            wide = inner * (2 if row["use_gated_mlp"] == "True" else 1)
+            shapes = {
+                "attn_pre_proj": (hidden * (heads + 2 * kv) / heads / tp, hidden),
+                "attn_post_proj": (hidden, hidden / tp),
+                "mlp_up_proj": (wide / tp, hidden),
+                "mlp_down_proj": (hidden, inner / tp),
+            }
+            for name, (n, k) in shapes.items():
+                told = row[f"time_stats.{name}.median"]
+                if told and float(told) > 0:
+                    modelled = kernels.gemm_s(gemm, device, tokens, n, k)
+                    yield Row(f"GEMMs of a layer, {device.name}", float(told) / 1e3, float(modelled))
+
+
+def _vidur_attention(directory: Path) -> Iterator[Row]:
+    device = find_device("a100-80g")
+    fitted = efficiencies(device.efficiency)["generation"]
+    for path in sorted(directory.glob("a100_attention*.csv.gz")):
+        for row in _rows(path):
+            if row["is_prefill"] == "True" or int(row["kv_cache_size"]) == 0:
+                continue
+            tp, dim = int(row["num_tensor_parallel_workers"]), int(row["n_embd"]) // int(row["n_q_head"])
+            heads, kv = int(row["n_q_head"]) // tp, int(row["n_kv_head"]) // tp
+            batch, held = int(row["batch_size"]), int(row["kv_cache_size"])
+            modelled = kernels.generation_s(fitted, device, batch, held, heads, kv, dim)
+            yield Row("decode attention, a100-80g", float(row["time_stats.attn_decode.median"]) / 1e3, modelled)
+
+
+def _splitwise(path: Path) -> list[Row]:
+    """Medians of the repeats; one cell (TP 2, batch 64) is known to be wrong and left out."""
+    cells: dict[tuple[int, int, int], list[tuple[float, float]]] = defaultdict(list)
+    for row in _rows(path):
+        key = int(row["tensor_parallel"]), int(row["batch_size"]), int(row["prompt_size"])
+        if key[:2] != (2, 64):
+            cells[key].append((float(row["prompt_time"]), float(row["token_time"])))
+    latency = RooflineLatency(find_model("Llama-2-70B"), find_device("a100-80g"), STACKS["eager-2023"])
+    rows = []
+    for (tp, batch, tokens), times in cells.items():
+        instance = latency.instance(tp, 1)
+        told = "held out" if tp == 4 else "set on"
+        for phase, column, length in (("prefill", 0, tokens), ("decode", 1, tokens + _SPLITWISE_STEPS)):
+            seconds = median(one[column] for one in times) / 1e3
+            name = f"Splitwise {phase}, Llama-2-70B a100-80g TP {tp} ({told})"
+            rows.append(Row(name, seconds, step_s(instance, phase, batch, length)))
+    return rows
+
+
+def distserve_rows() -> list[Row]:
+    """OPT-13B and 66B on a grid of DistServe's own fits, as published: prefill times have its factor of 1.1."""
+    rows = []
+    device = find_device(distserve()["device"])
+    for model, fits in distserve()["engines"]["distserve"].items():
+        theirs, ours = distserve_latency(model, device.name), RooflineLatency(find_model(model), device)
+        for tp in (tp for tp in map(int, fits) if find_model(model).heads % tp == 0):
+            one, other = theirs.instance(tp, 1), ours.instance(tp, 1)
+            for tokens in (256, 512, 1024, 2048):
+                told = step_s(one, "prefill", 1, tokens)
+                rows.append(Row(f"DistServe prefill, {model} a100-80g", told, step_s(other, "prefill", 1, tokens)))
+            for batch in (1, 8, 32, 64, 128):
+                told = step_s(one, "decode", batch, 512)
+                rows.append(Row(f"DistServe decode, {model} a100-80g", told, step_s(other, "decode", batch, 512)))
+    return rows
