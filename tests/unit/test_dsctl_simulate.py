@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -104,6 +105,12 @@ def test_a_file_with_arrivals_is_replayed_and_traced(run: Run, tmp_path: Path) -
         (["--rate", "1", "--slo", "ttft=3"], "--slo"),
         (["--rate", "1", "--profile", "none.json"], "none.json cannot be read"),
         (["--workload", "none.csv"], "none.csv cannot be read"),
+        (["--rates", "1:2"], "rates '1:2'"),
+        (["--rates", "3:2:1"], "not understood"),
+        (["--rates", "1:2:0"], "not understood"),
+        (["--rates", "0,1"], "not understood"),
+        (["--rates", "1:2:1", "--rate", "3"], "--rates goes with neither"),
+        (["--rate", "1", "--fail", "decode-3@1"], "no decode-3"),
         (["--rate", "1", "--requests", "1", "--trace", "/nowhere/t.json"], "/nowhere/t.json"),
     ],
 )
@@ -111,6 +118,34 @@ def test_bad_input_is_refused_with_status_2(run: Run, arguments: list[str], word
     status, out, err = run(*arguments)
     assert (status, out) == (2, "")
     assert word in err
+
+
+def test_several_rates_make_a_curve(run: Run, tmp_path: Path) -> None:
+    workload = ("--workload", "fixed:512,20", "--requests", "30", "--arrival", "constant")
+    told = as_json(run, *workload, "--rates", "1:41:20")
+    assert [one["rate"] for one in told["rates"]] == [1, 21, 41]
+    shares = [one["attainment"]["value"] for one in told["rates"]]
+    assert shares[0] == 1.0 > shares[-1]
+    assert 1 <= told["goodput"] < 41
+    if importlib.util.find_spec("matplotlib"):
+        path = tmp_path / "curve.png"
+        _, out, _ = run(*workload, "--rates", "1,41", "--plot", str(path))
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert [line.split()[0] for line in out.splitlines()[1:3]] == ["1", "41"]
+        assert "at least 90% of requests have TTFT within 250 ms" in out
+
+
+def test_failures_are_injected_and_told(run: Run) -> None:
+    workload = ("--workload", "fixed:64,50", "--rate", "2", "--requests", "8")
+    told = as_json(run, *workload, "--fail", "decode-0@1.5s+0.5")
+    assert told["failures"] == [
+        {"at_s": pytest.approx(1.5), "name": "decode-0", "up": False},
+        {"at_s": pytest.approx(2.0), "name": "decode-0", "up": True},
+    ]
+    assert (told["finished"], told["errors"]) == (8, {})
+    assert told["retried"] > 0
+    _, out, _ = run(*workload, "--fail", "decode-0@1.5+0.5")
+    assert "decode-0 died at 1.5 s, decode-0 back at 2 s" in out
 
 
 def test_a_model_of_unknown_shape_is_refused(run: Run, tmp_path: Path) -> None:

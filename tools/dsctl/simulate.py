@@ -17,7 +17,10 @@ from dsctl.topology import file_option
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dssim.failure import Failure
+    from dssim.rates import AtRate
     from dssim.records import Record, Run
+    from dssim.wish import Wish
     from dssim.workload import Arrival
     from dstopology.resolved import Slo, Topology
 
@@ -35,6 +38,7 @@ _SLO = re.compile(r"(ttft|tpot):([0-9]+(?:\.[0-9]+)?)")
     "servegen:RATES,LENGTHS; docs/workloads.md tells of each.",
 )
 @click.option("--rate", type=float, help="Requests a second; needed unless a file tells when they arrive.")
+@click.option("--rates", metavar="FROM:TO:STEP", help="Several rates, one after the other; also A,B,C.")
 @click.option("--requests", type=click.IntRange(1, 10_000_000), help="How many; default all of a file, or 500.")
 @click.option(
     "--arrival", type=click.Choice(["poisson", "gamma", "constant"]), default="poisson", show_default=True
@@ -49,21 +53,32 @@ _SLO = re.compile(r"(ttft|tpot):([0-9]+(?:\.[0-9]+)?)")
     metavar="NAME|FILE",
     help="How long steps and transfers take: DistServe's published OPT-13B times, or a file of `dsctl profile`.",
 )
+@click.option(
+    "--fail",
+    "failures",
+    multiple=True,
+    metavar="NAME@T[+D]",
+    help="A process dies T seconds after the beginning, and is back D seconds later; may be repeated.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
-    "--plot", type=click.Path(path_type=Path), help="Write distributions and timelines (.png, .svg, .pdf)."
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="Write distributions and timelines, or with --rates the curves over them (.png, .svg, .pdf).",
 )
 @click.option("--trace", type=click.Path(path_type=Path), help="Write a trace for Perfetto or chrome://tracing.")
 def command(
     file: Path | None,
     workload: str,
     rate: float | None,
+    rates: str | None,
     requests: int | None,
     arrival: str,
     cv: float,
     seed: int,
     slo: str | None,
     profile: str,
+    failures: tuple[str, ...],
     as_json: bool,
     plot: Path | None,
     trace: Path | None,
@@ -76,17 +91,33 @@ def command(
     \b
     dsctl simulate -f T.yaml --workload sharegpt --rate 2 --slo ttft:250,tpot:100
     dsctl simulate -f T.yaml --workload mine.csv --trace run.json
+    dsctl simulate -f T.yaml --rates 1:10:1 --requests 2000 --plot curve.png
+    dsctl simulate -f T.yaml --rate 4 --fail decode-0@12.5s+3s
     """
+    from dssim import failure
     from dssim import plot as plots
+    from dssim import rates as sweep
     from dssim.wish import Wish, make
     from dstopology.load import find, load
+    from dswire.errors import BadInput
 
     if plot is not None:
         plots.check()
+    if rates is not None and (rate is not None or trace is not None):
+        raise BadInput("--rates goes with neither --rate nor --trace", remedy="leave one of them out")
     topology = load(find(file))
     objectives = parse_slo(slo, topology.slo)
+    simulator = _Simulator(topology, profile, failure.parse(failures, topology))
+    if rates is not None:
+        wishes = [Wish(workload, one, requests, arrival, cv, seed) for one in sweep.parse(rates)]
+        runs = _sweep(simulator, wishes, objectives)
+        if plot is not None:
+            plots.save_rates(runs, objectives, plot)
+        _show_rates(runs, objectives, as_json)
+        return
     arrivals = make(Wish(workload, rate, requests, arrival, cv, seed))
-    run = _simulate(topology, arrivals, profile, keep_steps=trace is not None)
+    with _progress(len(arrivals)) as advance:
+        run = simulator.run(arrivals, advance, keep_steps=trace is not None)
     _write_trace(run, trace)
     if plot is not None:
         plots.save(run, objectives, plot)
@@ -108,22 +139,47 @@ def parse_slo(text: str | None, default: Slo) -> Slo:
     return replace(default, ttft_s=wanted.get("ttft", default.ttft_s), tpot_s=wanted.get("tpot", default.tpot_s))
 
 
-def _simulate(topology: Topology, arrivals: list[Arrival], profile: str, *, keep_steps: bool) -> Run:
-    from dsplan.profile import check_topology
-    from dssim.model import layout_of
-    from dssim.system import System
-    from dssim.times import linear_times, transfer_times
+class _Simulator:
+    """What does not change from rate to rate."""
 
-    check_topology(Path(profile), topology)
-    system = System(
-        topology,
-        layout_of(topology),
-        lambda instance: linear_times(profile, instance.tp),
-        transfer_times(profile),
-        keep_steps=keep_steps,
-    )
-    with _progress(len(arrivals)) as advance:
-        return system.run(arrivals, advance)
+    def __init__(self, topology: Topology, profile: str, failures: tuple[Failure, ...]) -> None:
+        from dsplan.profile import check_topology
+        from dssim.model import layout_of
+
+        check_topology(Path(profile), topology)
+        self._topology = topology
+        self._layout = layout_of(topology)
+        self._profile = profile
+        self._failures = failures
+
+    def run(self, arrivals: list[Arrival], on_end: Callable[[Record], None], *, keep_steps: bool = False) -> Run:
+        """One run."""
+        from dssim.system import System
+        from dssim.times import linear_times, transfer_times
+
+        system = System(
+            self._topology,
+            self._layout,
+            lambda instance: linear_times(self._profile, instance.tp),
+            transfer_times(self._profile),
+            keep_steps=keep_steps,
+        )
+        return system.run(arrivals, on_end, self._failures)
+
+
+def _sweep(simulator: _Simulator, wishes: list[Wish], slo: Slo) -> list[AtRate]:
+    """A run for each rate."""
+    from dssim.rates import AtRate
+    from dssim.statistics import summarize
+    from dssim.wish import make
+
+    workloads = [make(wish) for wish in wishes]
+    runs: list[AtRate] = []
+    with _progress(sum(len(one) for one in workloads)) as advance:
+        for wish, arrivals in zip(wishes, workloads, strict=True):
+            run = simulator.run(arrivals, advance)
+            runs.append(AtRate(wish.rate or 0.0, run, summarize(run.records, slo, run.simulated_s)))
+    return runs
 
 
 @contextmanager
@@ -160,3 +216,12 @@ def _show(run: Run, slo: Slo, topology: Topology, as_json: bool) -> None:
         click.echo(json.dumps(simulated.data(run, summary, slo), indent=2))
     else:
         simulated.show(run, summary, slo, len(topology.instances))
+
+
+def _show_rates(runs: list[AtRate], slo: Slo, as_json: bool) -> None:
+    from dsctl import simulated
+
+    if as_json:
+        click.echo(json.dumps(simulated.data_rates(runs, slo), indent=2))
+    else:
+        simulated.show_rates(runs, slo)

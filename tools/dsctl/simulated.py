@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dssim.rates import AtRate
     from dssim.records import Run
     from dssim.statistics import Estimate, Summary
     from dstopology.resolved import Slo
@@ -31,11 +32,21 @@ def data(run: Run, summary: Summary, slo: Slo) -> dict[str, Any]:
         "stages_ms": {name.removesuffix("_s"): value * 1e3 for name, value in summary.stages_s.items()},
         "busy": _busy(run),
         "preemptions": run.seen.preemptions,
+        "retried": _retried(run),
+        "failures": [{"at_s": at_s - run.begun_s, "name": name, "up": up} for at_s, name, up in run.seen.failures],
         "held_at_the_end": dict(run.held),
         "simulated_s": run.simulated_s,
         "wall_s": run.wall_s,
         "cpu_s": run.cpu_s,
     }
+
+
+def data_rates(runs: Sequence[AtRate], slo: Slo) -> dict[str, Any]:
+    """What ``--json`` prints of several rates."""
+    from dssim.rates import goodput
+
+    each = [{"rate": one.rate} | data(one.run, one.summary, slo) for one in runs]
+    return {"goodput": goodput(runs, slo.attainment), "rates": each}
 
 
 def _share(estimate: Estimate) -> dict[str, float]:
@@ -57,6 +68,11 @@ def _ms(seconds: float) -> float | None:
 def _busy(run: Run) -> dict[str, float]:
     """Share of the time that each instance was in a step."""
     return {name: seconds / run.simulated_s for name, seconds in sorted(run.seen.busy_s.items())}
+
+
+def _retried(run: Run) -> int:
+    """Requests of which an attempt was lost, and that finished nevertheless."""
+    return sum(one.ledger.retries > 0 for one in run.records if one.ledger is not None)
 
 
 def show(run: Run, summary: Summary, slo: Slo, instances: int) -> None:
@@ -88,11 +104,49 @@ def show(run: Run, summary: Summary, slo: Slo, instances: int) -> None:
     console.print(f"{rates}; [dim]{took}[/]", soft_wrap=True)
 
 
+def show_rates(runs: Sequence[AtRate], slo: Slo) -> None:
+    """Print a line for each rate."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dssim.rates import goodput
+
+    console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    percentiles = [f"{name} p{percent}" for name in ("TTFT", "TPOT") for percent in (50, 90, 99)]
+    for heading in ("requests/s", "good", "interval", *percentiles, "busiest"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in runs:
+        share = one.summary.attainment
+        colour = "green" if share.value >= slo.attainment else "red"
+        times = [
+            f"{per[percent].value * 1e3:.1f}" if per else "-"
+            for per in (one.summary.ttft_s, one.summary.tpot_s)
+            for percent in (50, 90, 99)
+        ]
+        busiest = max(_busy(one.run).items(), key=lambda item: item[1], default=("", 0.0))
+        interval = f"{share.low:.1%} to {share.high:.1%}"
+        table.add_row(
+            f"{one.rate:g}", f"[{colour}]{share.value:.1%}[/]", interval, *times, f"{busiest[0]} {busiest[1]:.0%}"
+        )
+    console.print(table)
+    console.print(
+        f"at least {slo.attainment:.0%} of requests have TTFT within {slo.ttft_s * 1e3:g} ms and TPOT within "
+        f"{slo.tpot_s * 1e3:g} ms up to [bold]{goodput(runs, slo.attainment):.3g}[/] requests/s",
+        soft_wrap=True,
+    )
+
+
 def _errors(console: Any, run: Run, summary: Summary) -> None:
     for code, count in summary.errors.items():
         console.print(f"[red]{count} requests failed: {code}[/]")
     for thing, count in run.held.items():
         console.print(f"[red]a defect: {count} {thing} were never given back[/]")
+    if run.seen.failures:
+        died = ", ".join(
+            f"{name} {'back' if up else 'died'} at {at_s - run.begun_s:g} s" for at_s, name, up in run.seen.failures
+        )
+        console.print(f"[yellow]{died}; {_retried(run)} requests finished by another attempt[/]", soft_wrap=True)
     if run.seen.preemptions:
         console.print(f"[yellow]{run.seen.preemptions} sequences gave way for want of KV blocks[/]")
 

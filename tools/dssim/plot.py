@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dssim.rates import AtRate
 from dssim.records import Run
+from dssim.statistics import Estimate
 from dstopology.resolved import Slo
 from dswire.errors import BadInput, StartFailed
 
@@ -37,12 +39,58 @@ def save(run: Run, slo: Slo, path: Path) -> None:
     _distribution(axes[0][1], [one.tpot_s for one in good if one.output_tokens > 1], slo.tpot_s, "TPOT")
     _timeline(axes[1][0], run, "waiting", "sequences waiting")
     _timeline(axes[1][1], run, "blocks_held", "KV blocks held")
+    _write(figure, path)
+
+
+def save_rates(runs: Sequence[AtRate], slo: Slo, path: Path) -> None:
+    """Write attainment, TTFT and TPOT over the rate. Raises as :func:`save` does."""
+    check()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    _attainment(left, runs, slo)
+    ttft = [(one.rate, one.summary.ttft_s) for one in runs if one.summary.ttft_s]
+    tpot = [(one.rate, one.summary.tpot_s) for one in runs if one.summary.tpot_s]
+    _over_rates(middle, ttft, slo.ttft_s, "TTFT")
+    _over_rates(right, tpot, slo.tpot_s, "TPOT")
+    _write(figure, path)
+
+
+def _write(figure: Any, path: Path) -> None:
     try:
-        figure.savefig(path)
+        figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
         raise BadInput(
             f"the plot cannot be written to {path}: {error}", remedy="name a .png, .svg or .pdf"
         ) from error
+
+
+def _attainment(axes: Any, runs: Sequence[AtRate], slo: Slo) -> None:
+    rates = [one.rate for one in runs]
+    shares = {
+        "both": [one.summary.attainment for one in runs],
+        "TTFT": [one.summary.ttft_attainment for one in runs],
+        "TPOT": [one.summary.tpot_attainment for one in runs],
+    }
+    for name, values in shares.items():
+        style = "-o" if name == "both" else ":"
+        (line,) = axes.plot(rates, [one.value for one in values], style, label=name, markersize=4)
+        if name == "both":
+            low, high = [one.low for one in values], [one.high for one in values]
+            axes.fill_between(rates, low, high, alpha=0.2, color=line.get_color(), label="95 % interval")
+    axes.axhline(slo.attainment, linestyle="--", color="tab:red", label=f"wanted {slo.attainment:.0%}")
+    axes.set(xlabel="requests/s", ylabel="share that meets its objectives", ylim=(0, 1.02))
+    axes.legend()
+
+
+def _over_rates(axes: Any, points: Sequence[tuple[float, dict[int, Estimate]]], slo_s: float, name: str) -> None:
+    for percent in (50, 90, 99):
+        values = [times[percent].value * 1e3 for _, times in points]
+        axes.plot([rate for rate, _ in points], values, "-o", markersize=4, label=f"p{percent}")
+    axes.axhline(slo_s * 1e3, linestyle="--", color="tab:red", label=f"SLO {slo_s * 1e3:g} ms")
+    axes.set(xlabel="requests/s", ylabel=f"{name} (ms)", yscale="log")
+    axes.legend()
 
 
 def _distribution(axes: Any, values_s: Sequence[float], slo_s: float, name: str) -> None:
@@ -50,7 +98,7 @@ def _distribution(axes: Any, values_s: Sequence[float], slo_s: float, name: str)
     shares = [(place + 1) / len(ordered) for place in range(len(ordered))]
     axes.plot(ordered, shares, drawstyle="steps-post")
     axes.axvline(slo_s * 1e3, linestyle="--", color="tab:red", label=f"SLO {slo_s * 1e3:g} ms")
-    axes.set(xlabel=f"{name} (ms)", ylabel="share of requests", ylim=(0, 1))
+    axes.set(xlabel=f"{name} (ms)", ylabel="share of requests", xscale="log", ylim=(0, 1))
     axes.legend()
 
 
@@ -58,5 +106,7 @@ def _timeline(axes: Any, run: Run, figure: str, label: str) -> None:
     for name in sorted({name for _, name, _ in run.seen.loads}):
         told = [(now - run.begun_s, getattr(load, figure)) for now, other, load in run.seen.loads if other == name]
         axes.plot([now for now, _ in told], [value for _, value in told], label=name)
+    for at_s, _, up in run.seen.failures:
+        axes.axvline(at_s - run.begun_s, linestyle=":", color="tab:green" if up else "tab:red")
     axes.set(xlabel="time (s)", ylabel=label)
     axes.legend()
