@@ -12,6 +12,7 @@ from dswire.errors import DsError
 #: name -> module:attribute
 COMMANDS = {
     "serve": "dsbench.serve:command",
+    "calibrate": "dsbench.calibrate:command",
     "engine": "dsbench.engine:command",
     "kv": "dsbench.kv:command",
 }

@@ -139,6 +139,16 @@ def parse_slo(text: str | None, default: Slo) -> Slo:
     return replace(default, ttft_s=wanted.get("ttft", default.ttft_s), tpot_s=wanted.get("tpot", default.tpot_s))
 
 
+<<<<<<< tools/dsctl/simulate.py
+def _simulate(topology: Topology, arrivals: list[Arrival], profile: str, *, keep_steps: bool) -> Run:
+    from dsplan.profile import check_topology
+    from dssim.profiled import system_of
+
+    check_topology(Path(profile), topology)
+    system = system_of(topology, profile, keep_steps=keep_steps)
+    with _progress(len(arrivals)) as advance:
+        return system.run(arrivals, advance)
+=======
 class _Simulator:
     """What does not change from rate to rate."""
 
@@ -180,6 +190,7 @@ def _sweep(simulator: _Simulator, wishes: list[Wish], slo: Slo) -> list[AtRate]:
             run = simulator.run(arrivals, advance)
             runs.append(AtRate(wish.rate or 0.0, run, summarize(run.records, slo, run.simulated_s)))
     return runs
+>>>>>>> /tmp/tmp.Wk9OBzYhbw
 
 
 @contextmanager

@@ -67,6 +67,8 @@ class Profile:
     fits: dict[int, dict[str, Any]] = field(default_factory=dict)
     #: measured fields of :class:`dssim.times.FlatTransfer`
     transfer: dict[str, float] = field(default_factory=dict)
+    #: phase -> how many times as long a step takes while another instance of the node is in one
+    beside: dict[str, float] = field(default_factory=dict)
 
     def find(self, tp: int, spans: tuple[tuple[int, int], ...]) -> Sample | None:
         """The sample of that step."""
@@ -79,6 +81,7 @@ class Profile:
             "source": f"dsctl profile: {self.subject.model} on {self.subject.machine}",
             "subject": asdict(self.subject),
             "transfer": self.transfer,
+            "beside": self.beside,
             "tp": {str(tp): fit for tp, fit in self.fits.items()},
             "samples": {str(tp): [asdict(one) for one in samples] for tp, samples in self.samples.items()},
         }
@@ -106,6 +109,7 @@ def load(path: Path) -> Profile:
             {int(tp): [_sample(one) for one in samples] for tp, samples in document["samples"].items()},
             {int(tp): dict(fit) for tp, fit in document["tp"].items()},
             {name: float(value) for name, value in document["transfer"].items()},
+            {name: float(value) for name, value in document["beside"].items()},
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(

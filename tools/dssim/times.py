@@ -153,6 +153,23 @@ def transfer_times(profile: str) -> FlatTransfer:
         raise BadInput(f"profile {profile}: transfer: {error}", remedy=f"give numbers for {known}") from error
 
 
+def beside(profile: str) -> dict[str, float]:
+    """How many times as long a step of a phase takes while another instance of the node is in one, where told.
+
+    Raises :class:`BadInput`.
+    """
+    told = _read(profile).get("beside", {})
+    try:
+        factors = {str(phase): float(factor) for phase, factor in told.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"profile {profile}: beside: {error}", remedy="give factors of prefill and decode"
+        ) from error
+    if not all(0.5 <= factor <= 10 for factor in factors.values()):
+        raise BadInput(f"profile {profile}: beside: {factors} are no factors", remedy="measure it again")
+    return factors
+
+
 def _read(profile: str) -> dict[str, Any]:
     shipped = profile in SHIPPED
     try:
@@ -173,13 +190,18 @@ def _read(profile: str) -> dict[str, Any]:
 
 
 def times_of(profile: str, tp: int, fit: Any) -> LinearTimes:
-    """Times by coefficients as they stand in a profile, which has that name. Raises :class:`BadInput`."""
+    """Times by coefficients as they stand in a profile, which has that name. Raises :class:`BadInput`.
+
+    ``overhead`` is what a whole system was measured to need beyond the engine's own time, for each step of a phase
+    and for each sequence in it: handing the step over, telling the router, and its share of the cores.
+    """
     try:
-        large = fit.get("decode_large")
+        large, more = fit.get("decode_large"), fit.get("overhead", {})
+        decode = more.get("decode", {})
         return LinearTimes(
-            Linear(**_numbers(fit["prefill"])),
-            Linear(**_numbers(fit["decode"])),
-            None if large is None else Linear(**_numbers(large)),
+            Linear(**_numbers(fit["prefill"], more.get("prefill", {}))),
+            Linear(**_numbers(fit["decode"], decode)),
+            None if large is None else Linear(**_numbers(large, decode)),
             int(fit.get("large_batch", 95)),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -190,5 +212,10 @@ def times_of(profile: str, tp: int, fit: Any) -> LinearTimes:
         ) from error
 
 
-def _numbers(coefficients: dict[str, Any]) -> dict[str, float]:
-    return {f"{name.removesuffix('_ms')}_s": float(value) / 1e3 for name, value in coefficients.items()}
+def _numbers(coefficients: dict[str, Any], more: dict[str, Any]) -> dict[str, float]:
+    """Coefficients in seconds, those of ``more`` added."""
+    names = {**coefficients, **more}
+    return {
+        f"{name.removesuffix('_ms')}_s": (float(coefficients.get(name, 0)) + float(more.get(name, 0))) / 1e3
+        for name in names
+    }

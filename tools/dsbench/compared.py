@@ -1,0 +1,166 @@
+"""Predicted beside measured: what the simulator said of a system, and what the system did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dsbench.served import Served, data
+from dstopology.resolved import Slo
+
+#: aims: attainment in points, median and 99th percentile of TTFT and TPOT as shares
+AIM_POINTS, AIM_MEDIAN, AIM_TAIL = 0.02, 0.10, 0.20
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One rate."""
+
+    system: str
+    rate: float
+    predicted: Served
+    measured: Served
+
+    @property
+    def points(self) -> float:
+        """Predicted attainment less measured."""
+        return self.predicted.attainment.value - self.measured.attainment.value
+
+    def off(self, name: str, percent: int) -> float:
+        """Predicted percentile of ``ttft_s`` or ``tpot_s`` to the measured one, less 1; nan where there is none."""
+        ours, theirs = (getattr(side, name).get(percent) for side in (self.predicted, self.measured))
+        return ours.value / theirs.value - 1 if ours and theirs and theirs.value else math.nan
+
+
+#: (heading, figure, percentile, aim)
+_FIGURES = (
+    ("TTFT p50", "ttft_s", 50, AIM_MEDIAN),
+    ("TTFT p99", "ttft_s", 99, AIM_TAIL),
+    ("TPOT p50", "tpot_s", 50, AIM_MEDIAN),
+    ("TPOT p99", "tpot_s", 99, AIM_TAIL),
+)
+
+
+def show(console: Console, rows: Sequence[Compared], slo: Slo) -> None:
+    """The table; what misses its aim is red."""
+    console.print(
+        f"share that has TTFT within {slo.ttft_s * 1e3:g} ms and TPOT within {slo.tpot_s * 1e3:g} ms; "
+        "milliseconds; [bold]predicted / measured[/]",
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("system", "rate", "requests", "attainment", *(figure[0] for figure in _FIGURES)):
+        table.add_column(heading, justify="left" if heading == "system" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(row.system, f"{row.rate:.2f}", str(row.measured.requests), _attainment(row), *_cells(row))
+    console.print(table)
+    console.print(_verdict(rows), soft_wrap=True)
+
+
+def _attainment(row: Compared) -> str:
+    sides = f"{row.predicted.attainment.value:.1%} / {row.measured.attainment.value:.1%}"
+    return f"{sides} {_coloured(f'{row.points * 100:+.1f}', abs(row.points) <= AIM_POINTS)}"
+
+
+def _cells(row: Compared) -> list[str]:
+    made = []
+    for _, name, percent, aim in _FIGURES:
+        off = row.off(name, percent)
+        if math.isnan(off):
+            made.append("?")
+            continue
+        ours, theirs = (getattr(side, name)[percent].value * 1e3 for side in (row.predicted, row.measured))
+        made.append(f"{ours:.0f} / {theirs:.0f} {_coloured(f'{off:+.0%}', abs(off) <= aim)}")
+    return made
+
+
+def _coloured(text: str, good: bool) -> str:
+    return f"[{'green' if good else 'red'}]{text}[/]"
+
+
+def within(row: Compared) -> dict[str, bool]:
+    """Each figure: whether it is within its aim."""
+    found = {"attainment": abs(row.points) <= AIM_POINTS}
+    for heading, name, percent, aim in _FIGURES:
+        found[heading] = abs(row.off(name, percent)) <= aim
+    return found
+
+
+def _verdict(rows: Sequence[Compared]) -> str:
+    counts = [f"{name} {sum(within(row)[name] for row in rows)} of {len(rows)}" for name in within(rows[0])]
+    return (
+        f"within the aims ({AIM_POINTS * 100:g} points, {AIM_MEDIAN:.0%} at p50, {AIM_TAIL:.0%} at p99): "
+        + ", ".join(counts)
+    )
+
+
+def plain(rows: Sequence[Compared], slo: Slo) -> list[dict[str, Any]]:
+    """For ``--json``."""
+    return [
+        {
+            "system": row.system,
+            "rate": row.rate,
+            "predicted": data(row.predicted, slo),
+            "measured": data(row.measured, slo),
+            "attainment_points": row.points * 100,
+            "off": {heading: _finite(row.off(name, percent)) for heading, name, percent, _ in _FIGURES},
+            "within": within(row),
+        }
+        for row in rows
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def save(rows: Sequence[Compared], path: Path) -> None:
+    """Attainment, TTFT and TPOT against the rate, predicted and measured, as PNG, SVG or PDF.
+
+    Raises :class:`StartFailed` without matplotlib and :class:`BadInput` when the file cannot be written.
+    """
+    from dssim.plot import check
+    from dswire.errors import BadInput
+
+    check()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for place, system in enumerate(dict.fromkeys(row.system for row in rows)):
+        for side, style in (("predicted", "--"), ("measured", "-")):
+            mine = [(row.rate, getattr(row, side)) for row in rows if row.system == system]
+            _lines(axes, mine, f"{system}, {side}", f"C{place}", style)
+    for one, label in zip(axes, ("share within both objectives", "TTFT (ms)", "TPOT (ms)"), strict=True):
+        one.set(xlabel="requests/s", ylabel=label)
+        one.set_ylim(bottom=0)
+    axes[0].legend(fontsize="small")
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"the plot cannot be written to {path}: {error}", remedy="name a .png, .svg or .pdf"
+        ) from error
+
+
+def _lines(axes: Any, rows: Sequence[tuple[float, Served]], label: str, colour: str, style: str) -> None:
+    rates = [rate for rate, _ in rows]
+    shares = [served.attainment for _, served in rows]
+    axes[0].plot(rates, [one.value for one in shares], style, marker="o", color=colour, label=label)
+    if style == "-":
+        axes[0].fill_between(
+            rates, [one.low for one in shares], [one.high for one in shares], color=colour, alpha=0.15
+        )
+    for place, name in ((1, "ttft_s"), (2, "tpot_s")):
+        for percent, marker in ((50, "o"), (99, "^")):
+            known = [
+                (rate, getattr(served, name)[percent].value * 1e3) for rate, served in rows if getattr(served, name)
+            ]
+            axes[place].plot(*zip(*known, strict=True), style, marker=marker, color=colour) if known else None
+    axes[1].set_title("circles p50, triangles p99", fontsize="small")

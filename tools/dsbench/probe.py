@@ -1,0 +1,150 @@
+"""What a running system needs beyond the engine's own time, for the simulator to know: measured, not assumed.
+
+A few requests one at a time, a few at once, and each phase beside the other, on a system that does nothing else:
+
+- messages: what of TTFT and of prefill is neither in the ledger's stages nor in a step;
+- copies and checksums: how hand-off and offer grow with the prompt;
+- steps: their time in the system less the engine's own, for one sequence and for eight;
+- beside: prompts while others decode, and decoding while prompts are read, to each of them alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from statistics import median
+
+from dsbench.load import TOKENS
+from dsclient import AsyncClient, Completion
+from dskv.layout import KvLayout
+from dssim.times import StepTimes
+from dswire.errors import Failed
+
+#: (prompt tokens, requests of them), one at a time
+SINGLES = ((64, 6), (640, 4))
+#: sequences of the batch, and prompt tokens of each
+TOGETHER, SHORT = 8, 32
+#: output tokens of a request that is to be watched while it decodes
+OUTPUT = 32
+#: limit of the whole, in seconds
+LIMIT_S = 180.0
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Answers of a probe."""
+
+    #: by prompt tokens
+    alone: dict[int, list[Completion]]
+    together: list[Completion]
+    #: prompts read while sequences decode, and a sequence that decodes while prompts are read
+    reading_beside: list[Completion]
+    decoding_beside: list[Completion]
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """What the probe found."""
+
+    #: fields of :class:`dssim.times.FlatTransfer`
+    transfer: dict[str, float]
+    #: as ``overhead`` of a profile's fit
+    overhead: dict[str, dict[str, float]]
+    #: as ``beside`` of a profile
+    beside: dict[str, float]
+
+
+async def probe(client: AsyncClient, tell: Callable[[str], None], *, apart: bool) -> Seen:
+    """Ask. ``apart``: prefill and decode are instances of their own. Raises what requests raise."""
+    asking = _Asking(client, Random(0))
+    async with asyncio.timeout(LIMIT_S):
+        tell("one request at a time")
+        await asking.ask(SHORT, OUTPUT)
+        alone = {length: [await asking.ask(length, OUTPUT) for _ in range(count)] for length, count in SINGLES}
+        tell(f"{TOGETHER} requests at once")
+        together = await asking.many([(SHORT, 2 * OUTPUT)] * TOGETHER)
+        if not apart:
+            return Seen(alone, together, [], [])
+        tell("both phases at once")
+        return Seen(alone, together, *await asking.both())
+
+
+@dataclass
+class _Asking:
+    client: AsyncClient
+    random: Random
+
+    async def ask(self, prompt: int, output: int) -> Completion:
+        ids = self.random.choices(TOKENS, k=prompt)
+        return await self.client.generate(prompt_ids=ids, max_tokens=output, ignore_eos=True, seed=1)
+
+    async def many(self, lengths: Sequence[tuple[int, int]]) -> list[Completion]:
+        return list(await asyncio.gather(*(self.ask(prompt, output) for prompt, output in lengths)))
+
+    async def both(self) -> tuple[list[Completion], list[Completion]]:
+        """Prompts one after the other while a sequence decodes, until it ends."""
+        watched = asyncio.ensure_future(self.ask(SHORT, 8 * OUTPUT))
+        reading = []
+        while not watched.done():
+            # a prompt without an answer keeps to its prefill instance
+            reading.append(await self.ask(SINGLES[0][0], 1))
+        # the last may have been read when nothing decoded any more
+        return reading[1:-1], [await watched]
+
+
+def constants(seen: Seen, times: StepTimes, layout: KvLayout) -> Constants:
+    """What the answers tell, with ``times`` of the engine alone. Raises :class:`Failed` for too few answers."""
+    if not seen.together or any(not answers for answers in seen.alone.values()):
+        raise Failed("the probe got no answers", remedy="see the logs of the system")
+    short, long = (seen.alone[length] for length, _ in SINGLES)
+    local_s = max(median(one.ledger.prefill_wire_s for one in short) / 2, 0.0)
+    client_s = max(median(one.ttft_s - one.ledger.ttft_s for one in short) / 2, 0.0)
+    transfer = {"local_message_s": local_s, "network_message_s": client_s}
+    nbytes = [layout.blocks_for(length) * layout.block_nbytes for length, _ in SINGLES]
+    for name, stage in (("seal_bytes_per_s", "placement_s"), ("copy_bytes_per_s", "transfer_s")):
+        ways = [median(getattr(one.ledger, stage) for one in answers) for answers in (short, long)]
+        # a slope that is lost in the noise of messages is as good as none
+        transfer[name] = (nbytes[1] - nbytes[0]) / (ways[1] - ways[0]) if ways[1] - ways[0] > 1e-5 else 0.0
+    base_ms, sequence_ms = _decode_overhead(short, seen.together, times)
+    read_ms = median((one.ledger.prefill_s - times.prefill_s([one.usage.prompt_tokens])) * 1e3 for one in short)
+    overhead = {
+        "prefill": {"base_ms": read_ms},
+        "decode": {"base_ms": base_ms, "per_sequence_ms": sequence_ms},
+    }
+    return Constants(transfer, overhead, _beside(seen))
+
+
+def _decode_overhead(
+    short: Sequence[Completion], together: Sequence[Completion], times: StepTimes
+) -> tuple[float, float]:
+    """Milliseconds of a step, and of each sequence in it, beyond the engine's."""
+    one_ms = median(step_s(one) - times.decode_s([_context(one)]) for one in short) * 1e3
+    contexts = [_context(one) for one in together]
+    # the first to end saw the whole batch all the time
+    batch_ms = (min(map(step_s, together)) - times.decode_s(contexts)) * 1e3
+    each_ms = (batch_ms - one_ms) / (len(together) - 1)
+    return one_ms - each_ms, each_ms
+
+
+def step_s(one: Completion) -> float:
+    """Time of one step of a request's decoding, from its second token on."""
+    return one.ledger.decode_s / (one.usage.completion_tokens - 2)
+
+
+def _context(one: Completion) -> int:
+    """Tokens of a sequence half way through its answer."""
+    return one.usage.prompt_tokens + one.usage.completion_tokens // 2
+
+
+def _beside(seen: Seen) -> dict[str, float]:
+    """Each phase's time beside the other to its time alone; nothing where they are not apart."""
+    if not seen.reading_beside or not seen.decoding_beside:
+        return {}
+    alone = seen.alone[SINGLES[0][0]]
+    read = median(one.ledger.prefill_s for one in seen.reading_beside) / median(
+        one.ledger.prefill_s for one in alone
+    )
+    made = median(map(step_s, seen.decoding_beside)) / median(map(step_s, alone))
+    return {"prefill": max(read, 1.0), "decode": max(made, 1.0)}
