@@ -139,41 +139,22 @@ def parse_slo(text: str | None, default: Slo) -> Slo:
     return replace(default, ttft_s=wanted.get("ttft", default.ttft_s), tpot_s=wanted.get("tpot", default.tpot_s))
 
 
-<<<<<<< tools/dsctl/simulate.py
-def _simulate(topology: Topology, arrivals: list[Arrival], profile: str, *, keep_steps: bool) -> Run:
-    from dsplan.profile import check_topology
-    from dssim.profiled import system_of
-
-    check_topology(Path(profile), topology)
-    system = system_of(topology, profile, keep_steps=keep_steps)
-    with _progress(len(arrivals)) as advance:
-        return system.run(arrivals, advance)
-=======
 class _Simulator:
     """What does not change from rate to rate."""
 
     def __init__(self, topology: Topology, profile: str, failures: tuple[Failure, ...]) -> None:
         from dsplan.profile import check_topology
-        from dssim.model import layout_of
 
         check_topology(Path(profile), topology)
         self._topology = topology
-        self._layout = layout_of(topology)
         self._profile = profile
         self._failures = failures
 
     def run(self, arrivals: list[Arrival], on_end: Callable[[Record], None], *, keep_steps: bool = False) -> Run:
         """One run."""
-        from dssim.system import System
-        from dssim.times import linear_times, transfer_times
+        from dssim.profiled import system_of
 
-        system = System(
-            self._topology,
-            self._layout,
-            lambda instance: linear_times(self._profile, instance.tp),
-            transfer_times(self._profile),
-            keep_steps=keep_steps,
-        )
+        system = system_of(self._topology, self._profile, keep_steps=keep_steps)
         return system.run(arrivals, on_end, self._failures)
 
 
@@ -190,7 +171,6 @@ def _sweep(simulator: _Simulator, wishes: list[Wish], slo: Slo) -> list[AtRate]:
             run = simulator.run(arrivals, advance)
             runs.append(AtRate(wish.rate or 0.0, run, summarize(run.records, slo, run.simulated_s)))
     return runs
->>>>>>> /tmp/tmp.Wk9OBzYhbw
 
 
 @contextmanager
