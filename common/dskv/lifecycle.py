@@ -49,12 +49,13 @@ ENDS = frozenset({HandlePhase.RELEASED, HandlePhase.EXPIRED})
 class OfferedHandle:
     """One handle, its phase, lease and reader. Invariant: it has a reader in PULLING and QUARANTINED only."""
 
-    __slots__ = ("deadline", "handle", "lease_s", "life", "reader", "reason")
+    __slots__ = ("deadline", "handle", "lease_s", "life", "offered_at", "reader", "reason")
 
     def __init__(self, handle: KvHandle, now: float, lease_s: float) -> None:
         self.handle = handle
         self.life = Lifecycle(f"handle {handle.key}", TRANSITIONS, HandlePhase.READY, now)
         self.lease_s = lease_s
+        self.offered_at = now
         #: when the lease is over, or in quarantine its hard bound
         self.deadline = now + lease_s
         #: who reads the blocks

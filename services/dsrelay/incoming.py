@@ -50,6 +50,8 @@ class Incoming:
     begun: bool = False
     #: ... and sent again, to a relay that had forgotten us
     repeated: bool = False
+    #: all had come, and was not what it should be
+    again: bool = False
 
     @property
     def missing(self) -> int:
@@ -128,6 +130,22 @@ class IncomingTransfers:
         else:
             self.slots.give(slot)
             self._deal(now)
+
+    def again(self, now: float, reader: str, key: KvKey) -> bool:
+        """All had come and was wrong: bring it once more. False when no whole transfer of that name is its own."""
+        one = self._of(reader, key)
+        if one is None or one.missing or one.again:
+            return False
+        slots = list(one.filled.values())
+        one.filled.clear()
+        one.received = one.next_index = 0
+        one.begun, one.again = False, True
+        self.waiting.append(key)
+        self._deadlines.set(key, now + self._lease_s)
+        for slot in slots:
+            self.slots.give(slot)
+        self._deal(now)
+        return True
 
     def ended(self, now: float, reader: str, key: KvKey, error: ErrorInfo | None) -> bool:
         """The reader has all and has verified it, or not; False when no transfer of that name is its own."""
@@ -212,7 +230,8 @@ class IncomingTransfers:
         used = [slot for one in self.transfers.values() for slot in (*one.reserved, *one.filled.values())]
         assert sorted(used) == sorted(self.slots.owners)
         assert len(self._deadlines) == len(self._wanted) == len(self.transfers)
-        assert list(self.waiting) == [key for key, one in self.transfers.items() if not one.begun]
+        assert len(self.waiting) == len(set(self.waiting))
+        assert set(self.waiting) == {key for key, one in self.transfers.items() if not one.begun}
         assert not (self.waiting and self.slots.free), "a slot is free and a transfer waits"
         for key, one in self.transfers.items():
             assert key in self._deadlines
@@ -273,7 +292,7 @@ class IncomingTransfers:
         self._fetch(one)
 
     def _fetch(self, one: Incoming) -> None:
-        fetch = kv.KvFetch(one.handle.key, len(one.reserved), self._slot_nbytes)
+        fetch = kv.KvFetch(one.handle.key, len(one.reserved), self._slot_nbytes, one.again)
         self._out.append(Send(one.source, fetch))
 
     def _reserve(self, one: Incoming) -> int:
@@ -295,7 +314,7 @@ class IncomingTransfers:
 
     def _stop(self, now: float, one: Incoming, error: ErrorInfo | None) -> None:
         """End it, and tell the owner's side if that knows of it."""
-        if one.begun:
+        if one.begun or one.again:
             self._out.append(Send(one.source, kv.KvFetched(one.handle.key, error)))
         self._drop(now, one)
 

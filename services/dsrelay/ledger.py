@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, Protocol, TypeAlias
 
 from dskv.handle import KvHandle, KvKey
@@ -26,6 +27,9 @@ EARLY_S = 2.0
 MAX_EARLY = 4_096
 MAX_HANDLES = 65_536
 
+
+#: handles in one listing
+MAX_LISTED = 1_000
 
 #: what became of a handle that was cancelled, as ``KvCancelled`` tells it
 CancelResult: TypeAlias = Literal["freed", "in_flight_quarantined", "unknown"]
@@ -135,6 +139,11 @@ class Ledger:
         self._settle(known)
         return "freed"
 
+    def again(self, peer: str, key: KvKey) -> bool:
+        """Whether ``peer`` reads that handle, and may begin anew."""
+        known = self.handles.get(key)
+        return known is not None and known.reader == peer and known.phase is HandlePhase.PULLING
+
     def reader_lost(self, now: float, peer: str) -> None:
         """Whatever ``peer`` reads or waits for has ended."""
         waits = [key for key, ask in self.early.items() if ask.peer == peer]
@@ -164,6 +173,10 @@ class Ledger:
             (at for at in (self._leases.next(), self._patience.next()) if at is not None),
             default=None,
         )
+
+    def listing(self, now: float) -> tuple[kv.HandleInfo, ...]:
+        """The oldest ``MAX_LISTED`` handles."""
+        return tuple(_info(one, now) for one in islice(self.handles.values(), MAX_LISTED))
 
     def counts(self) -> dict[str, int]:
         """Live handles by phase."""
@@ -239,3 +252,17 @@ class Ledger:
         del self.handles[key]
         self._reading.pop(key, None)
         self._leases.cancel(key)
+
+
+def _info(one: OfferedHandle, now: float) -> kv.HandleInfo:
+    handle = one.handle
+    return kv.HandleInfo(
+        key=handle.key,
+        owner=handle.owner,
+        reader=(one.reader or "").partition(":")[2],
+        state=one.phase.value,
+        nbytes=handle.nbytes,
+        tokens=handle.tokens,
+        age_s=now - one.offered_at,
+        lease_left_s=max(0.0, one.deadline - now),
+    )

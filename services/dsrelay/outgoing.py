@@ -98,14 +98,10 @@ class OutgoingTransfers:
         try:
             if any(of == key for of, _ in self.orphans):
                 raise TransferFailed(f"an earlier transfer of {key} has not come to its end")
-            chunks = plan(len(handle.blocks), handle.layout.block_nbytes, min(self._slot_nbytes, fetch.slot_nbytes))
+            self._begin(now, peer, handle, fetch)
         except TransferFailed as error:
             self._out.append(Send(peer, kv.KvFetchFailed(key, error.info())))
             self._ledger.ended(now, peer, key, "lost")
-            return
-        self.transfers[key] = made = Outgoing(peer, handle, chunks, fetch.credits)
-        self._progress.set(key, now + self._timeout_s)
-        self._want(key, made)
 
     def failed(self, now: float, peer: str, key: KvKey, error: ErrorInfo) -> None:
         """The handle is gone, or cannot be had; nobody but its owner ever reads its blocks, so that is over."""
@@ -118,7 +114,10 @@ class OutgoingTransfers:
     def fetch(self, now: float, peer: str, message: kv.KvFetch) -> None:
         """Begin a transfer; the same fetch again is no error, it may be repeated after a hello."""
         name = (peer, message.key)
-        if name in self.asked or self._transfer(*name) is not None:
+        known = self._transfer(*name)
+        if known is not None and known.sent and message.again:
+            self._begin(now, peer, known.handle, message)
+        if name in self.asked or known is not None:
             return
         if not 0 < message.credits <= MAX_CREDITS or message.slot_nbytes < 1:
             error = ProtocolError(f"{message.credits} credits of {message.slot_nbytes} bytes make no transfer")
@@ -201,6 +200,13 @@ class OutgoingTransfers:
             assert (one.peer, key) not in self.asked
         for peer, key in self.asked:
             assert self._ledger.early[key].peer == peer
+
+    def _begin(self, now: float, peer: str, handle: KvHandle, fetch: kv.KvFetch) -> None:
+        slot_nbytes = min(self._slot_nbytes, fetch.slot_nbytes)
+        chunks = plan(len(handle.blocks), handle.layout.block_nbytes, slot_nbytes)
+        self.transfers[handle.key] = made = Outgoing(peer, handle, chunks, fetch.credits)
+        self._progress.set(handle.key, now + self._timeout_s)
+        self._want(handle.key, made)
 
     def _transfer(self, peer: str, key: KvKey) -> Outgoing | None:
         one = self.transfers.get(key)

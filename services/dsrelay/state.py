@@ -31,7 +31,7 @@ from dsrelay.incoming import IncomingTransfers
 from dsrelay.ledger import Ask, CancelResult, Ledger
 from dsrelay.outgoing import Copy, OutgoingTransfers
 from dsrelay.registry import Fetchers, Workers
-from dswire.errors import ProtocolError
+from dswire.errors import ProtocolError, TransferFailed
 from dswire.machine import PeerLost, Received, Send, Tick
 from dswire.membership import Membership
 from dswire.messages import PROTOCOL, kv, worker
@@ -121,7 +121,9 @@ class RelayState:
     # messages
 
     def _received(self, now: float, peer: str, message: msgspec.Struct) -> None:
-        if peer == ROUTER:
+        if isinstance(message, kv.KvList):
+            self._out.append(Send(peer, self._listing(now)))
+        elif peer == ROUTER:
             self._from_router(now, message)
         elif peer.startswith(FETCHER):
             self._from_fetcher(now, peer, message)
@@ -178,6 +180,8 @@ class RelayState:
             case kv.KvPulled(key=key, error=error):
                 if not self.incoming.ended(now, peer, key, error):
                     self.ledger.ended(now, peer, key, "pulled" if error is None else "lost")
+            case kv.KvAgain(key=key):
+                self._again(now, peer, key)
             case kv.KvAbort(key=key):
                 if self.incoming.abort(now, peer, key):
                     result: CancelResult = "freed"
@@ -188,6 +192,15 @@ class RelayState:
                 self._extend(now, peer, wanted)
             case _:
                 self._out.append(Complain(peer, _unexpected(message)))
+
+    def _again(self, now: float, peer: str, key: KvKey) -> None:
+        if self.incoming.again(now, peer, key):
+            return
+        if self.ledger.again(peer, key):
+            self._out.append(Send(peer, kv.KvGrant(key)))
+        else:
+            error = TransferFailed(f"the KV of {key} is not there to be read once more")
+            self._out.append(Send(peer, kv.KvFailed(key, error.info())))
 
     def _from_fetcher(self, now: float, peer: str, message: msgspec.Struct) -> None:
         if isinstance(message, kv.RelayHello):
@@ -298,6 +311,17 @@ class RelayState:
 
     def _relay_hello(self) -> kv.RelayHello:
         return kv.RelayHello(PROTOCOL, self.config.name, self.config.incarnation)
+
+    def _listing(self, now: float) -> kv.KvListing:
+        config, handles = self.config, self.ledger.listing(now)
+        return kv.KvListing(
+            relay=config.name,
+            node=config.node,
+            handles=handles,
+            left_off=len(self.ledger.handles) - len(handles),
+            slots_held=self.outgoing.slots.held + self.incoming.slots.held,
+            slots=config.sending_slots + config.receiving_slots,
+        )
 
     def _load(self) -> worker.Load:
         waiting = len(self.incoming.waiting)

@@ -104,6 +104,21 @@ async def test_changed_bytes_are_found(world: World) -> None:
     await hand_off(world, "r2/0")
 
 
+async def test_bytes_that_were_wrong_once_come_again(world: World) -> None:
+    handle = world.prefill.offer("r1/0", BLOCKS)
+    spoilt = world.prefill.pool.slot(BLOCKS[5])
+    spoilt[17] ^= 1
+
+    def mend() -> None:
+        spoilt[17] ^= 1
+
+    await world.decode.pull(handle, OWN, doubt=mend)
+    world.assert_arrived(BLOCKS, OWN)
+    assert await world.prefill.released(handle.key) == "pulled"
+    await settle(world)
+    world.assert_idle()
+
+
 async def test_an_abort_in_mid_transfer_frees_everything(world: World) -> None:
     handle = await begin(world)
     world.decode.send(kv.KvAbort(handle.key))
@@ -118,8 +133,25 @@ async def test_a_withdrawal_waits_for_the_reader(world: World) -> None:
     world.prefill.send(kv.KvWithdraw(handle.key))
     await world.prefill.hello()
     assert world.owners_relay.state.ledger.counts() == {"quarantined": 1}
+    assert (await world.prefill.expect(kv.KvCancelled, key=handle.key)).result == "in_flight_quarantined"
     world.decode.send(kv.KvAbort(handle.key))
     assert await world.prefill.released(handle.key) == "withdrawn"
+    assert (await world.decode.expect(kv.KvCancelled, key=handle.key)).result == "freed"
+
+
+async def test_anybody_may_ask_what_is_held(world: World) -> None:
+    handle = await begin(world)
+    relay = world.owners_relay
+    asker = Endpoint(relay.local, "somebody")
+    asker.send(kv.KvList())
+    listing = await asker.expect(kv.KvListing)
+    asker.close()
+    (info,) = listing.handles
+    assert (info.key, info.owner, info.state) == (handle.key, "prefill-0", "pulling")
+    assert (info.nbytes, info.tokens) == (handle.nbytes, handle.tokens)
+    assert 0.0 < info.lease_left_s <= 3.0
+    assert listing.slots == 12 if relay.data is not None else listing.slots == 2
+    world.decode.send(kv.KvAbort(handle.key))
 
 
 async def test_a_lease_ends(world: World) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from dskv.receive import Receiver
 from dskv.segment import Segment, SegmentCache
 from dskv.send import stage
 from dswire.codec import Decoder, encode
-from dswire.errors import DsError, from_info
+from dswire.errors import DsError, KvCorrupt, from_info
 from dswire.membership import HELLO_RETRY_S
 from dswire.messages import PROTOCOL, kv, worker
 from dswire.sockets import BoundSocket, ConnectedSocket
@@ -24,7 +24,7 @@ from support.handles import LAYOUT, make_pool, offered
 MessageT = TypeVar("MessageT", bound=msgspec.Struct)
 
 #: no answer takes longer than this, in seconds, unless something is broken
-PATIENCE_S = 20.0
+PATIENCE_S = 30.0
 
 
 class Endpoint:
@@ -133,18 +133,31 @@ class Decode(Endpoint):
         self.pool = Segment.create(directory / f"{name}.kv", 256, LAYOUT.block_nbytes)
         self._mapped = SegmentCache()
 
-    async def pull(self, handle: KvHandle, blocks: Sequence[int]) -> None:
-        """The whole of a pull, as a decode instance does it. Raises what went wrong."""
-        receiver = Receiver(handle, RankPools.of(LAYOUT, self.pool), blocks)
+    async def pull(
+        self, handle: KvHandle, blocks: Sequence[int], *, doubt: Callable[[], None] = lambda: None
+    ) -> None:
+        """The whole of a pull, as a decode instance does it. Raises what went wrong.
+
+        ``doubt`` is called when the checksum was wrong, before all is fetched once more.
+        """
         self.send(kv.KvPull(handle))
         try:
-            while not receiver.complete:
-                await self._step(receiver)
-            receiver.verify()
+            try:
+                await self._fetch(handle, blocks)
+            except KvCorrupt:
+                doubt()
+                self.send(kv.KvAgain(handle.key))
+                await self._fetch(handle, blocks)
         except DsError as error:
             self.send(kv.KvPulled(handle.key, error.info()))
             raise
         self.send(kv.KvPulled(handle.key))
+
+    async def _fetch(self, handle: KvHandle, blocks: Sequence[int]) -> None:
+        receiver = Receiver(handle, RankPools.of(LAYOUT, self.pool), blocks)
+        while not receiver.complete:
+            await self._step(receiver)
+        receiver.verify()
 
     async def _step(self, receiver: Receiver) -> None:
         handle = receiver.handle

@@ -98,8 +98,8 @@ class RelayWorld:
         self.slots[owner.node][stage.slot] = (stage.key, stage.chunk.first, stage.chunk.count)
         self.to_relay(name, kv.KvStaged(stage.key, stage.chunk))
 
-    def copy(self, name: str) -> None:
-        """The reader does its next copy, and looks what it finds in the slot."""
+    def copy(self, name: str, *, right: bool = True) -> None:
+        """The reader does its next copy, and looks what it finds in the slot; the whole may not be ``right``."""
         reader = self.decodes[name]
         ready = reader.copies.pop(0)
         key = ready.key
@@ -109,9 +109,12 @@ class RelayWorld:
             found = self.slots[reader.node][ready.slot]
             expected = (key, ready.chunk.first, ready.chunk.count)
             assert found == expected or self._failing(reader, key), f"{ready} finds {found}"
-            self.to_relay(name, kv.KvTaken(key, ready.chunk))
             last = ready.chunk.first + ready.chunk.count == len(handle.blocks)
-        if last:
+            if right or not last:
+                self.to_relay(name, kv.KvTaken(key, ready.chunk))
+        if last and not right:
+            self.to_relay(name, kv.KvAgain(key))
+        elif last:
             reader.done += 1
             self._forget(reader, key)
             self.to_relay(name, kv.KvPulled(key))

@@ -163,8 +163,8 @@ def topology_for(transport: str, directory: Path) -> Topology:
     text = (TWO_NODES if transport == "tcp-pair" else ONE_NODE).replace("STAGING", STAGING)
     if transport == "tcp-self":
         text += "force_transport: tcp\n"
-    for word, count in (("PORT", 2), ("ROUTER", 2)):
-        text = text.replace(word, str(free_ports(count)))
+    first = free_ports(4)
+    text = text.replace("PORT", str(first)).replace("ROUTER", str(first + 2))
     path = directory / "t.yaml"
     path.write_text(text)
     env = {"DS_RUN_DIR": str(directory / "run"), "DS_SHM_DIR": str(directory), "DS_HOME": str(directory)}

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dskv.handle import KvHandle
+from dswire.messages import kv
 from support.relay_desk import LEASE_S, TIMEOUT_S
 from support.relay_world import NODES, RelayWorld
 
@@ -71,10 +72,10 @@ class RelayLives(RuleBasedStateMachine):
         if stages:
             self.world.stage(owner, pick % len(stages))
 
-    @rule(reader=READERS)
-    def copy(self, reader: str) -> None:
+    @rule(reader=READERS, right=st.booleans())
+    def copy(self, reader: str, right: bool) -> None:
         if self.world.decodes[reader].copies:
-            self.world.copy(reader)
+            self.world.copy(reader, right=right)
 
     @rule(count=st.integers(1, 12), pick=PICK)
     def deliver(self, count: int, pick: int) -> None:
@@ -159,6 +160,27 @@ def test_everything_arrives_when_nobody_fails() -> None:
         world.work()
     assert sum(reader.done for reader in world.decodes.values()) == len(handles)
     assert not any(owner.handles for owner in world.prefills.values())
+
+
+def test_what_was_wrong_comes_once_more() -> None:
+    for owner, reader in (("prefill-n0", "decode-n0"), ("prefill-n0", "decode-n1"), ("prefill-n1", "decode-n1")):
+        world = RelayWorld()
+        world.run_dry()
+        world.offer(owner, 5)
+        (handle,) = world.prefills[owner].handles.values()
+        world.pull(reader, handle)
+        wrong = 0
+        for _ in range(20):
+            world.run_dry()
+            while world.prefills[owner].stages:
+                world.stage(owner, 0)
+            world.run_dry()
+            while world.decodes[reader].copies:
+                ready = world.decodes[reader].copies[0]
+                last = isinstance(ready, kv.KvGrant) or ready.chunk.first + ready.chunk.count == 5
+                world.copy(reader, right=not last or wrong == 1)
+                wrong += last
+        assert (wrong, world.decodes[reader].done, world.prefills[owner].handles) == (2, 1, {})
 
 
 def test_a_late_write_into_a_slot_spoils_nobody() -> None:

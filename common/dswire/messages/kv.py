@@ -87,10 +87,20 @@ class KvPulled(msgspec.Struct, frozen=True, tag=True):
     error: ErrorInfo | None = None
 
 
+class KvAgain(msgspec.Struct, frozen=True, tag=True):
+    """Decode: all has come and the checksum is wrong; bring it once more, from the source."""
+
+    key: KvKey
+
+
 class KvAbort(msgspec.Struct, frozen=True, tag=True):
     """Decode: the sequence was aborted; nothing of it is read or written here any more. Answer: ``KvCancelled``."""
 
     key: KvKey
+
+
+class KvList(msgspec.Struct, frozen=True, tag=True):
+    """Anybody who may connect: what is held here? Answer: :class:`KvListing`."""
 
 
 class KvExtend(msgspec.Struct, frozen=True, tag=True):
@@ -145,6 +155,36 @@ class KvCancelled(msgspec.Struct, frozen=True, tag=True):
     result: str
 
 
+class HandleInfo(msgspec.Struct, frozen=True):
+    """One live handle, as its owner's relay sees it."""
+
+    key: KvKey
+    owner: str
+    #: "" while nobody reads it
+    reader: str
+    #: "ready", "pulling" or "quarantined"
+    state: str
+    nbytes: int
+    tokens: int
+    #: since it was offered
+    age_s: float
+    #: until its lease, or its quarantine, is over
+    lease_left_s: float
+
+
+class KvListing(msgspec.Struct, frozen=True, tag=True):
+    """What a relay holds; the oldest handles first."""
+
+    relay: str
+    node: str
+    handles: tuple[HandleInfo, ...]
+    #: handles beyond those listed
+    left_off: int
+    #: staging slots in use, and all of them
+    slots_held: int
+    slots: int
+
+
 class KvStage(msgspec.Struct, frozen=True, tag=True):
     """To the owner: copy this chunk into that staging slot."""
 
@@ -192,6 +232,8 @@ class KvFetch(msgspec.Struct, frozen=True, tag=True):
     credits: int
     #: largest chunk, in bytes, that the fetching side takes
     slot_nbytes: int
+    #: all have come once, and were not what they should be
+    again: bool = False
 
 
 class KvCredit(msgspec.Struct, frozen=True, tag=True):
@@ -225,7 +267,19 @@ class KvFetchFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 FromKvWorker: TypeAlias = (
-    KvHello | KvPong | KvOffer | KvWithdraw | KvHeld | KvStaged | KvPull | KvTaken | KvPulled | KvAbort | KvExtend
+    KvHello
+    | KvPong
+    | KvOffer
+    | KvWithdraw
+    | KvHeld
+    | KvStaged
+    | KvPull
+    | KvTaken
+    | KvPulled
+    | KvAgain
+    | KvAbort
+    | KvExtend
+    | KvList
 )
 ToKvWorker: TypeAlias = (
     KvWelcome
@@ -234,10 +288,11 @@ ToKvWorker: TypeAlias = (
     | KvPing
     | KvRelease
     | KvCancelled
+    | KvListing
     | KvStage
     | KvGrant
     | KvChunkReady
     | KvFailed
 )
-FromFetcher: TypeAlias = RelayHello | KvFetch | KvCredit | KvFetched | KvExtend
-ToFetcher: TypeAlias = HelloWanted | KvChunk | KvFetchFailed
+FromFetcher: TypeAlias = RelayHello | KvFetch | KvCredit | KvFetched | KvExtend | KvList
+ToFetcher: TypeAlias = HelloWanted | KvChunk | KvFetchFailed | KvListing
