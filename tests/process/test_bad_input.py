@@ -38,7 +38,7 @@ kv: {blocks: 128}
 PROMPT = "The capital of France is"
 #: a process that does not start has ended by then
 START_LIMIT_S = 90.0
-IDLE_LIMIT_S = 20.0
+IDLE_LIMIT_S = 60.0
 
 
 @pytest.fixture(scope="module")

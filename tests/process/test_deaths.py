@@ -32,7 +32,7 @@ decode: {kv: {blocks: 256}}
 
 #: from the kill to the end of the last request, in seconds: start of a process on a loaded machine included
 END_LIMIT_S = 90.0
-IDLE_LIMIT_S = 25.0
+IDLE_LIMIT_S = 60.0
 TOKENS = 24
 LENGTHS = (16, 200, 90, 400, 30, 500, 8, 300)
 PROMPTS = tuple(

@@ -29,7 +29,7 @@ force_transport: tcp
 
 PROMPT_IDS = tuple(range(1000, 1040))
 TOKENS = 24
-IDLE_LIMIT_S = 20.0
+IDLE_LIMIT_S = 60.0
 #: what a process may take while it reads garbage: libzmq's buffers of eight-MiB frames, one of them decoded. The
 #: frames sent here are 60 MiB, and read carelessly they would take above 500 MiB
 GROWTH_NBYTES = 256 << 20

@@ -10,7 +10,7 @@ from dswire.errors import PortInUse
 
 ResultT = TypeVar("ResultT")
 
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 
 
 async def rebind(make: Callable[[], ResultT]) -> ResultT:

@@ -36,7 +36,7 @@ from dswire.sockets import BoundSocket
 MessageT = TypeVar("MessageT", bound=msgspec.Struct)
 
 #: longest wait for a message that a test expects, in seconds
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 
 
 class ScriptedRouter:

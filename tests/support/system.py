@@ -27,7 +27,7 @@ from dswire.messages.client import StatusReport, WorkerStatus
 
 #: from starting a process to its "ready", in seconds; two cores import torch twice in about five
 START_LIMIT_S = 90.0
-STOP_LIMIT_S = 20.0
+STOP_LIMIT_S = 40.0
 
 
 def free_port() -> int:
@@ -132,7 +132,7 @@ class System:
         self,
         ask: Callable[[], Awaitable[StatusReport]],
         wanted: Callable[[WorkerStatus], bool],
-        limit_s: float = 10.0,
+        limit_s: float = 60.0,
     ) -> None:
         """Wait until some worker is as ``wanted``; workers tell of themselves once a second."""
         async with asyncio.timeout(limit_s):
@@ -140,7 +140,7 @@ class System:
                 await asyncio.sleep(0.05)
 
     async def await_requests(
-        self, ask: Callable[[], Awaitable[StatusReport]], wanted: dict[str, int], limit_s: float = 10.0
+        self, ask: Callable[[], Awaitable[StatusReport]], wanted: dict[str, int], limit_s: float = 60.0
     ) -> None:
         """Wait until the live requests stand in these phases."""
         async with asyncio.timeout(limit_s):
