@@ -17,6 +17,7 @@ from torch.nn import functional
 from dsengine.architecture import LayerPlan
 from dsengine.attention import Attention
 from dsengine.norm import AnyNorm
+from dsengine.parallel import Peers
 from dsengine.parts import Parts
 from dsengine.rope import Angles, RopeTable
 from dsengine.rope_settings import Rope
@@ -39,10 +40,11 @@ class SelfAttention:
 
     def __init__(self, parts: Parts, index: int, plan: LayerPlan, table: RopeTable | None) -> None:
         arch, prefix = parts.arch, parts.layer(index)
-        self._index = index
+        #: in the pool, which has the layers of the stage only
+        self._index = index - parts.layers.start
         self._rule = plan.rule
         self._table = table
-        self._heads, self._kv_heads, self._head_dim = arch.heads, arch.kv_heads, arch.head_dim
+        self._heads, self._kv_heads, self._head_dim = parts.heads, parts.kv_heads, arch.head_dim
         self._qkv = parts.qkv(prefix)
         self._out = parts.attention_out(prefix)
         names = arch.names
@@ -67,10 +69,10 @@ class Layer:
     """Attention and MLP around the residual.
 
     A branch is ``outer(x + after(f(before(x))))``, each norm only where the family has it; both branches one after
-    the other, or (parallel) from the same ``x``.
+    the other, or (parallel) from the same ``x``. What comes out of ``f`` is a sum over the places of the stage.
     """
 
-    def __init__(self, parts: Parts, index: int, plan: LayerPlan, table: RopeTable | None) -> None:
+    def __init__(self, parts: Parts, index: int, plan: LayerPlan, table: RopeTable | None, peers: Peers) -> None:
         arch, names, prefix = parts.arch, parts.arch.names, parts.layer(index)
 
         def norm(name: str) -> AnyNorm | None:
@@ -82,64 +84,106 @@ class Layer:
         self._attention_after, self._mlp_after = norm(names.attention_after), norm(names.mlp_after)
         self._attention_outer, self._mlp_outer = norm(names.attention_outer), norm(names.mlp_outer)
         self._parallel = arch.parallel
+        self._peers = peers
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """``[tokens, hidden] -> [tokens, hidden]``."""
-        attended = self._attention(_normed(self._attention_before, x), step)
+        attended = self._peers.add(self._attention(_normed(self._attention_before, x), step))
         between = _normed(self._attention_outer, x + _normed(self._attention_after, attended))
-        fed = self._mlp(_normed(self._mlp_before, x if self._parallel else between))
+        fed = self._peers.add(self._mlp(_normed(self._mlp_before, x if self._parallel else between)))
         return _normed(self._mlp_outer, between + _normed(self._mlp_after, fed))
 
 
-class Decoder:
-    """One replica on one device."""
+class _Entry:
+    """Tokens to hidden states, in the first stage."""
 
-    def __init__(self, parts: Parts, make_table: MakeTable) -> None:
-        """Take every tensor from ``parts``. Raises :class:`~dswire.errors.UnsupportedModel`."""
-        arch, names = parts.arch, parts.arch.names
-        self.arch = arch
-        self._tables = {plan.rope: make_table(plan.rope) for plan in arch.plan if plan.rope is not None}
-        self._embedding = parts.embedding()
+    def __init__(self, parts: Parts, embedding: Tensor, peers: Peers) -> None:
+        arch = parts.arch
+        self._embedding = embedding
+        self._vocabulary = parts.vocabulary
+        self._shared = parts.part.tp > 1
         self._positions = parts.positions()
-        self._project_in = parts.projection(names.project_in, arch.hidden_size, arch.embedding_size)
-        self._layers = [
-            Layer(parts, index, plan, None if plan.rope is None else self._tables[plan.rope])
-            for index, plan in enumerate(arch.plan)
-        ]
-        self._norm = parts.norm(names.final_norm, arch.hidden_size)
-        self._project_out = parts.projection(names.project_out, arch.embedding_size, arch.hidden_size)
-        self._head = parts.head(self._embedding)
+        self._project = parts.projection(arch.names.project_in, arch.hidden_size, arch.embedding_size)
         # As in transformers, the scale is rounded to the dtype of the weights before it is used.
-        self._scale = torch.tensor(arch.embedding_scale, dtype=self._embedding.dtype).item()
-        parts.checkpoint.finish()
+        self._scale = torch.tensor(arch.embedding_scale, dtype=embedding.dtype).item()
+        self._peers = peers
 
-    def run(self, tokens: Tensor, positions: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:
-        """``tokens`` ``[n]`` at ``positions`` ``[n]`` -> logits ``[rows, vocab_size]`` float32; None: all rows."""
-        hidden = self.forward(tokens, positions, attention)
-        return self.logits(hidden if rows is None else hidden[rows])
-
-    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """``tokens`` ``[n]`` at ``positions`` ``[n]`` -> hidden states ``[n, hidden_size]`` for :meth:`logits`."""
-        hidden = functional.embedding(tokens, self._embedding)
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """``[n]``, ``[n] -> [n, hidden_size]``."""
+        hidden = self._embed(tokens)
         if self._scale != 1.0:
             hidden = hidden * self._scale
-        if self._project_in is not None:
-            hidden = self._project_in(hidden)
-        if self._positions is not None:
-            hidden = hidden + self._positions[positions]
+        if self._project is not None:
+            hidden = self._project(hidden)
+        return hidden if self._positions is None else hidden + self._positions[positions]
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        if not self._shared:
+            return functional.embedding(tokens, self._embedding)
+        own = tokens - self._vocabulary.start
+        elsewhere = (own < 0) | (own >= len(self._embedding))
+        rows = functional.embedding(own.masked_fill(elsewhere, 0), self._embedding)
+        return self._peers.add(rows.masked_fill(elsewhere[:, None], 0))
+
+
+class _Exit:
+    """Hidden states to logits, in the last stage."""
+
+    def __init__(self, parts: Parts, embedding: Tensor | None, peers: Peers) -> None:
+        arch = parts.arch
+        self._norm = parts.norm(arch.names.final_norm, arch.hidden_size)
+        self._project = parts.projection(arch.names.project_out, arch.embedding_size, arch.hidden_size)
+        self._head = parts.head(embedding)
+        self._softcap = arch.logit_softcap
+        self._widths = tuple(piece.stop - piece.start for piece in parts.part.pieces(arch.vocab_size))
+        self._peers = peers
+
+    def __call__(self, hidden: Tensor) -> Tensor | None:
+        """``[n, hidden_size] -> [n, vocab_size]`` float32, at the first place; None at the others."""
+        hidden = _normed(self._norm, hidden)
+        if self._project is not None:
+            hidden = self._project(hidden)
+        logits = self._peers.gather(self._head(hidden).float(), self._widths)
+        if logits is None or self._softcap is None:
+            return logits
+        return self._softcap * torch.tanh(logits / self._softcap)
+
+
+class Decoder:
+    """One replica, or one rank's part of one, on one device."""
+
+    def __init__(self, parts: Parts, make_table: MakeTable, peers: Peers) -> None:
+        """Take every tensor of the part from ``parts``. Raises :class:`~dswire.errors.UnsupportedModel`."""
+        arch, part = parts.arch, parts.part
+        plans = [(index, arch.plan[index]) for index in parts.layers]
+        self._tables = {plan.rope: make_table(plan.rope) for _, plan in plans if plan.rope is not None}
+        embedding = parts.embedding() if part.first or (part.last and arch.tied) else None
+        self._entry = _Entry(parts, embedding, peers) if part.first and embedding is not None else None
+        self._layers = [
+            Layer(parts, index, plan, None if plan.rope is None else self._tables[plan.rope], peers)
+            for index, plan in plans
+        ]
+        self._exit = _Exit(parts, embedding if arch.tied else None, peers) if part.last else None
+        self._hidden_size, self._dtype = arch.hidden_size, parts.checkpoint.dtype
+        self._peers = peers
+        parts.finish()
+
+    def run(self, tokens: Tensor, positions: Tensor, attention: Attention, rows: Tensor | None) -> Tensor | None:
+        """``tokens`` ``[n]`` at ``positions`` ``[n]`` -> logits ``[rows, vocab_size]`` float32; None: all rows.
+
+        The result is None where the ranks of an instance do not have it: at all but the one that draws.
+        """
+        if self._entry is not None:
+            hidden = self._entry(tokens, positions)
+        else:
+            hidden = self._peers.receive((len(tokens), self._hidden_size), self._dtype)
         step = Step(attention, {table: table.at(positions) for table in self._tables.values()})
         for layer in self._layers:
             hidden = layer(hidden, step)
-        return hidden
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``[n, hidden_size] -> [n, vocab_size]`` float32."""
-        hidden = _normed(self._norm, hidden)
-        if self._project_out is not None:
-            hidden = self._project_out(hidden)
-        logits = self._head(hidden).float()
-        softcap = self.arch.logit_softcap
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        if self._exit is None:
+            self._peers.send(hidden)
+            return None
+        return self._exit(hidden if rows is None else hidden[rows])
 
 
 def _normed(norm: AnyNorm | None, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from dsengine.int8 import Int8Linear
 from dsengine.linear import Linear
 from dsengine.native.decoder import NativeDecoder, RawLinear, obstacle
 from dsengine.native.library import library
+from dsengine.parallel import WHOLE, Alone, Part, Peers
 from dsengine.parts import Parts
 from dsengine.pool import DTYPES
 from dsengine.rope import RopeTable
@@ -34,8 +35,11 @@ _log = logging.getLogger(__name__)
 class Model(Protocol):
     """What an engine asks of its model."""
 
-    def run(self, tokens: Tensor, positions: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:
-        """``tokens`` ``[n]`` at ``positions`` ``[n]`` -> logits ``[rows, vocab_size]`` float32; None: all rows."""
+    def run(self, tokens: Tensor, positions: Tensor, attention: Attention, rows: Tensor | None) -> Tensor | None:
+        """``tokens`` ``[n]`` at ``positions`` ``[n]`` -> logits ``[rows, vocab_size]`` float32; None: all rows.
+
+        The result is None at the ranks of an instance that do not draw.
+        """
         ...
 
 
@@ -59,18 +63,20 @@ def load_shape(model_dir: Path) -> Shape:
             raise lean from None
 
 
-def load_model(shape: Shape, config: EngineConfig, device: torch.device) -> Model | NativeDecoder:
-    """Load the weights; the log tells which path serves the model.
+def load_model(
+    shape: Shape, config: EngineConfig, device: torch.device, part: Part = WHOLE, peers: Peers | None = None
+) -> Model | NativeDecoder:
+    """Load the weights of ``part``; the log tells which path serves the model.
 
     Raises :class:`~dswire.errors.ModelNotFound`, :class:`UnsupportedModel` or :class:`OutOfMemory`.
     """
     try:
         if isinstance(shape, Architecture):
-            if (native := _native(shape, config, device)) is not None:
+            if (native := _native(shape, config, device, part)) is not None:
                 return native
             _log.info("%s is served by the lean decoder", shape.name)
-            return _lean(shape, config, device)
-        return _foreign(shape, config, device)
+            return _lean(shape, config, device, part, peers or Alone())
+        return _foreign(shape, config, device, part)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -86,11 +92,11 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _native(arch: Architecture, config: EngineConfig, device: torch.device) -> NativeDecoder | None:
+def _native(arch: Architecture, config: EngineConfig, device: torch.device, part: Part) -> NativeDecoder | None:
     """The model on the compiled kernels; None, and the reason in the log, where they cannot serve it."""
     if not config.kernels or device.type != "cpu":
         return None
-    reason = "int8 weights" if config.quantization else obstacle(arch)
+    reason = "int8 weights" if config.quantization else "ranks" if not part.whole else obstacle(arch)
     if reason is not None:
         _log.info("%s goes without compiled kernels: they have no %s", arch.name, reason)
         return None
@@ -106,17 +112,22 @@ def _native(arch: Architecture, config: EngineConfig, device: torch.device) -> N
     return NativeDecoder(Parts(arch, checkpoint, RawLinear), kernels, config.max_model_len, config.threads)
 
 
-def _lean(arch: Architecture, config: EngineConfig, device: torch.device) -> Decoder:
+def _lean(arch: Architecture, config: EngineConfig, device: torch.device, part: Part, peers: Peers) -> Decoder:
     dtype = DTYPES[config.dtype]
 
     def table(rope: Rope) -> RopeTable:
         return RopeTable(rope, arch.head_dim, config.max_model_len, dtype, device)
 
     make_linear = Int8Linear if config.quantization == "int8" else Linear
-    return Decoder(Parts(arch, Checkpoint(config.model_dir, dtype, device), make_linear), table)
+    return Decoder(Parts(arch, Checkpoint(config.model_dir, dtype, device), make_linear, part), table, peers)
 
 
-def _foreign(shape: ForeignShape, config: EngineConfig, device: torch.device) -> Model:
+def _foreign(shape: ForeignShape, config: EngineConfig, device: torch.device, part: Part) -> Model:
+    if not part.whole:
+        raise UnsupportedModel(
+            f"{config.model_dir}: {shape.name} runs on one rank only: transformers' modules run it",
+            remedy=f"set tp and pp to 1, or use a model of {', '.join(FAMILIES)}",
+        )
     if config.quantization is not None:
         raise UnsupportedModel(
             f"{config.model_dir}: {shape.name} has no {config.quantization} weights: transformers' modules run it",

@@ -9,8 +9,9 @@ and has moved none; it may then be asked for again, whole or item by item (KV is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -20,10 +21,12 @@ from dsengine.attention import PagedAttention
 from dsengine.config import EngineConfig, ModelInfo
 from dsengine.model import Model, is_out_of_memory, load_model, load_shape
 from dsengine.native.decoder import NativeDecoder
+from dsengine.parallel import WHOLE, Part, Peers
 from dsengine.pool import KvPool
 from dsengine.sampler import Sampled, SamplerState, sample
 from dsengine.span import Span
 from dskv.layout import KvLayout
+from dskv.shards import shards
 from dswire.errors import EngineFailed, OutOfMemory, UnsupportedModel
 from dswire.messages.client import Sampling
 
@@ -37,10 +40,10 @@ class StepItem(Span):
 
 
 class Engine:
-    """A loaded model."""
+    """A loaded model, or one rank's part of it."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Load weights and allocate the pool.
+    def __init__(self, config: EngineConfig, part: Part = WHOLE, peers: Peers | None = None) -> None:
+        """Load the weights of ``part`` and allocate its pool; ``peers`` are the ranks that have the rest.
 
         Raises :class:`~dswire.errors.ModelNotFound`, :class:`UnsupportedModel`, :class:`OutOfMemory` or, for a
         device that is not there, :class:`EngineFailed`.
@@ -62,15 +65,17 @@ class Engine:
             eos_ids=shape.eos_ids,
             dtype=config.dtype,
         )
-        self._model = load_model(shape, config, self._device)
-        layout = KvLayout(
+        self._model = load_model(shape, config, self._device, part, peers)
+        #: of the whole model; that of :attr:`pool` has this rank's layers and heads
+        self.layout = KvLayout(
             layers=shape.layers,
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
             block_size=config.block_size,
             dtype=config.dtype,
         )
-        self.pool = KvPool(layout, config.num_blocks, self._device, config.segment)
+        mine = shards(self.layout, part.tp, part.pp, [""] * part.tp * part.pp)[part.rank]
+        self.pool = KvPool(mine.layout(self.layout), config.num_blocks, self._device, config.segment)
 
     def sampler(self, sampling: Sampling, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> SamplerState:
         """The sampler of a sequence that has ``output_ids`` already."""
@@ -81,26 +86,29 @@ class Engine:
 
         No two items are of one sequence. Raises :class:`EngineFailed` or :class:`OutOfMemory`.
         """
-        if not batch:
-            return []
+        return self.launch(batch)()
+
+    def launch(self, batch: Sequence[StepItem]) -> Callable[[], list[Sampled | None]]:
+        """Begin a step, without waiting for anything; what is returned ends it, and is :meth:`step`'s second half.
+
+        Steps end in the order in which they began. Raises :class:`EngineFailed` for a batch that cannot be.
+        """
         for item in batch:
             self._check(item)
         ends = accumulate(len(item.tokens) for item in batch)
         wanted = [
             (end - 1, item.sampler) for end, item in zip(ends, batch, strict=True) if item.sampler is not None
         ]
-        logits = self._run(batch, [row for row, _ in wanted])
-        drawn = iter(sample(logits, [sampler for _, sampler in wanted]) if wanted else ())
-        return [None if item.sampler is None else next(drawn) for item in batch]
+        rows = [row for row, _ in wanted]
+        if batch:
+            self._tell(batch, rows)
+        return partial(self._finish, batch, rows, [sampler for _, sampler in wanted])
 
-    def close(self) -> None:
-        """Give the memory back and remove the pool's file. Doing it twice is harmless."""
-        if isinstance(self._model, NativeDecoder):
-            self._model.close()
-        self.pool.close()
+    def forward(self, spans: Sequence[Span], picked: Sequence[int]) -> Tensor | None:
+        """Logits ``[len(picked), vocab_size]`` of the rows ``picked``, which count through all spans.
 
-    def _run(self, spans: Sequence[Span], picked: Sequence[int]) -> Tensor:
-        """Logits ``[len(picked), vocab_size]`` of the rows ``picked``, which count through all spans."""
+        None at a rank that does not draw.
+        """
         if isinstance(self._model, NativeDecoder):
             return self._model.forward(spans, picked, self.pool)
         try:
@@ -114,7 +122,23 @@ class Engine:
                 remedy="lower the batch limits or kv.memory in the topology",
             ) from error
 
-    def _run_torch(self, model: Model, spans: Sequence[Span], picked: Sequence[int]) -> Tensor:
+    def close(self) -> None:
+        """Give the memory back and remove the pool's file. Doing it twice is harmless."""
+        if isinstance(self._model, NativeDecoder):
+            self._model.close()
+        self.pool.close()
+
+    def _tell(self, batch: Sequence[StepItem], picked: Sequence[int]) -> None:
+        """Tell the other ranks of a step, where there are any."""
+
+    def _finish(
+        self, batch: Sequence[StepItem], picked: Sequence[int], samplers: Sequence[SamplerState]
+    ) -> list[Sampled | None]:
+        logits = self.forward(batch, picked) if batch else None
+        drawn = iter(sample(logits, samplers) if samplers and logits is not None else ())
+        return [None if item.sampler is None else next(drawn) for item in batch]
+
+    def _run_torch(self, model: Model, spans: Sequence[Span], picked: Sequence[int]) -> Tensor | None:
         tokens = torch.tensor([token for span in spans for token in span.tokens])
         positions = torch.tensor([at for span in spans for at in range(span.start, span.end)])
         rows = None if len(picked) == len(tokens) else torch.tensor(picked, dtype=torch.int64).to(self._device)

@@ -18,6 +18,7 @@ from torch import Tensor
 from dswire.errors import ModelNotFound, UnsupportedModel
 
 _DAMAGED = "the file is damaged or incomplete: fetch the model again"
+_ALL = slice(None)
 
 
 class _Index(msgspec.Struct):
@@ -37,7 +38,7 @@ class Checkpoint:
     def __init__(self, model_dir: Path, dtype: torch.dtype, device: torch.device) -> None:
         """Map the files. Raises :class:`ModelNotFound` when there are none, or one cannot be read."""
         self._dir = model_dir
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
         self._files: dict[str, Any] = {}
         for path in _weight_files(model_dir):
@@ -45,39 +46,23 @@ class Checkpoint:
             self._files.update(dict.fromkeys(reader.keys(), reader))
         self._left = set(self._files)
 
-    def take(self, name: str, shape: Sequence[int]) -> Tensor:
-        """The tensor ``name``. Raises :class:`UnsupportedModel` where it is missing or has another shape."""
-        return self._read(name, shape).to(self._device, self._dtype)
+    def take(self, name: str, shape: Sequence[int], rows: slice = _ALL) -> Tensor:
+        """``rows`` of the tensor ``name`` of ``shape``; see :meth:`view` for what it raises."""
+        return self.view(name, shape)[rows].to(self._device, self.dtype)
 
-    def take_rows(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> Tensor:
-        """``names`` one below the other, of ``rows`` rows each: ``[sum(rows), *columns]``."""
-        out = torch.empty((sum(rows), *columns), dtype=self._dtype, device=self._device)
-        for part, name, count in zip(out.split_with_sizes(list(rows)), names, rows, strict=True):
-            part.copy_(self._read(name, (count, *columns)))
+    def stack(self, pieces: Sequence[Tensor]) -> Tensor:
+        """A new tensor of ``pieces``, which :meth:`view` gave, one below the other."""
+        rows = [len(piece) for piece in pieces]
+        out = torch.empty((sum(rows), *pieces[0].shape[1:]), dtype=self.dtype, device=self._device)
+        for part, piece in zip(out.split_with_sizes(rows), pieces, strict=True):
+            part.copy_(piece)
         return out
 
-    def root_of(self, root: str, name: str) -> str:
-        """``root``, or what is left of it without its first word where only so ``name`` is there.
+    def view(self, name: str, shape: Sequence[int]) -> Tensor:
+        """The tensor ``name`` as it lies in its file: only what is looked at is read.
 
-        Checkpoints that were saved from the bare model lack that word.
+        Raises :class:`UnsupportedModel` where it is missing, has another shape, or is quantised.
         """
-        bare = root.partition(".")[2]
-        return bare if f"{bare}{name}.weight" in self._files else root
-
-    def skip(self, name: str) -> None:
-        """Let ``name`` be there without being taken."""
-        self._left.discard(name)
-
-    def finish(self) -> None:
-        """Unmap. Raises :class:`UnsupportedModel` when tensors are left over: the model has parts unknown here."""
-        self._files.clear()
-        if self._left:
-            some = ", ".join(sorted(self._left)[:3])
-            raise UnsupportedModel(
-                f"{self._dir}: {len(self._left)} tensors have no place in the architecture, such as {some}"
-            )
-
-    def _read(self, name: str, shape: Sequence[int]) -> Tensor:
         reader = self._files.get(name)
         if reader is None:
             raise UnsupportedModel(f"{self._dir}: tensor {name} is missing", remedy=_DAMAGED)
@@ -91,6 +76,31 @@ class Checkpoint:
             raise UnsupportedModel(f"{self._dir}: tensor {name} has dtype {tensor.dtype}: it is quantised")
         self._left.discard(name)
         return tensor
+
+    def root_of(self, root: str, name: str) -> str:
+        """``root``, or what is left of it without its first word where only so ``name`` is there.
+
+        Checkpoints that were saved from the bare model lack that word.
+        """
+        bare = root.partition(".")[2]
+        return bare if f"{bare}{name}.weight" in self._files else root
+
+    def skip(self, name: str) -> None:
+        """Let ``name`` be there without being taken."""
+        self._left.discard(name)
+
+    def skip_under(self, prefix: str) -> None:
+        """Let all tensors whose names begin so be there without being taken."""
+        self._left = {name for name in self._left if not name.startswith(prefix)}
+
+    def finish(self) -> None:
+        """Unmap. Raises :class:`UnsupportedModel` when tensors are left over: the model has parts unknown here."""
+        self._files.clear()
+        if self._left:
+            some = ", ".join(sorted(self._left)[:3])
+            raise UnsupportedModel(
+                f"{self._dir}: {len(self._left)} tensors have no place in the architecture, such as {some}"
+            )
 
 
 def _weight_files(model_dir: Path) -> list[Path]:

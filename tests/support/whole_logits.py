@@ -18,5 +18,7 @@ def logits_of(engine: Engine, tokens: list[int], *chunks: int) -> torch.Tensor:
     rows = []
     for size, end in zip(sizes, accumulate(sizes), strict=True):
         span = Span(tokens[end - size : end], end - size, blocks)
-        rows.append(engine._run([span], range(size)).clone())
+        logits = engine.forward([span], range(size))
+        assert logits is not None
+        rows.append(logits.clone())
     return torch.cat(rows)

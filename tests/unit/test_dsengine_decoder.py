@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from dsengine.attention import PagedAttention
 from dsengine.decoder import Decoder
 from dsengine.families import load_architecture
+from dsengine.parallel import Alone
 from dsengine.parts import Parts
 from dsengine.pool import KvPool
 from dsengine.rope import RopeTable
@@ -47,13 +48,17 @@ def load(model_dir: Path, dtype: torch.dtype = torch.float32) -> tuple[Decoder, 
     name = str(dtype).removeprefix("torch.")
     layout = KvLayout(arch.layers, arch.kv_heads, arch.head_dim, 16, name)
     parts = Parts(arch, Checkpoint(model_dir, dtype, CPU))
-    return Decoder(parts, lambda rope: RopeTable(rope, arch.head_dim, 128, dtype, CPU)), KvPool(layout, 16, CPU)
+    return Decoder(parts, lambda rope: RopeTable(rope, arch.head_dim, 128, dtype, CPU), Alone()), KvPool(
+        layout, 16, CPU
+    )
 
 
 def prefill_logits(llama: Decoder, pool: KvPool, tokens: list[int]) -> torch.Tensor:
     attention = PagedAttention(pool, [Span(tokens, 0, range(16))])
     with torch.inference_mode():
-        return llama.logits(llama.forward(torch.tensor(tokens), torch.arange(len(tokens)), attention))
+        logits = llama.run(torch.tensor(tokens), torch.arange(len(tokens)), attention, None)
+    assert logits is not None
+    return logits
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
@@ -65,8 +70,8 @@ def test_logits_equal_transformers(tmp_path: Path, variant: dict[str, Any]) -> N
     for position in range(15, 50):
         attention = PagedAttention(pool, [Span(tokens[position : position + 1], position, range(16))])
         with torch.inference_mode():
-            hidden = llama.forward(torch.tensor([tokens[position]]), torch.tensor([position]), attention)
-            got = llama.logits(hidden)
+            got = llama.run(torch.tensor([tokens[position]]), torch.tensor([position]), attention, None)
+        assert got is not None
         torch.testing.assert_close(got[0], want[position], rtol=0, atol=1e-4)
 
 

@@ -29,10 +29,12 @@ def test_take_converts(tmp_path: Path) -> None:
     assert torch.equal(found.float(), A)
 
 
-def test_take_rows_stacks_in_the_order_given(tmp_path: Path) -> None:
+def test_pieces_are_stacked_in_the_order_given(tmp_path: Path) -> None:
     opened = checkpoint(tmp_path, {"a": A, "b": B, "bias": A[0].clone()})
-    assert torch.equal(opened.take_rows(["b", "a"], [2, 2], 3), torch.cat((B, A)))
-    assert torch.equal(opened.take_rows(["bias"], [3]), A[0])
+    one, two, bias = opened.view("b", (2, 3)), opened.view("a", (2, 3)), opened.view("bias", (3,))
+    assert torch.equal(opened.stack([one, two[1:], one[:1]]), torch.cat((B, A[1:], B[:1])))
+    assert torch.equal(opened.stack([one[:, 1:]]), B[:, 1:])
+    assert torch.equal(opened.stack([bias]), A[0])
     opened.finish()
 
 
@@ -50,7 +52,9 @@ def test_shards(tmp_path: Path) -> None:
     index = {"metadata": {}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     opened = Checkpoint(tmp_path, torch.float32, CPU)
-    assert torch.equal(opened.take_rows(["a", "b"], [2, 2], 3), torch.cat((A, B)))
+    assert torch.equal(
+        torch.cat((opened.take("a", (2, 3)), opened.take("b", (2, 3), slice(1, 2)))), torch.cat((A, B[1:]))
+    )
     opened.finish()
     (tmp_path / "two.safetensors").unlink()
     with pytest.raises(ModelNotFound, match=r"two\.safetensors"):

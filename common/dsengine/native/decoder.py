@@ -81,7 +81,7 @@ class NativeDecoder:
         self._vocab = parts.arch.vocab_size
         self._logits = torch.empty(0)
         model = self._model(parts)
-        parts.checkpoint.finish()
+        parts.finish()
         self._session = library.open(model, threads)
 
     def forward(self, spans: Sequence[Span], picked: Sequence[int], pool: KvPool) -> Tensor:
@@ -121,7 +121,7 @@ class NativeDecoder:
         self._layers = (CLayer * arch.layers)(*(self._layer(parts, i, plan) for i, plan in enumerate(arch.plan)))
         self._kept.append(embedding)
         rotary = next((int(arch.head_dim * plan.rope.fraction) for plan in arch.plan if plan.rope is not None), 0)
-        head = parts.head(embedding)
+        head = parts.head(embedding if arch.tied else None)
         assert isinstance(head, RawLinear)
         return CModel(
             layers=arch.layers,
