@@ -84,6 +84,11 @@ class RunningInstance:
         """The pool as the router is told."""
         return Capacity(self.engine.pool.num_blocks, self.engine.pool.layout)
 
+    @property
+    def stages(self) -> int:
+        """Steps that may be under way at once."""
+        return 1
+
     async def step(self, run: Callable[[], T]) -> T:
         """Run in the step thread."""
         return await asyncio.get_running_loop().run_in_executor(self._steps, run)

@@ -1,19 +1,31 @@
-"""Which queued prompts run together in one prefill step, and which sequences decode may take in.
+"""How much of a prompt goes into a step, and which sequences decode may take in.
 
-Prefill aims at ``Lm`` tokens a batch, the shortest length that saturates the device, so that steps take an even
-time and pipeline stages stay full (DistServe, section 4.3): FCFS, shorter prompts are merged up to ``Lm``, a
-longer one runs alone. First come first served also means: nobody overtakes a head that waits for blocks.
+Prefill aims at ``Lm`` tokens a step, the shortest length that saturates the device, so that steps take an even
+time and pipeline stages stay full (DistServe, section 4.3): first come, first served, shorter prompts are merged
+up to ``Lm``, a longer one is read in chunks of ``Lm``. Where steps are shared with sequences that decode, every
+prompt is cut to fit the room that is left, so that nobody's next token waits for a long prompt (Sarathi-Serve,
+section 4.2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+
+
+def chunk(left: int, room: int, whole_up_to: int = 0) -> int:
+    """How many of a prompt's ``left`` unread tokens go into a step with room for ``room`` more.
+
+    Up to ``whole_up_to`` tokens are read in one piece, so 0 means: in a later step.
+    """
+    if left <= room:
+        return left
+    return 0 if left <= whole_up_to else room
 
 
 def prefill_batch(
     lengths: Iterable[int], *, target_tokens: int, max_sequences: int, free_blocks: int, block_size: int
 ) -> int:
-    """How many prompts from the head of the queue form the next step.
+    """How many prompts from the head of the queue form the next step where none is cut.
 
     ``lengths``: tokens of each queued prompt, in order. ``target_tokens`` is ``Lm``. 0 when the queue is empty or
     its head does not fit the free blocks.
@@ -35,19 +47,3 @@ def decode_may_admit(needed_blocks: int, free_blocks: int, running: int) -> bool
     what it was admitted beside.
     """
     return needed_blocks + running <= free_blocks or (running == 0 and needed_blocks <= free_blocks)
-
-
-def preemption_victims(needs: Sequence[tuple[int, int]], free_blocks: int) -> int:
-    """How many running sequences, from the youngest on, must give way so that the others can take their step.
-
-    ``needs``: for each sequence, oldest first, the blocks it must take for the step and those it holds; what a
-    victim holds becomes free.
-    """
-    wanted = sum(new for new, _ in needs)
-    victims = 0
-    while wanted > free_blocks and victims < len(needs):
-        victims += 1
-        new, held = needs[-victims]
-        wanted -= new
-        free_blocks += held
-    return victims

@@ -1,4 +1,7 @@
-"""Which instance gets a request (DistServe, section 4.3).
+"""Which instance reads a prompt, and which one gets a request (DistServe, section 4.3).
+
+Prompts are read by prefill instances (mode ``disaggregated``), by the instances that decode them (``colocated``),
+or by those when they are short (``conditional``): then a hand-off would cost more than what it spares.
 
 Prefill: the shortest queue in tokens. Decode: the least loaded, measured in tokens of context held. Ties go to
 the instance that was used longest ago, so that an idle system spreads its work.
@@ -18,6 +21,11 @@ class Candidate(NamedTuple):
     #: counter value of the last time it was chosen
     last_used: int
     name: str
+
+
+def reads_locally(mode: str, tokens: int, threshold_tokens: int) -> bool:
+    """Whether the decode instance reads a prompt of ``tokens``."""
+    return mode == "colocated" or (mode == "conditional" and tokens < threshold_tokens)
 
 
 def pick(candidates: Iterable[Candidate]) -> str | None:

@@ -83,12 +83,9 @@ def check_servable(topology: Topology) -> None:
     lines = source.read(topology.path).problems.lines
     problems = Problems(str(topology.path))
     problems.lines = lines
-    if topology.mode != "disaggregated":
-        reason = f"this release serves mode disaggregated only, not {topology.mode}"
-        problems.add(("mode",), reason, "write disaggregated, or leave the key out")
     for role in ("prefill", "decode"):
         for what in ("tp", "pp"):
-            degree = max(getattr(instance, what) for instance in topology.role(role))
+            degree = max((getattr(instance, what) for instance in topology.role(role)), default=1)
             if degree > 1:
                 reason = f"this release serves {what} 1 only, not {degree}"
                 problems.add((role, what), reason, "write 1, and have more replicas instead")

@@ -77,6 +77,7 @@ class Resolver:
             run_dir=self.run_dir,
             shm_dir=self.shm_dir,
             mode=self.file.mode,
+            threshold_tokens=self.file.conditional.threshold_tokens,
             force_transport=cast("Transport | None", self.file.force_transport),
             model=model,
             slo=self._slo(),
@@ -95,12 +96,15 @@ class Resolver:
     # instances
 
     def _groups(self) -> dict[WorkerRole, PrefillSection | DecodeSection]:
-        """The sections of both roles, with the number of replicas where places tell it."""
+        """The sections of the roles that there are, with the number of replicas where places tell it."""
         prefill, decode = self.file.prefill, self.file.decode
         sections: dict[WorkerRole, PrefillSection | DecodeSection] = {
             "prefill": PrefillSection(replicas=prefill) if isinstance(prefill, int) else prefill,
             "decode": DecodeSection(replicas=decode) if isinstance(decode, int) else decode,
         }
+        if self.file.mode == "colocated" and sections.pop("prefill") != PrefillSection():
+            reason = "in mode colocated the decode instances read the prompts, there are no others"
+            self.problems.add(("prefill",), reason, "remove the key, and have more decode.replicas instead")
         self._check_kv(sections)
         return {
             role: replace(group, replicas=len(group.place)) if group.place and not group.replicas else group
@@ -113,7 +117,7 @@ class Resolver:
         for at, kv in sections:
             if kv is not None and kv.memory is not None and kv.blocks is not None:
                 self.problems.add(at, "memory and blocks are both given", "keep one of the two")
-        if self._block_size(groups["prefill"]) != self._block_size(groups["decode"]):
+        if len({self._block_size(group) for group in groups.values()}) > 1:
             role = "decode" if groups["decode"].kv else "prefill"
             reason = "prefill and decode would have blocks of different sizes, which cannot be handed over"
             self.problems.add((role, "kv", "block_size"), reason, "give block_size at the top level's kv only")
@@ -121,6 +125,10 @@ class Resolver:
     def _block_size(self, group: GroupSection) -> int:
         own = group.kv.block_size if group.kv is not None else None
         return own or self.file.kv.block_size or BLOCK_SIZE
+
+    def _prefix_cache(self, group: GroupSection) -> bool:
+        own = group.kv.prefix_cache if group.kv is not None else None
+        return next((one for one in (own, self.file.kv.prefix_cache) if one is not None), True)
 
     def _pool(self, group: GroupSection) -> tuple[int, int | None]:
         """Bytes and blocks of a pool; the blocks count when they are not None."""
@@ -150,7 +158,9 @@ class Resolver:
             segment=self.shm_dir / f"ds-{self.digest}-{placed.name}.kv",
             max_queue=group.max_queue,
             max_batch=group.max_batch,
-            max_batch_tokens=group.max_batch_tokens if isinstance(group, PrefillSection) else group.max_batch,
+            max_batch_tokens=group.max_batch_tokens,
+            prefix_cache=self._prefix_cache(group),
+            prefill_priority=isinstance(group, DecodeSection) and group.prefill_priority,
         )
 
     # router, relays, gateway
@@ -194,7 +204,9 @@ class Resolver:
         return network.gateway(section, ("gateway", "bind"), node)
 
     def _relays(self, network: Network, nodes: Sequence[Node], instances: Sequence[Instance]) -> tuple[Relay, ...]:
-        """One relay for each node that has an instance."""
+        """One relay for each node that has an instance, where KV moves at all."""
+        if self.file.mode == "colocated":
+            return ()
         used = {instance.node for instance in instances}
         over_tcp = self._check_transports(instances)
         found: list[Relay] = []

@@ -98,8 +98,12 @@ class Instance:
     max_queue: int
     #: sequences of one batch
     max_batch: int
-    #: tokens of one prefill batch, the paper's Lm; of no meaning for decode
+    #: tokens of one batch; for prefill the paper's Lm, for decode where prompts are read too
     max_batch_tokens: int
+    #: whether KV is kept for prompts that begin alike
+    prefix_cache: bool
+    #: decode: prompts are read before anybody's next token
+    prefill_priority: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +157,8 @@ class Topology:
     shm_dir: Path
     #: ``disaggregated``, ``colocated`` or ``conditional``
     mode: str
+    #: in mode ``conditional``, prompts of fewer tokens are read by decode instances
+    threshold_tokens: int
     #: use this transport even where a better one could be used
     force_transport: Transport | None
     model: Model
@@ -161,7 +167,7 @@ class Topology:
     router: Router
     #: prefill first, then decode
     instances: tuple[Instance, ...]
-    #: one per node that has an instance
+    #: one per node that has an instance; none in mode ``colocated``, where no KV moves
     relays: tuple[Relay, ...]
     gateway: Gateway | None
     security: Security

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dstopology.shape import Choice, Either, Many, Mapping, Number, Text, key
+from dstopology.shape import Choice, Either, Flag, Many, Mapping, Number, Text, key
 
 _UNITS = {
     "B": 1,
@@ -131,6 +131,9 @@ class KvSection:
     block_size: int | None = key(Number(1, 1024), "tokens in a block, the same everywhere; default 16", None)
     memory: str | int | None = key(SIZE, "size of each instance's pool; default 512MiB", None)
     blocks: int | None = key(COUNT, "blocks of each instance's pool, instead of memory", None)
+    prefix_cache: bool | None = key(
+        Flag(), "keep the KV of prompts for others that begin alike, while there is room; default true", None
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +163,11 @@ class PrefillSection(GroupSection):
 
     max_queue: int = key(COUNT, "sequences at an instance, waiting or running; more wait at the router", 64)
     max_batch: int = key(COUNT, "sequences of a batch", 64)
-    max_batch_tokens: int = key(COUNT, "tokens of a batch (the paper's Lm): as many as saturate the device", 2048)
+    max_batch_tokens: int = key(
+        COUNT,
+        "tokens of a batch (the paper's Lm): as many as saturate the device; longer prompts are read in chunks",
+        2048,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +176,21 @@ class DecodeSection(GroupSection):
 
     max_queue: int = key(COUNT, "sequences at an instance, waiting or running; more wait at the router", 4096)
     max_batch: int = key(COUNT, "sequences of a batch", 256)
+    max_batch_tokens: int = key(
+        COUNT, "tokens of a batch in which prompts are read too; what decoding leaves of it is theirs", 512
+    )
+    prefill_priority: bool = key(
+        Flag(), "read waiting prompts before anybody's next token, instead of beside it", False
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionalSection:
+    """Which prompts decode instances read in mode conditional."""
+
+    threshold_tokens: int = key(
+        COUNT, "prompts shorter than this, while a decode instance has fewer tokens than this to read", 256
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +231,12 @@ class File:
     slo: SloSection = key(Mapping(SloSection), "service level objectives", SloSection())
     mode: str = key(
         Choice(("disaggregated", "colocated", "conditional")),
-        "how the two phases share instances",
+        "who reads prompts: prefill instances; in mode colocated the decode instances, there being no others; in "
+        "mode conditional decode instances read the short ones",
         "disaggregated",
+    )
+    conditional: ConditionalSection = key(
+        Mapping(ConditionalSection), "which prompts are short, in mode conditional", ConditionalSection()
     )
     nodes: tuple[NodeSection, ...] | None = key(
         Many(Mapping(NodeSection), "a list of nodes"),

@@ -153,6 +153,24 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
+class Flag:
+    """``true`` or ``false``."""
+
+    wanted = advice = "true or false"
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, bool)
+
+    def check(self, value: Any, at: Key, problems: Problems) -> bool:
+        if not self.fits(value):
+            problems.add(at, f"{_kind(value)} is not {self.wanted}", f"write {self.wanted}")
+        return value is True
+
+    def schema(self, definitions: Json) -> Json:
+        return {"type": "boolean"}
+
+
+@dataclass(frozen=True, slots=True)
 class Many:
     """A list, which may not be empty."""
 

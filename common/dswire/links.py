@@ -9,6 +9,7 @@ second process of a live name takes nobody's place there before it is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from enum import Enum
 
 import msgspec
@@ -22,6 +23,18 @@ ROUTER = "router"
 RELAY = "relay"
 #: a relay pings every second; silent for this long, in seconds, it is lost
 RELAY_SILENCE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Action: the router knows us."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Action: we were refused; the process ends with this error."""
+
+    error: ErrorInfo
 
 
 class Link(Enum):
@@ -43,9 +56,13 @@ class Links:
         router_hello: Callable[[], msgspec.Struct],
         relay_hello: Callable[[], msgspec.Struct],
         load: Callable[[], worker.Load],
+        *,
+        relayed: bool = True,
     ) -> None:
+        """``relayed``: whether there is a relay at all."""
         self.router = Membership(ROUTER, router_hello)
         self.relay = Membership(RELAY, relay_hello)
+        self._relayed = relayed
         #: the relay's welcome, once it came: lease and staging slots
         self.staging: kv.KvWelcome | None = None
         #: why a side refused us; the process ends with it
@@ -128,7 +145,7 @@ class Links:
         return [side for side, begun in greeted if begun]
 
     def _greet_relay(self, now: float) -> list[Send]:
-        if self._relay_begun:
+        if self._relay_begun or not self._relayed:
             return []
         self._relay_begun = True
         return self.relay.hello(now)

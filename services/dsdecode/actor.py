@@ -2,105 +2,45 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsdecode.events import (
-    CopyChunk,
-    CopyDirect,
-    CopyEnded,
-    DecodeRun,
-    DecodeStepped,
-    End,
-    ForgetSequence,
-    NextToken,
-    Ready,
-    RunDecode,
-    StartSequence,
-)
+from dsdecode.events import CopyChunk, CopyDirect, CopyEnded
 from dsdecode.state import DecodeConfig, DecodeState
-from dsengine.instance import RunningInstance, logprobs, run_each
-from dsengine.runner import StepItem
-from dsengine.sampler import Sampled, SamplerState
+from dsengine.instance import RunningInstance
+from dsengine.instance_actor import InstanceActor, routes, settings
 from dskv.handle import KvHandle, KvKey
 from dskv.memory import RankPools
 from dskv.receive import Receiver
-from dskv.segment import SegmentCache
+from dssched.steps import ForgetSequence, StartSequence
 from dstopology.resolved import Topology
-from dstopology.wiring import relay_route, router_route
-from dswire.actor import Actor, Route
-from dswire.errors import DsError, ErrorInfo, TransferFailed, from_info
-from dswire.links import ROUTER
-from dswire.messages import worker
+from dswire.actor import Route
+from dswire.errors import DsError, ErrorInfo, TransferFailed
 
 
-class DecodeActor(Actor):
+class DecodeActor(InstanceActor):
     """Performs what the machine asks for."""
 
     machine: DecodeState
 
     def __init__(self, machine: DecodeState, routes: list[Route], running: RunningInstance) -> None:
-        super().__init__(machine, routes)
-        self._running = running
-        self._mapped = SegmentCache()
-        #: of every sequence that runs
-        self._samplers: dict[KvKey, SamplerState] = {}
+        super().__init__(machine, routes, running)
         #: of every sequence that comes in chunks
         self._receivers: dict[KvKey, Receiver] = {}
-
-    def started(self) -> None:
-        """Say hello; the router's welcome makes us ready."""
-        self.wake()
-
-    def stopping(self) -> None:
-        """Let the router try elsewhere at once."""
-        self.send(ROUTER, worker.WorkerBye())
-
-    def abandon(self) -> None:
-        """The pool's file would outlive us."""
-        self._running.segment.unlink()
-
-    def closed(self) -> None:
-        """Give threads and memory back."""
-        self._running.close()
-        self._mapped.close()
 
     def perform(self, action: Any) -> None:
         """Perform one action of ``dsdecode.events``."""
         match action:
-            case RunDecode(runs):
-                self.spawn(self._step(runs), "decode step")
             case CopyDirect():
                 self.spawn(self._copy_direct(action), "copy")
             case CopyChunk():
                 self.spawn(self._copy_chunk(action), "copy")
-            case StartSequence():
-                self._receivers.pop(action.key, None)
-                self._samplers[action.key] = self._running.engine.sampler(
-                    action.sampling, action.prompt_ids, action.output_ids
-                )
-            case ForgetSequence(key):
-                self._samplers.pop(key, None)
+            case StartSequence(key) | ForgetSequence(key):
                 self._receivers.pop(key, None)
-            case Ready():
-                self.ready()
-            case End(error):
-                self.finish(from_info(error))
+                super().perform(action)
             case _:
                 super().perform(action)
-
-    async def _step(self, runs: tuple[DecodeRun, ...]) -> DecodeStepped:
-        engine = self._running.engine
-        items = [StepItem((one.token,), one.position, one.blocks, self._samplers[one.key]) for one in runs]
-        began = self.now()
-        results = await self._running.step(lambda: run_each(engine.step, items))
-        pairs = [(one.key, result) for one, result in zip(runs, results, strict=True)]
-        tokens = tuple(NextToken(key, r.token, logprobs(r)) for key, r in pairs if isinstance(r, Sampled))
-        failed = tuple((key, r) for key, r in pairs if isinstance(r, ErrorInfo))
-        now = self.now()
-        return DecodeStepped(now, tokens, now - began, failed)
 
     async def _copy_direct(self, action: CopyDirect) -> CopyEnded:
         handle = action.handle
@@ -149,14 +89,8 @@ async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> 
     instance = topology.instance(name)
     running = await RunningInstance.load(topology, instance, phase)
     config = DecodeConfig(
-        name=name,
-        node=instance.node,
-        incarnation=uuid.uuid4().hex[:12],
-        model=running.model,
-        capacity=running.capacity,
-        eos_ids=running.engine.model.eos_ids,
-        max_queue=instance.max_queue,
-        max_batch=instance.max_batch,
+        **settings(topology, instance, running),
+        relayed=bool(topology.relays),
+        prefill_priority=instance.prefill_priority,
     )
-    routes = [router_route(topology, name, config.incarnation), relay_route(topology, name)]
-    return DecodeActor(DecodeState(config), routes, running)
+    return DecodeActor(DecodeState(config), routes(topology, name, config.incarnation), running)

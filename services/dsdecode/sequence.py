@@ -1,11 +1,14 @@
 """A sequence on a decode instance, and its life::
 
     WAITING ──> PULLING ──> RUNNING ──> GONE
-       │           │           │
-       │           └─> DOOMED <┘        ended while a thread uses its blocks
-       └────────> GONE
+      │ │          │         ^ │
+      │ └──> PREFILLING ─────┘ │
+      │            │           │
+      │            └─> DOOMED <┘        ended while a thread uses its blocks
+      └────────> GONE
 
-WAITING holds no blocks: the KV stays with prefill, whose memory is the buffer for bursts.
+Its KV is pulled from the instance that read the prompt, or it is read here. WAITING holds no blocks: KV that is to
+be pulled stays with prefill, whose memory is the buffer for bursts.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from dskv.handle import KvKey
+from dskv.handle import KvHandle, KvKey
+from dssched.reading import Reading
 from dswire.lifecycle import Lifecycle
-from dswire.messages.worker import DecodeStages, DecodeWork
+from dswire.messages.client import Sampling
+from dswire.messages.worker import DecodeStages, DecodeWork, PrefillWork
 
 
 class Phase(Enum):
@@ -24,15 +29,19 @@ class Phase(Enum):
 
     WAITING = 0
     PULLING = 1
-    RUNNING = 2
-    DOOMED = 3
-    GONE = 4
+    PREFILLING = 2
+    RUNNING = 3
+    DOOMED = 4
+    GONE = 5
 
+
+_ENDS = frozenset({Phase.DOOMED, Phase.GONE})
 
 TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
-    Phase.WAITING: frozenset({Phase.PULLING, Phase.GONE}),
-    Phase.PULLING: frozenset({Phase.RUNNING, Phase.DOOMED, Phase.GONE}),
-    Phase.RUNNING: frozenset({Phase.DOOMED, Phase.GONE}),
+    Phase.WAITING: frozenset({Phase.PULLING, Phase.PREFILLING, Phase.GONE}),
+    Phase.PULLING: _ENDS | {Phase.RUNNING},
+    Phase.PREFILLING: _ENDS | {Phase.RUNNING},
+    Phase.RUNNING: _ENDS,
     Phase.DOOMED: frozenset({Phase.GONE}),
     Phase.GONE: frozenset(),
 }
@@ -42,14 +51,20 @@ TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
 class Sequence:
     """One sequence; ``blocks`` is empty exactly while WAITING."""
 
-    work: DecodeWork
+    key: KvKey
     life: Lifecycle[Phase]
-    #: output so far, the last token being the one whose KV is not there yet
+    prompt_ids: tuple[int, ...]
+    #: output so far; once it is RUNNING, the last token is the one whose KV is not there yet
     output_ids: list[int]
+    sampling: Sampling
+    #: of KV that is pulled
+    handle: KvHandle | None = None
+    #: of a prompt that is read here
+    reading: Reading | None = None
     blocks: list[int] = field(default_factory=list)
     #: copies running in threads
     copies: int = 0
-    #: part of the step that runs
+    #: part of a step that is under way
     in_step: bool = False
     #: when the relay last moved its hand-off on
     heard_at: float = 0.0
@@ -58,19 +73,32 @@ class Sequence:
     transfer_wait_s: float = 0.0
     transfer_s: float = 0.0
     decode_queue_s: float = 0.0
-    #: the first step here is still to come, or runs
+    #: the first decode step here is still to come, or runs
     fresh: bool = True
 
-    @property
-    def key(self) -> KvKey:
-        """Its handle's key."""
-        return self.work.handle.key
+    @classmethod
+    def of(cls, work: DecodeWork | PrefillWork, life: Lifecycle[Phase], now: float) -> Sequence:
+        """A sequence that has just come."""
+        handle = work.handle if isinstance(work, DecodeWork) else None
+        reading = Reading.of(work, now) if isinstance(work, PrefillWork) else None
+        outputs = list(work.output_ids)
+        return cls(key_of(work), life, work.prompt_ids, outputs, work.sampling, handle, reading)
 
     @property
     def position(self) -> int:
-        """Place of the last token, which is also the number of tokens whose KV is there."""
-        return len(self.work.prompt_ids) + len(self.output_ids) - 1
+        """Place of the last token; while it is RUNNING also the number of tokens whose KV is there."""
+        return len(self.prompt_ids) + len(self.output_ids) - 1
+
+    @property
+    def known_tokens(self) -> tuple[int, ...]:
+        """The tokens whose KV is there, while it is RUNNING."""
+        return (*self.prompt_ids, *self.output_ids[:-1])
 
     def stages(self, first_step_s: float) -> DecodeStages:
         """Where the time up to the first step went."""
         return DecodeStages(self.transfer_wait_s, self.transfer_s, self.decode_queue_s, first_step_s)
+
+
+def key_of(work: DecodeWork | PrefillWork) -> KvKey:
+    """The key of a sequence that the router sent."""
+    return work.handle.key if isinstance(work, DecodeWork) else work.key

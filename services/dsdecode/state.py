@@ -1,130 +1,80 @@
 """The decode machine.
 
-Admission is first come first served: the head takes its blocks, then the relay is asked for the KV. Every
-sequence whose KV is there takes part in every step. When the running ones cannot all grow, the youngest give
-way: they are handed back to the router and prefilled again with their output, so nothing is lost and the oldest
-always goes on. Blocks are given back in one place, ``_drop``. At most one step runs.
+Admission is first come first served: the head takes its blocks, then its KV is asked of the relay or its prompt is
+read here. Every sequence whose KV is there takes part in the next step; prompts are read in the room that is left
+in it, so that no token waits for a long prompt. When the running ones cannot all grow, the youngest give way: they
+are handed back to the router and prefilled again with their output, so nothing is lost and the oldest always goes
+on. Blocks are given back in one place, ``_drop``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any
 
 import msgspec
 
-from dsdecode.events import (
-    CopyChunk,
-    CopyDirect,
-    CopyEnded,
-    DecodeRun,
-    DecodeStepped,
-    End,
-    ForgetSequence,
-    NextToken,
-    Ready,
-    RunDecode,
-    StartSequence,
-)
-from dsdecode.sequence import TRANSITIONS, Phase, Sequence
+from dsdecode.events import CopyChunk, CopyDirect, CopyEnded
+from dsdecode.sequence import TRANSITIONS, Phase, Sequence, key_of
 from dskv.handle import KvKey
 from dskv.reshard import difference
-from dssched.batching import decode_may_admit, preemption_victims
-from dssched.blocks import BlockPool
+from dssched.batching import chunk, decode_may_admit
 from dssched.finish import finish_reason
+from dssched.instance import InstanceConfig, InstanceState, results
+from dssched.steps import ForgetSequence, Made, Run, StartSequence, Stepped
 from dswire.errors import DsError, ErrorInfo, InvalidRequest, Overloaded, TransferFailed
 from dswire.lifecycle import Lifecycle
-from dswire.links import RELAY, ROUTER, Link, Links
-from dswire.machine import PeerLost, Received, Send, Tick
-from dswire.messages import PROTOCOL, kv, worker
-
-Action: TypeAlias = Send | CopyDirect | CopyChunk | StartSequence | ForgetSequence | RunDecode | Ready | End
-Event: TypeAlias = Received | Tick | PeerLost | CopyEnded | DecodeStepped
+from dswire.links import RELAY, ROUTER
+from dswire.machine import Send
+from dswire.messages import kv, worker
 
 #: hand-offs that are under way at once; more would only share the same memory bandwidth
 MAX_PULLS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeConfig:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeConfig(InstanceConfig):
     """What a decode machine must know."""
 
-    name: str
-    node: str
-    incarnation: str
-    model: worker.ModelIdentity
-    capacity: worker.Capacity
-    eos_ids: frozenset[int]
-    #: sequences that wait
-    max_queue: int
-    #: sequences of one step
-    max_batch: int
+    #: whether KV can come from elsewhere; False where every prompt is read here
+    relayed: bool = True
+    #: read all prompts before the next token of anybody, instead of beside it
+    prefill_priority: bool = False
 
 
-class DecodeState:
+class DecodeState(InstanceState):
     """Events in, actions out."""
 
+    role = "decode"
+    config: DecodeConfig
+
     def __init__(self, config: DecodeConfig) -> None:
+        super().__init__(config, relayed=config.relayed)
         self.config = config
-        self.pool = BlockPool(config.capacity.blocks)
         #: every sequence that is not GONE, in order of arrival
         self.sequences: dict[KvKey, Sequence] = {}
-        #: whether a step runs
-        self.busy = False
         #: when the leases of wanted handles are extended next
         self._extend_at: float | None = None
-        self.links = Links(self._router_hello, self._relay_hello, self._load)
-        self._out: list[Action] = []
-
-    # the machine's interface
-
-    def handle(self, event: Event) -> list[Action]:
-        """Take one event."""
-        self._out = []
-        self._out += self.links.begin(event.now)
-        match event:
-            case Received(now, peer, message):
-                self._message(now, peer, message)
-            case Tick(now):
-                self._linked(now, *self.links.tick(now))
-                self._extend(now)
-            case PeerLost(now, peer):
-                self._linked(now, *self.links.peer_lost(now, peer))
-            case CopyEnded():
-                self._copied(event)
-            case DecodeStepped():
-                self._stepped(event)
-        self._admit(event.now)
-        self._run(event.now)
-        self.links.count(self._out)
-        return self._out
-
-    def next_deadline(self) -> float | None:
-        """Silence of a link, or a lease to extend."""
-        return min((at for at in (self.links.deadline(), self._extend_at) if at is not None), default=None)
 
     def validate(self) -> None:
         """Blocks and phases agree."""
-        self.pool.validate()
-        held = [block for one in self.sequences.values() for block in one.blocks]
-        assert len(held) == len(set(held)) == self.pool.held
-        for one in self.sequences.values():
+        everyone = self.sequences.values()
+        self._validate((one.blocks for one in everyone), (one.key for one in everyone if one.in_step))
+        for one in everyone:
             phase = one.life.phase
             assert phase is not Phase.GONE
             assert (phase is Phase.WAITING) == (not one.blocks)
             assert one.copies == 0 or phase in (Phase.PULLING, Phase.DOOMED)
-            assert not one.in_step or (self.busy and phase in (Phase.RUNNING, Phase.DOOMED))
+            assert not one.in_step or phase in (Phase.PREFILLING, Phase.RUNNING, Phase.DOOMED)
             assert phase is not Phase.DOOMED or one.copies or one.in_step
+            assert phase is not Phase.PULLING or one.handle is not None
+            assert phase is not Phase.PREFILLING or one.reading is not None
 
     # messages
 
-    def _message(self, now: float, peer: str, message: msgspec.Struct) -> None:
-        linked = self.links.take(now, peer, message)
-        if linked is not None:
-            self._linked(now, *linked)
-            return
+    def _message(self, now: float, message: msgspec.Struct) -> None:
         match message:
-            case worker.DecodeWork():
+            case worker.DecodeWork() | worker.PrefillWork():
                 self._accept(now, message)
             case worker.Abort(key=key):
                 one = self.sequences.get(key)
@@ -132,9 +82,9 @@ class DecodeState:
                     self._end(one, now, "aborted")
             case kv.KvGrant(key=key):
                 one = self._pulling(key)
-                if one is not None:
+                if one is not None and one.handle is not None:
                     one.copies, one.heard_at = one.copies + 1, now
-                    self._out.append(CopyDirect(one.work.handle, tuple(one.blocks)))
+                    self._out.append(CopyDirect(one.handle, tuple(one.blocks)))
             case kv.KvChunkReady():
                 self._chunk_ready(now, message)
             case kv.KvFailed(key=key, error=error):
@@ -142,77 +92,91 @@ class DecodeState:
                 if one is not None:
                     self._fail(one, now, error, tell_relay=False)
 
-    def _linked(self, now: float, sends: list[Send], links: list[Link]) -> None:
-        self._out += sends
-        if self.links.refused is not None:
-            self._out.append(End(self.links.refused))
-        for link in links:
-            if link is Link.ROUTER_JOINED:
-                self._out.append(Ready())
-            elif link is Link.ROUTER_LOST:
-                for one in list(self.sequences.values()):
-                    self._end(one, now, "router lost")
-            elif link is Link.RELAY_LOST:
-                self._relay_lost(now)
+    def _forget_all(self, now: float) -> None:
+        for one in list(self.sequences.values()):
+            self._end(one, now, "router lost")
 
-    def _accept(self, now: float, work: worker.DecodeWork) -> None:
-        key = work.handle.key
+    def _accept(self, now: float, work: worker.DecodeWork | worker.PrefillWork) -> None:
+        key = key_of(work)
         known = self.sequences.get(key)
         if known is not None and known.life.phase is not Phase.DOOMED:
             return
         refusal = self._refusal(work) if known is None else Overloaded(f"{self.config.name} still drops {key}")
         if refusal is not None:
-            self._out.append(Send(ROUTER, worker.SequenceFailed(key, refusal.info())))
+            self._fail_at_router(key, refusal.info())
             return
         life = Lifecycle(f"sequence {key}", TRANSITIONS, Phase.WAITING, now)
-        self.sequences[key] = Sequence(work, life, list(work.output_ids))
-        if self._extend_at is None:
+        self.sequences[key] = one = Sequence.of(work, life, now)
+        if one.handle is not None and self._extend_at is None:
             self._extend_at = now + self._extend_s
 
-    def _refusal(self, work: worker.DecodeWork) -> DsError | None:
+    def _refusal(self, work: worker.DecodeWork | worker.PrefillWork) -> DsError | None:
         name, capacity = self.config.name, self.config.capacity
         longest = len(work.prompt_ids) + work.sampling.max_tokens
         waiting = sum(one.life.phase is Phase.WAITING for one in self.sequences.values())
         if waiting >= self.config.max_queue:
-            return Overloaded(f"{name} has {waiting} sequences waiting")
+            return Overloaded(f"{waiting} sequences wait at {name} already")
         if capacity.layout.blocks_for(longest) > capacity.blocks:
             room = capacity.blocks * capacity.layout.block_size
             return InvalidRequest(
                 f"prompt and max_tokens are {longest} tokens, the KV pool of {name} has room for {room}",
                 remedy="lower max_tokens, or raise kv.memory in the topology",
             )
-        return difference(work.handle.layout, capacity.layout)
+        return difference(work.handle.layout, capacity.layout) if isinstance(work, worker.DecodeWork) else None
 
-    # pulls
+    # admission
 
     def _admit(self, now: float) -> None:
-        if not self.links.relay.joined:
-            return
         phases = [one.life.phase for one in self.sequences.values()]
-        pulling, running = phases.count(Phase.PULLING), phases.count(Phase.RUNNING)
+        pulling = phases.count(Phase.PULLING)
+        inside = pulling + phases.count(Phase.PREFILLING) + phases.count(Phase.RUNNING)
         for one in self.sequences.values():
             if one.life.phase is not Phase.WAITING:
                 continue
-            # one token more than is fetched, so that the first step finds room
-            blocks = self.config.capacity.layout.blocks_for(one.position + 1)
-            full = pulling >= MAX_PULLS or pulling + running >= self.config.max_batch
-            if full or not decode_may_admit(blocks, self.pool.free, pulling + running):
+            if one.handle is not None and not self.links.relay.joined:
+                # those whose prompts are read here need no relay
+                continue
+            if inside >= self.config.max_batch or (one.handle is not None and pulling >= MAX_PULLS):
                 return
-            pulling += 1
-            one.blocks = self.pool.take(blocks)
+            if not self._take_blocks(one, inside, now):
+                return
+            inside += 1
+            pulling += one.handle is not None
+
+    def _take_blocks(self, one: Sequence, inside: int, now: float) -> bool:
+        """Let a sequence in, if there are blocks for it and one token more, so that the first step finds room."""
+        count = self.config.capacity.layout.blocks_for(one.position + (1 if one.reading is None else 2))
+        known = [] if one.reading is None else one.reading.known(self.pool)
+        if not decode_may_admit(self.pool.cost(count, known), self.pool.free, inside):
+            return False
+        if one.reading is None:
+            assert one.handle is not None
+            one.blocks = self.pool.take(count)
             one.transfer_wait_s = one.life.move(Phase.PULLING, now, "blocks taken")
-            self._out.append(Send(RELAY, kv.KvPull(one.work.handle)))
+            self._out.append(Send(RELAY, kv.KvPull(one.handle)))
+        else:
+            one.blocks = one.reading.take(self.pool, count, known)
+            one.life.move(Phase.PREFILLING, now, "blocks taken")
+            self._start(one)
+        return True
+
+    def _start(self, one: Sequence) -> None:
+        """It will take part in steps."""
+        self._out.append(StartSequence(one.key, one.prompt_ids, tuple(one.output_ids), one.sampling))
+
+    # pulls
 
     def _chunk_ready(self, now: float, ready: kv.KvChunkReady) -> None:
         one = self._pulling(ready.key)
-        if one is None:
+        if one is None or one.handle is None:
             return
         one.copies, one.heard_at = one.copies + 1, now
-        handle, chunk = one.work.handle, ready.chunk
-        last = chunk.first + chunk.count >= len(handle.blocks)
-        self._out.append(CopyChunk(handle, tuple(one.blocks), chunk, ready.slot, last))
+        handle, part = one.handle, ready.chunk
+        last = part.first + part.count >= len(handle.blocks)
+        self._out.append(CopyChunk(handle, tuple(one.blocks), part, ready.slot, last))
 
-    def _copied(self, event: CopyEnded) -> None:
+    def _worked(self, event: Any) -> None:
+        assert isinstance(event, CopyEnded)
         now, one = event.now, self.sequences[event.key]
         one.copies -= 1
         if one.life.phase is Phase.DOOMED:
@@ -224,21 +188,17 @@ class DecodeState:
             if event.chunk is not None:
                 self._out.append(Send(RELAY, kv.KvTaken(one.key, event.chunk)))
             if event.chunk is None or event.last:
-                self._landed(one, now)
+                one.transfer_s = one.life.move(Phase.RUNNING, now, "KV verified")
+                self._out.append(Send(RELAY, kv.KvPulled(one.key)))
+                self._start(one)
 
-    def _landed(self, one: Sequence, now: float) -> None:
-        one.transfer_s = one.life.move(Phase.RUNNING, now, "KV verified")
-        self._out.append(Send(RELAY, kv.KvPulled(one.key)))
-        work = one.work
-        self._out.append(StartSequence(one.key, work.prompt_ids, work.output_ids, work.sampling))
-
-    def _extend(self, now: float) -> None:
+    def _tick(self, now: float) -> None:
         if self._extend_at is None or now < self._extend_at:
             return
         wanted = tuple(
-            (one.key, one.work.handle.node)
+            (one.key, one.handle.node)
             for one in self.sequences.values()
-            if one.life.phase in (Phase.WAITING, Phase.PULLING)
+            if one.life.phase in (Phase.WAITING, Phase.PULLING) and one.handle is not None
         )
         self._extend_at = now + self._extend_s if self.sequences else None
         for one in [one for one in self.sequences.values() if self._stuck(one, now)]:
@@ -246,6 +206,9 @@ class DecodeState:
             self._fail(one, now, error.info(), tell_relay=True)
         if wanted and self.links.relay.joined:
             self._out.append(Send(RELAY, kv.KvExtend(wanted)))
+
+    def _deadline(self) -> float | None:
+        return self._extend_at
 
     def _stuck(self, one: Sequence, now: float) -> bool:
         """Whether the relay's last word on a pull is so old that its end must have been lost on the way."""
@@ -269,72 +232,102 @@ class DecodeState:
 
     # steps
 
-    def _run(self, now: float) -> None:
-        if self.busy:
-            return
-        self._make_room(now)
-        running = [one for one in self.sequences.values() if one.life.phase is Phase.RUNNING]
-        if not running:
-            return
-        self.busy = True
-        self._out.append(RunDecode(tuple(self._begin(one, now) for one in running)))
+    def _next_step(self, now: float) -> list[Run]:
+        idle = self._make_room(now)
+        reading = [one for one in idle if one.life.phase is Phase.PREFILLING]
+        running = [one for one in idle if one.life.phase is Phase.RUNNING]
+        if self.config.prefill_priority and reading:
+            running = []
+        # each stage gets its share, so that they all have as much to do
+        share = -(-sum(one.life.phase is Phase.RUNNING for one in self.sequences.values()) // self.config.stages)
+        runs = [self._decode(one, now) for one in running[:share]]
+        # however many decode, prompts get on by a block
+        room = max(self.config.max_batch_tokens - len(runs), self.pool.block_size)
+        for one in reading:
+            if not room:
+                break
+            assert one.reading is not None
+            count = chunk(one.reading.left, room)
+            room -= count
+            one.in_step = True
+            runs.append(one.reading.read(count, one.blocks, now))
+        return runs
 
-    def _make_room(self, now: float) -> None:
-        running = [one for one in self.sequences.values() if one.life.phase is Phase.RUNNING]
-        needs = [(self._missing(one), len(one.blocks)) for one in running]
-        victims = preemption_victims(needs, self.pool.free)
-        for one in running[len(running) - victims :]:
-            self._out.append(Send(ROUTER, worker.Preempted(one.key)))
-            self._drop(one, now, "preempted")
+    def _make_room(self, now: float) -> list[Sequence]:
+        """Those that can take a step, oldest first, the youngest having given way where blocks are too few."""
+        phases = (Phase.PREFILLING, Phase.RUNNING)
+        idle = [one for one in self.sequences.values() if one.life.phase in phases and not one.in_step]
+        while sum(self._missing(one) for one in idle) > self.pool.free:
+            if len(idle) == 1 and self.steps:
+                # those that are in a step may end with it
+                return []
+            victim = idle.pop()
+            self._out.append(Send(ROUTER, worker.Preempted(victim.key)))
+            self._drop(victim, now, "preempted")
+        return idle
 
     def _missing(self, one: Sequence) -> int:
-        return self.config.capacity.layout.blocks_for(one.position + 1) - len(one.blocks)
+        """Blocks that its next step takes."""
+        if one.life.phase is Phase.PREFILLING:
+            return 0
+        return max(0, self.config.capacity.layout.blocks_for(one.position + 1) - len(one.blocks))
 
-    def _begin(self, one: Sequence, now: float) -> DecodeRun:
+    def _decode(self, one: Sequence, now: float) -> Run:
         if one.fresh:
             one.decode_queue_s = now - one.life.since
         one.in_step = True
-        one.blocks += self.pool.take(max(0, self._missing(one)))
-        return DecodeRun(one.key, one.output_ids[-1], one.position, tuple(one.blocks))
+        one.blocks += self.pool.take(self._missing(one))
+        return Run(one.key, (one.output_ids[-1],), one.position, tuple(one.blocks), True)
 
-    def _stepped(self, step: DecodeStepped) -> None:
-        self.busy = False
-        made: list[worker.TokenMade] = []
-        for token in step.tokens:
-            one = self._out_of_step(token.key, step.now)
-            if one is None:
-                continue
-            made.append(self._advance(one, token, step.seconds))
-            if made[-1].finish_reason:
-                self._drop(one, step.now, f"finished: {made[-1].finish_reason}")
-        if made:
-            self._out.append(Send(ROUTER, worker.StepDone(tuple(made))))
-        for key, error in step.failed:
-            one = self._out_of_step(key, step.now)
-            if one is not None:
-                self._fail(one, step.now, error, tell_relay=False)
+    def _stepped(self, step: Stepped) -> None:
+        tokens: list[worker.TokenMade] = []
+        for key, result in results(step):
+            one = self.sequences[key]
+            one.in_step = False
+            if one.life.phase is Phase.DOOMED:
+                self._release_doomed(one, step.now)
+            elif isinstance(result, ErrorInfo):
+                self.pool.distrust(one.blocks)
+                self._fail(one, step.now, result, tell_relay=False)
+            elif one.life.phase is Phase.PREFILLING:
+                self._read(one, result, step.now)
+            else:
+                tokens.append(self._advance(one, result, step))
+        if tokens:
+            self._out.append(Send(ROUTER, worker.StepDone(tuple(tokens))))
 
-    def _out_of_step(self, key: KvKey, now: float) -> Sequence | None:
-        """The sequence after its step; None when it was doomed meanwhile, and is gone now."""
-        one = self.sequences[key]
-        one.in_step = False
-        if one.life.phase is Phase.DOOMED:
-            self._release_doomed(one, now)
-            return None
-        return one
+    def _read(self, one: Sequence, made: Made, now: float) -> None:
+        """A chunk of a prompt is read; with the last comes the first token."""
+        if made.token is None or one.reading is None:
+            return
+        reading = one.reading
+        one.output_ids.append(made.token)
+        reason = finish_reason(made.token, len(one.output_ids), one.sampling, self.config.eos_ids)
+        queue_s, prefill_s = reading.queue_s or 0.0, reading.prefill_s(now)
+        done = worker.PrefillDone(one.key, made.token, queue_s, prefill_s, made.logprobs, reason)
+        self._out.append(Send(ROUTER, done))
+        one.life.move(Phase.RUNNING, now, "prompt read")
+        self.pool.remember(one.known_tokens, one.blocks)
+        if reason:
+            self._drop(one, now, f"finished: {reason}")
 
-    def _advance(self, one: Sequence, token: NextToken, seconds: float) -> worker.TokenMade:
-        stages = one.stages(seconds) if one.fresh else None
+    def _advance(self, one: Sequence, made: Made, step: Stepped) -> worker.TokenMade:
+        assert made.token is not None
+        stages = one.stages(step.seconds) if one.fresh else None
         one.fresh = False
-        one.output_ids.append(token.token)
-        made = len(one.output_ids)
-        reason = finish_reason(token.token, made, one.work.sampling, self.config.eos_ids)
-        return worker.TokenMade(one.key, made - 1, token.token, token.logprobs, reason, stages)
+        one.output_ids.append(made.token)
+        count = len(one.output_ids)
+        reason = finish_reason(made.token, count, one.sampling, self.config.eos_ids)
+        if reason:
+            # the next turn of a conversation begins with this one
+            self.pool.remember(one.known_tokens, one.blocks)
+            self._drop(one, step.now, f"finished: {reason}")
+        return worker.TokenMade(one.key, count - 1, made.token, made.logprobs, reason, stages)
 
     # ends
 
     def _fail(self, one: Sequence, now: float, error: ErrorInfo, *, tell_relay: bool) -> None:
-        self._out.append(Send(ROUTER, worker.SequenceFailed(one.key, error)))
+        self._fail_at_router(one.key, error)
         self._end(one, now, f"failed: {error.code}", tell_relay=tell_relay)
 
     def _end(self, one: Sequence, now: float, why: str, *, tell_relay: bool = True) -> None:
@@ -364,18 +357,10 @@ class DecodeState:
         self._out.append(ForgetSequence(one.key))
         del self.sequences[one.key]
 
-    # what others are told of us
-
-    def _router_hello(self) -> worker.WorkerHello:
-        config = self.config
-        return worker.WorkerHello(
-            PROTOCOL, config.name, "decode", config.node, config.incarnation, config.model, config.capacity
-        )
-
-    def _relay_hello(self) -> kv.KvHello:
-        return kv.KvHello(PROTOCOL, self.config.name, self.config.incarnation)
+    # what the router is told of us
 
     def _load(self) -> worker.Load:
         phases = [one.life.phase for one in self.sequences.values()]
         waiting = phases.count(Phase.WAITING) + phases.count(Phase.PULLING)
-        return worker.Load(waiting=waiting, running=phases.count(Phase.RUNNING), blocks_held=self.pool.held)
+        running = phases.count(Phase.PREFILLING) + phases.count(Phase.RUNNING)
+        return worker.Load(waiting=waiting, running=running, blocks_held=self.pool.held)

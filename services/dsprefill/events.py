@@ -1,34 +1,13 @@
-"""What goes in and out of the prefill machine, beside messages."""
+"""What goes in and out of the prefill machine, beside messages and steps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from dskv.handle import KvHandle, KvKey
-from dswire.errors import ErrorInfo
-from dswire.messages.client import Sampling
 from dswire.messages.kv import Chunk
-from dswire.messages.worker import Logprobs
 
 # actions
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillRun:
-    """One sequence of a step."""
-
-    key: KvKey
-    prompt_ids: tuple[int, ...]
-    output_ids: tuple[int, ...]
-    blocks: tuple[int, ...]
-    sampling: Sampling
-
-
-@dataclass(frozen=True, slots=True)
-class RunPrefill:
-    """Run one step; ends with :class:`PrefillStepped`."""
-
-    runs: tuple[PrefillRun, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,38 +27,7 @@ class StageChunk:
     slot: int
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """The router knows us."""
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """We were refused: the process ends with this error."""
-
-    error: ErrorInfo
-
-
 # events
-
-
-@dataclass(frozen=True, slots=True)
-class FirstToken:
-    """The next token of one sequence."""
-
-    key: KvKey
-    token: int
-    logprobs: Logprobs | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillStepped:
-    """A step is done; every sequence of it is in ``tokens`` or in ``failed``."""
-
-    now: float
-    tokens: tuple[FirstToken, ...]
-    seconds: float
-    failed: tuple[tuple[KvKey, ErrorInfo], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,47 +7,35 @@ Life of a sequence here::
        │          └─> DOOMED <┘          aborted while a thread uses its blocks
        └──────────────> GONE
 
-Blocks are taken when a step begins and given back in one place, ``_drop``. An offered sequence keeps them until
-the relay releases the handle, or until no relay has known the handle for a whole lease. A release that was lost
-is made good by another offer after two leases, by when a handle that nobody wants would have expired. At most one
-step runs.
+Blocks are taken when the first step begins and given back in one place, ``_drop``. A prompt longer than a step is
+read in chunks, in steps of even size. An offered sequence keeps its blocks until the relay releases the handle, or
+until no relay has known the handle for a whole lease. A release that was lost is made good by another offer after
+two leases, by when a handle that nobody wants would have expired.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias
+from typing import Any
 
 import msgspec
 
 from dskv.handle import KvHandle, KvKey
 from dskv.shards import KvShard
-from dsprefill.events import (
-    End,
-    FirstToken,
-    PrefillRun,
-    PrefillStepped,
-    Ready,
-    RunPrefill,
-    Seal,
-    Sealed,
-    StageChunk,
-    Staged,
-)
-from dssched.batching import prefill_batch
-from dssched.blocks import BlockPool
+from dsprefill.events import Seal, Sealed, StageChunk, Staged
+from dssched.batching import chunk
 from dssched.finish import finish_reason
-from dswire.errors import ErrorInfo, InvalidRequest, Overloaded, TransferFailed
+from dssched.instance import InstanceConfig, InstanceState, results
+from dssched.reading import Reading
+from dssched.steps import ForgetSequence, Made, Run, StartSequence, Stepped
+from dswire.errors import DsError, ErrorInfo, InvalidRequest, Overloaded, TransferFailed
 from dswire.lifecycle import Lifecycle
-from dswire.links import RELAY, ROUTER, Link, Links
-from dswire.machine import PeerLost, Received, Send, Tick
-from dswire.messages import PROTOCOL, kv, worker
+from dswire.links import RELAY, ROUTER
+from dswire.machine import Send
+from dswire.messages import kv, worker
 from dswire.timers import Timers
-
-Action: TypeAlias = Send | RunPrefill | Seal | StageChunk | Ready | End
-Event: TypeAlias = Received | Tick | PeerLost | PrefillStepped | Sealed | Staged
 
 
 class Phase(Enum):
@@ -71,107 +59,61 @@ TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillConfig:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillConfig(InstanceConfig):
     """What a prefill machine must know."""
 
-    name: str
-    node: str
-    incarnation: str
-    model: worker.ModelIdentity
-    capacity: worker.Capacity
-    eos_ids: frozenset[int]
     #: the pools of its ranks, as the handle tells them
     shards: tuple[KvShard, ...]
-    #: sequences that wait
-    max_queue: int
-    #: sequences of one step
-    max_batch: int
-    #: tokens of one step, the paper's Lm
-    target_tokens: int
 
 
 @dataclass(slots=True)
 class _Sequence:
-    work: worker.PrefillWork
+    reading: Reading
     life: Lifecycle[Phase]
-    arrived: float
     blocks: tuple[int, ...] = ()
+    #: part of a step that is under way
+    in_step: bool = False
     #: set from OFFERED on
     handle: KvHandle | None = None
     #: aborted while OFFERED; said again with every offer
     withdrawn: bool = False
-    started: float = field(default=0.0)
 
     @property
-    def length(self) -> int:
-        """Tokens to run over."""
-        return len(self.work.prompt_ids) + len(self.work.output_ids)
+    def key(self) -> KvKey:
+        """Of its handle."""
+        return self.reading.key
 
 
-class PrefillState:
+class PrefillState(InstanceState):
     """Events in, actions out."""
 
+    role = "prefill"
+    config: PrefillConfig
+
     def __init__(self, config: PrefillConfig) -> None:
+        super().__init__(config)
         self.config = config
-        self.pool = BlockPool(config.capacity.blocks)
         #: every sequence that is not GONE, in order of arrival
         self.sequences: dict[KvKey, _Sequence] = {}
-        #: whether a step runs
-        self.busy = False
         #: for each offered handle: when to offer it again, or while no relay is there, to give it up
         self._offers: Timers[KvKey] = Timers()
-        self.links = Links(self._router_hello, self._relay_hello, self._load)
-        self._out: list[Action] = []
-
-    # the machine's interface
-
-    def handle(self, event: Event) -> list[Action]:
-        """Take one event."""
-        self._out = []
-        self._out += self.links.begin(event.now)
-        match event:
-            case Received(now, peer, message):
-                self._message(now, peer, message)
-            case Tick(now):
-                self._linked(now, *self.links.tick(now))
-                for key in self._offers.due(now):
-                    self._overdue(self.sequences[key], now)
-            case PeerLost(now, peer):
-                self._linked(now, *self.links.peer_lost(now, peer))
-            case PrefillStepped():
-                self._stepped(event)
-            case Sealed(now, key, checksum):
-                self._sealed(now, key, checksum)
-            case Staged(now, key, chunk):
-                self._out.append(Send(RELAY, kv.KvStaged(key, chunk)))
-        self._run(event.now)
-        self.links.count(self._out)
-        return self._out
-
-    def next_deadline(self) -> float | None:
-        """Silence of a link, or an offer without an answer."""
-        return min((at for at in (self.links.deadline(), self._offers.next()) if at is not None), default=None)
 
     def validate(self) -> None:
         """Blocks and phases agree."""
-        self.pool.validate()
-        held = [block for one in self.sequences.values() for block in one.blocks]
-        assert len(held) == len(set(held)) == self.pool.held
-        phases = [one.life.phase for one in self.sequences.values()]
-        assert Phase.GONE not in phases
-        assert self.busy or Phase.RUNNING not in phases
-        for one in self.sequences.values():
-            assert (one.life.phase is Phase.QUEUED) == (not one.blocks)
-            assert (one.life.phase is Phase.OFFERED) == (one.handle is not None) == (one.work.key in self._offers)
+        everyone = self.sequences.values()
+        self._validate((one.blocks for one in everyone), (one.key for one in everyone if one.in_step))
+        for one in everyone:
+            phase = one.life.phase
+            assert phase is not Phase.GONE
+            assert (phase is Phase.QUEUED) == (not one.blocks)
+            assert not one.in_step or phase in (Phase.RUNNING, Phase.DOOMED)
+            assert phase not in (Phase.SEALING, Phase.OFFERED) or not one.reading.left
+            assert (phase is Phase.OFFERED) == (one.handle is not None) == (one.key in self._offers)
 
     # messages
 
-    def _message(self, now: float, peer: str, message: msgspec.Struct) -> None:
-        linked = self.links.take(now, peer, message)
-        if linked is not None:
-            self._linked(now, *linked)
-            return
+    def _message(self, now: float, message: msgspec.Struct) -> None:
         match message:
             case worker.PrefillWork():
                 self._accept(now, message)
@@ -186,50 +128,47 @@ class PrefillState:
                 if one is not None and one.handle is not None:
                     self._out.append(StageChunk(one.handle, chunk, slot))
 
-    def _linked(self, now: float, sends: list[Send], links: list[Link]) -> None:
-        self._out += sends
-        if self.links.refused is not None:
-            self._out.append(End(self.links.refused))
-        for link in links:
-            if link is Link.ROUTER_JOINED:
-                self._out.append(Ready())
-            elif link is Link.ROUTER_LOST:
-                for key in list(self.sequences):
-                    self._abort(now, key)
-            elif link in (Link.RELAY_JOINED, Link.RELAY_LOST):
-                self._offer_all(now)
+    def _forget_all(self, now: float) -> None:
+        for key in list(self.sequences):
+            self._abort(now, key)
 
     def _accept(self, now: float, work: worker.PrefillWork) -> None:
-        layout, blocks = self.config.capacity.layout, self.config.capacity.blocks
-        length = len(work.prompt_ids) + len(work.output_ids)
-        waiting = sum(one.life.phase is Phase.QUEUED for one in self.sequences.values())
         known = self.sequences.get(work.key)
         if known is not None:
             if known.withdrawn or known.life.phase is Phase.DOOMED:
                 # a router that was restarted counts attempts anew; another attempt has another key
-                self._fail(work.key, Overloaded(f"{self.config.name} still drops {work.key}").info())
-        elif waiting >= self.config.max_queue:
-            self._fail(work.key, Overloaded(f"{self.config.name} has {waiting} sequences waiting").info())
-        elif layout.blocks_for(length) > blocks:
-            have = blocks * layout.block_size
-            error = InvalidRequest(
-                f"{length} tokens do not fit {self.config.name}, whose KV pool has room for {have}",
+                self._fail_at_router(work.key, Overloaded(f"{self.config.name} still drops {work.key}").info())
+            return
+        reading = Reading.of(work, now)
+        refusal = self._refusal(len(reading.tokens))
+        if refusal is not None:
+            self._fail_at_router(work.key, refusal.info())
+            return
+        life = Lifecycle(f"sequence {work.key}", TRANSITIONS, Phase.QUEUED, now)
+        self.sequences[work.key] = _Sequence(reading, life)
+
+    def _refusal(self, length: int) -> DsError | None:
+        layout, blocks = self.config.capacity.layout, self.config.capacity.blocks
+        waiting = sum(one.life.phase is Phase.QUEUED for one in self.sequences.values())
+        if waiting >= self.config.max_queue:
+            return Overloaded(f"{waiting} sequences wait at {self.config.name} already")
+        if layout.blocks_for(length) > blocks:
+            return InvalidRequest(
+                f"{length} tokens do not fit {self.config.name}, whose KV pool has room for "
+                f"{blocks * layout.block_size}",
                 remedy="shorten the prompt, or raise kv.memory in the topology",
             )
-            self._fail(work.key, error.info())
-        else:
-            life = Lifecycle(f"sequence {work.key}", TRANSITIONS, Phase.QUEUED, now)
-            self.sequences[work.key] = _Sequence(work, life, now)
+        return None
 
     def _abort(self, now: float, key: KvKey) -> None:
         one = self.sequences.get(key)
         if one is None:
             return
         match one.life.phase:
-            case Phase.QUEUED:
-                self._drop(one, now, "aborted")
-            case Phase.RUNNING | Phase.SEALING:
+            case Phase.RUNNING | Phase.SEALING if one.in_step or one.life.phase is Phase.SEALING:
                 one.life.move(Phase.DOOMED, now, "aborted")
+            case Phase.QUEUED | Phase.RUNNING:
+                self._drop(one, now, "aborted")
             case Phase.OFFERED:
                 # the relay answers with KvRelease as soon as nobody reads the blocks
                 one.withdrawn = True
@@ -237,55 +176,72 @@ class PrefillState:
 
     # steps
 
-    def _run(self, now: float) -> None:
-        if self.busy:
-            return
-        queued = [one for one in self.sequences.values() if one.life.phase is Phase.QUEUED]
-        batch = prefill_batch(
-            (one.length for one in queued),
-            target_tokens=self.config.target_tokens,
-            max_sequences=self.config.max_batch,
-            free_blocks=self.pool.free,
-            block_size=self.config.capacity.layout.block_size,
-        )
-        if batch:
-            self.busy = True
-            self._out.append(RunPrefill(tuple(self._begin(one, now) for one in queued[:batch])))
+    def _next_step(self, now: float) -> list[Run]:
+        room = whole = self.config.max_batch_tokens
+        runs: list[Run] = []
+        for one in self._unread():
+            known = [] if one.blocks else one.reading.known(self.pool)
+            count = chunk(one.reading.left - len(known) * self.pool.block_size, room, whole)
+            if len(runs) == self.config.max_batch or not count or not self._begin(one, known, now):
+                break
+            room -= count
+            one.in_step = True
+            runs.append(one.reading.read(count, one.blocks, now))
+        return runs
 
-    def _begin(self, one: _Sequence, now: float) -> PrefillRun:
-        one.life.move(Phase.RUNNING, now, "step begins")
-        one.started = now
-        one.blocks = tuple(self.pool.take(self.config.capacity.layout.blocks_for(one.length)))
-        work = one.work
-        return PrefillRun(work.key, work.prompt_ids, work.output_ids, one.blocks, work.sampling)
+    def _unread(self) -> Iterator[_Sequence]:
+        """Sequences with something to read, in order."""
+        for one in self.sequences.values():
+            if one.life.phase in (Phase.QUEUED, Phase.RUNNING) and not one.in_step:
+                yield one
 
-    def _stepped(self, step: PrefillStepped) -> None:
-        self.busy = False
-        for made in step.tokens:
-            one = self.sequences[made.key]
+    def _begin(self, one: _Sequence, known: list[int], now: float) -> bool:
+        """Take the blocks of a sequence that has none; False while there are too few."""
+        if one.blocks:
+            return True
+        count = self.config.capacity.layout.blocks_for(len(one.reading.tokens))
+        if self.pool.cost(count, known) > self.pool.free:
+            return False
+        one.blocks = tuple(one.reading.take(self.pool, count, known))
+        one.life.move(Phase.RUNNING, now, "blocks taken")
+        work = one.reading.work
+        self._out.append(StartSequence(one.key, work.prompt_ids, work.output_ids, work.sampling))
+        return True
+
+    def _stepped(self, step: Stepped) -> None:
+        for key, result in results(step):
+            one = self.sequences[key]
+            one.in_step = False
             if one.life.phase is Phase.DOOMED:
                 self._drop(one, step.now, "step done")
-            else:
-                self._advance(one, made, step)
-        for key, error in step.failed:
-            one = self.sequences[key]
-            if one.life.phase is Phase.RUNNING:
-                self._fail(key, error)
-            self._drop(one, step.now, f"step failed: {error.code}")
+            elif isinstance(result, ErrorInfo):
+                self._fail_at_router(key, result)
+                self.pool.distrust(one.blocks)
+                self._drop(one, step.now, f"step failed: {result.code}")
+            elif result.token is not None:
+                self._advance(one, result, result.token, step.now)
 
-    def _advance(self, one: _Sequence, made: FirstToken, step: PrefillStepped) -> None:
-        work = one.work
-        reason = finish_reason(made.token, len(work.output_ids) + 1, work.sampling, self.config.eos_ids)
-        queue_s = one.started - one.arrived
-        done = worker.PrefillDone(made.key, made.token, queue_s, step.seconds, made.logprobs, reason)
+    def _advance(self, one: _Sequence, made: Made, token: int, now: float) -> None:
+        reading, work = one.reading, one.reading.work
+        self.pool.remember(reading.tokens, one.blocks)
+        reason = finish_reason(token, len(work.output_ids) + 1, work.sampling, self.config.eos_ids)
+        queue_s = reading.queue_s or 0.0
+        done = worker.PrefillDone(one.key, token, queue_s, reading.prefill_s(now), made.logprobs, reason)
         self._out.append(Send(ROUTER, done))
         if reason:
-            self._drop(one, step.now, f"finished: {reason}")
+            self._drop(one, now, f"finished: {reason}")
         else:
-            one.life.move(Phase.SEALING, step.now, "step done")
-            self._out.append(Seal(made.key, one.blocks))
+            one.life.move(Phase.SEALING, now, "step done")
+            self._out.append(Seal(one.key, one.blocks))
 
     # offers
+
+    def _worked(self, event: Any) -> None:
+        match event:
+            case Sealed(now, key, checksum):
+                self._sealed(now, key, checksum)
+            case Staged(_, key, chunk):
+                self._out.append(Send(RELAY, kv.KvStaged(key, chunk)))
 
     def _sealed(self, now: float, key: KvKey, checksum: int) -> None:
         one = self.sequences[key]
@@ -300,21 +256,23 @@ class PrefillState:
     def _make_handle(self, one: _Sequence, checksum: int) -> KvHandle:
         config = self.config
         return KvHandle(
-            key=one.work.key,
+            key=one.key,
             owner=config.name,
             node=config.node,
             layout=config.capacity.layout,
-            tokens=one.length,
+            tokens=len(one.reading.tokens),
             blocks=one.blocks,
             shards=config.shards,
             segment_blocks=config.capacity.blocks,
             checksum=checksum,
         )
 
-    def _offer_all(self, now: float) -> None:
+    def _relay_joined(self, now: float) -> None:
         for one in self.sequences.values():
             if one.handle is not None:
                 self._offer(one, one.handle, now)
+
+    _relay_lost = _relay_joined
 
     def _offer(self, one: _Sequence, handle: KvHandle, now: float) -> None:
         """Offer, for the first time or again; while no relay is there it only begins to run out of patience."""
@@ -325,12 +283,17 @@ class PrefillState:
             if one.withdrawn:
                 self._out.append(Send(RELAY, kv.KvWithdraw(handle.key)))
 
-    def _overdue(self, one: _Sequence, now: float) -> None:
-        if self.links.relay.joined and one.handle is not None:
-            self._offer(one, one.handle, now)
-            return
-        self._fail(one.work.key, TransferFailed(f"the relay of node {self.config.node} is down").info())
-        self._drop(one, now, "no relay for a whole lease")
+    def _tick(self, now: float) -> None:
+        for key in self._offers.due(now):
+            one = self.sequences[key]
+            if self.links.relay.joined and one.handle is not None:
+                self._offer(one, one.handle, now)
+                continue
+            self._fail_at_router(key, TransferFailed(f"the relay of node {self.config.node} is down").info())
+            self._drop(one, now, "no relay for a whole lease")
+
+    def _deadline(self) -> float | None:
+        return self._offers.next()
 
     @property
     def _lease_s(self) -> float:
@@ -338,25 +301,15 @@ class PrefillState:
 
     # ends
 
-    def _fail(self, key: KvKey, error: ErrorInfo) -> None:
-        self._out.append(Send(ROUTER, worker.SequenceFailed(key, error)))
-
     def _drop(self, one: _Sequence, now: float, why: str) -> None:
         one.life.move(Phase.GONE, now, why)
         self.pool.give(one.blocks)
-        self._offers.cancel(one.work.key)
-        del self.sequences[one.work.key]
+        self._offers.cancel(one.key)
+        if one.blocks:
+            self._out.append(ForgetSequence(one.key))
+        del self.sequences[one.key]
 
-    # what others are told of us
-
-    def _router_hello(self) -> worker.WorkerHello:
-        config = self.config
-        return worker.WorkerHello(
-            PROTOCOL, config.name, "prefill", config.node, config.incarnation, config.model, config.capacity
-        )
-
-    def _relay_hello(self) -> kv.KvHello:
-        return kv.KvHello(PROTOCOL, self.config.name, self.config.incarnation)
+    # what the router is told of us
 
     def _load(self) -> worker.Load:
         waiting = sum(one.life.phase is Phase.QUEUED for one in self.sequences.values())

@@ -110,6 +110,8 @@ async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> 
         client_lease_s=router.client_lease_s,
         worker_lease_s=router.worker_lease_s,
         retries=router.retries,
+        mode=topology.mode,
+        threshold_tokens=topology.threshold_tokens,
     )
     keys = system_keys(topology)
     authenticator = start_authenticator(topology.security.keys_dir) if keys is not None else None

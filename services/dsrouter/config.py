@@ -27,3 +27,6 @@ class RouterConfig:
     client_lease_s: float
     worker_lease_s: float
     retries: int
+    #: who reads prompts: see :mod:`dssched.dispatch`
+    mode: str = "disaggregated"
+    threshold_tokens: int = 0

@@ -7,15 +7,18 @@ so late messages of earlier attempts and repeated ones change nothing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import count
+from math import inf
 from typing import Protocol
 
 import msgspec
 
 from dskv.handle import KvHandle, KvKey
+from dsrouter.config import RouterConfig
 from dsrouter.request import Choice, Phase, Request
 from dsrouter.workers import Worker, Workers
+from dssched.dispatch import reads_locally
 from dswire.errors import DsError, ErrorInfo, NoInstance, WorkerLost, from_info
 from dswire.messages import worker
 from dswire.messages.client import Output, TokenLogprob
@@ -44,15 +47,18 @@ class Sink(Protocol):
 class Flow:
     """Moves choices along."""
 
-    def __init__(self, workers: Workers, sink: Sink, *, retries: int, limits: Mapping[str, int]) -> None:
-        """``limits``: sequences that one instance of each role is given; the rest waits here, in order."""
+    def __init__(self, workers: Workers, sink: Sink, config: RouterConfig) -> None:
         self.workers = workers
         self._sink = sink
-        self._retries = retries
-        self._limits = limits
+        self._config = config
+        #: sequences that one instance of each role is given; the rest waits here, in order
+        self._limits = {"prefill": config.max_prefill_queue, "decode": config.max_decode_queue}
         #: every choice that is not DONE, by sequence id, with its request
         self.choices: dict[str, tuple[Request, Choice]] = {}
+        #: those that wait for a prefill instance, for a decode instance that reads their prompts, and for one that
+        #: pulls their KV
         self._queued: deque[str] = deque()
+        self._local: deque[str] = deque()
         self._unplaced: deque[str] = deque()
         self._epochs = count()
 
@@ -62,12 +68,13 @@ class Flow:
             phase = choice.life.phase
             assert request.live
             assert phase is not Phase.DONE
-            assert (sequence in self._queued) == (phase is Phase.QUEUED)
+            assert (sequence in self._queued) + (sequence in self._local) == (phase is Phase.QUEUED)
             assert (sequence in self._unplaced) == (phase is Phase.PLACING and choice.handle is not None)
             assert (phase is Phase.DECODING) == (choice.decode is not None)
         for one in self.workers:
             assert set(one.sequences) <= set(self.choices)
             assert one.tokens == sum(one.sequences.values())
+            assert set(one.reading) <= set(one.sequences)
 
     # forward
 
@@ -78,10 +85,27 @@ class Flow:
     def add(self, request: Request, choice: Choice) -> None:
         """A new choice waits for prefill."""
         self.choices[choice.key.sequence] = (request, choice)
-        self._queued.append(choice.key.sequence)
+        self._queue(request, choice).append(choice.key.sequence)
+
+    def _queue(self, request: Request, choice: Choice) -> deque[str]:
+        tokens = len(request.prompt_ids) + len(choice.output_ids)
+        local = reads_locally(self._config.mode, tokens, self._config.threshold_tokens)
+        return self._local if local else self._queued
 
     def pump(self, now: float) -> None:
         """Send what can be sent."""
+        conditional = self._config.mode == "conditional"
+        while self._local:
+            most = self._config.threshold_tokens if conditional else inf
+            target = self.workers.choose("decode", self._limits["decode"], most)
+            if target is None and not conditional:
+                break
+            sequence = self._local.popleft()
+            if target is None:
+                # decode instances have enough to read
+                self._queued.append(sequence)
+            else:
+                self._send_prefill(now, target, *self.choices[sequence])
         while self._queued:
             target = self.workers.choose("prefill", self._limits["prefill"])
             if target is None:
@@ -99,7 +123,10 @@ class Flow:
         choice.account.spend("router_queue_s", now)
         choice.life.move(Phase.PREFILLING, now, target.hello.name)
         choice.prefill = target.hello.name
-        target.add(choice.key.sequence, len(request.prompt_ids) + len(choice.output_ids))
+        tokens = len(request.prompt_ids) + len(choice.output_ids)
+        target.add(choice.key.sequence, tokens)
+        if target.hello.role == "decode":
+            target.reading[choice.key.sequence] = tokens
         work = worker.PrefillWork(choice.key, request.prompt_ids, tuple(choice.output_ids), choice.sampling)
         self._sink.send(target.peer, work)
 
@@ -113,14 +140,21 @@ class Flow:
         self._sink.send(target.peer, work)
 
     def prefilled(self, now: float, done: worker.PrefillDone) -> None:
-        """A prefill instance made the next token."""
+        """The prompt is read, and the next token made."""
         found = self._current(done.key, Phase.PREFILLING)
         if found is None:
             return
         request, choice = found
-        self._leave(choice.prefill, choice)
         choice.account.prefilled(now, done.queue_s, done.prefill_s)
-        choice.life.move(Phase.PLACING, now, "token made")
+        holder = self.workers.get(choice.prefill)
+        if holder is not None and holder.hello.role == "decode":
+            choice.prefill, choice.decode = None, choice.prefill
+            del holder.reading[choice.key.sequence]
+            holder.grow(choice.key.sequence)
+            choice.life.move(Phase.DECODING, now, "token made, goes on there")
+        else:
+            self._leave(choice.prefill, choice)
+            choice.life.move(Phase.PLACING, now, "token made")
         self._token(now, request, choice, done.token, done.logprobs, done.finish_reason)
 
     def sealed(self, handle: KvHandle) -> None:
@@ -176,9 +210,9 @@ class Flow:
 
     def preempted(self, now: float, key: KvKey) -> None:
         """A decode instance ran out of blocks; no fault of the request, so it costs no retry."""
-        found = self._current(key, Phase.DECODING)
+        found = self._current(key, Phase.PREFILLING, Phase.DECODING)
         if found is not None:
-            self._again(now, found[1], "preempted")
+            self._again(now, *found, "preempted")
 
     def worker_lost(self, now: float, lost: Worker, *, alive: bool = False) -> None:
         """A worker died: whatever it held is tried again. One that lives on but has forgotten costs no retry."""
@@ -188,28 +222,28 @@ class Flow:
             if not held or not request.live:
                 continue
             if alive:
-                self._again(now, choice, f"{name} said hello again")
+                self._again(now, request, choice, f"{name} said hello again")
             else:
                 self._retry(now, request, choice, WorkerLost(f"{name} died while it held the request"))
 
     def _retry(self, now: float, request: Request, choice: Choice, cause: DsError) -> None:
         choice.account.retries += 1
-        if choice.account.retries > self._retries:
+        if choice.account.retries > self._config.retries:
             self._sink.fail(request, cause, now)
         else:
-            self._again(now, choice, f"retry: {cause.code}")
+            self._again(now, request, choice, f"retry: {cause.code}")
 
-    def _again(self, now: float, choice: Choice, why: str) -> None:
+    def _again(self, now: float, request: Request, choice: Choice, why: str) -> None:
         self._withdraw(choice, abort=True)
         choice.account.spend("retry_s", now)
         choice.life.move(Phase.QUEUED, now, why)
         choice.key = self.next_key(choice.key.sequence)
         # it has waited before: it goes first
-        self._queued.appendleft(choice.key.sequence)
+        self._queue(request, choice).appendleft(choice.key.sequence)
 
     def starve(self, now: float, down_since: Callable[[str], float | None]) -> None:
         """Fail what has waited too long for a role of which no instance is up."""
-        for role, queue in (("prefill", self._queued), ("decode", self._unplaced)):
+        for role, queue in (("prefill", self._queued), ("decode", self._local), ("decode", self._unplaced)):
             since = down_since(role)
             if since is None:
                 continue
@@ -232,7 +266,7 @@ class Flow:
     def _withdraw(self, choice: Choice, *, abort: bool) -> None:
         """Take the choice from wherever it is."""
         sequence = choice.key.sequence
-        for queue in (self._queued, self._unplaced):
+        for queue in (self._queued, self._local, self._unplaced):
             if sequence in queue:
                 queue.remove(sequence)
         for name in (choice.prefill, choice.decode):

@@ -1,11 +1,12 @@
 """A request at the router, its choices, and the life of a choice::
 
     QUEUED ──> PREFILLING ──> PLACING ──> DECODING ──> DONE
-      ^  │         │             │            │          ^
-      │  └─────────┼─────────────┼────────────┼──────────┘
-      └────────────┴─────────────┴────────────┘            an attempt was lost: next epoch
+      ^  │         │ └───────────│───────────> │         ^
+      │  └─────────┼─────────────┼─────────────┼─────────┘
+      └────────────┴─────────────┴─────────────┘           an attempt was lost: next epoch
 
-A choice is one sequence; its output survives a lost attempt, the next one continues it.
+A choice is one sequence; its output survives a lost attempt, the next one continues it. Where a decode instance
+reads the prompt, there is nothing to place.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from dswire.messages.client import Sampling, Submit
 class Phase(Enum):
     """Where a choice stands."""
 
-    #: at the router, waiting for a prefill instance
+    #: at the router, waiting for an instance that reads its prompt
     QUEUED = 0
-    #: at a prefill instance
+    #: at such an instance
     PREFILLING = 1
     #: has a token; waiting for its handle or for a decode instance
     PLACING = 2
@@ -41,7 +42,7 @@ _ENDS = frozenset({Phase.QUEUED, Phase.DONE})
 
 TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.QUEUED: frozenset({Phase.PREFILLING, Phase.DONE}),
-    Phase.PREFILLING: _ENDS | {Phase.PLACING},
+    Phase.PREFILLING: _ENDS | {Phase.PLACING, Phase.DECODING},
     Phase.PLACING: _ENDS | {Phase.DECODING},
     Phase.DECODING: _ENDS,
     Phase.DONE: frozenset(),

@@ -53,8 +53,7 @@ class RouterState:
         self.config = config
         self.clients = Clients(config.client_lease_s)
         self.workers = Workers(config.workers, config.model)
-        limits = {"prefill": config.max_prefill_queue, "decode": config.max_decode_queue}
-        self.flow = Flow(self.workers, self, retries=config.retries, limits=limits)
+        self.flow = Flow(self.workers, self, config)
         #: every request whose end is not forgotten yet
         self.requests: dict[str, Request] = {}
         self.ended: Counter[str] = Counter()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 from dskv.layout import KvLayout
 from dskv.reshard import difference
@@ -37,6 +38,8 @@ class Worker:
     sequences: dict[str, int] = field(default_factory=dict)
     #: tokens of all of them
     tokens: int = 0
+    #: those whose prompts a decode instance still reads, with the tokens of each
+    reading: dict[str, int] = field(default_factory=dict)
     last_used: int = 0
     #: messages to it since its welcome and from it since its hello; pings and reports do not count
     sent: int = 0
@@ -53,6 +56,7 @@ class Worker:
     def remove(self, sequence: str) -> None:
         """A sequence is no longer there; an unknown one is no error."""
         self.tokens -= self.sequences.pop(sequence, 0)
+        self.reading.pop(sequence, None)
 
     def grow(self, sequence: str) -> None:
         """A sequence there has one token more."""
@@ -132,9 +136,17 @@ class Workers:
         """The refusal of a second process under a live name."""
         return DuplicateName(f"a live {hello.role} worker is already named {hello.name!r}")
 
-    def choose(self, role: str, max_sequences: int) -> Worker | None:
-        """The worker that gets the next sequence (``dssched.dispatch``), if any has room."""
-        open_to = [one for one in self.role(role) if len(one.sequences) < max_sequences]
+    def choose(self, role: str, max_sequences: int, max_reading: float = inf) -> Worker | None:
+        """The worker that gets the next sequence (``dssched.dispatch``), if any has room.
+
+        ``max_reading``: only those that have fewer tokens than that to read.
+        """
+        open_to = [
+            one
+            for one in self.role(role)
+            if len(one.sequences) < max_sequences
+            and (max_reading == inf or sum(one.reading.values()) < max_reading)
+        ]
         name = pick(Candidate(one.tokens, one.last_used, one.hello.name) for one in open_to)
         if name is None:
             return None

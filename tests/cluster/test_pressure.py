@@ -178,7 +178,7 @@ def test_the_status_tells_what_runs() -> None:
     cluster = Cluster()
     cluster.hold("step")
     heard = cluster.client().submit("r", 9, max_tokens=5)
-    cluster.until(lambda: bool(cluster.decode().busy))
+    cluster.until(lambda: bool(cluster.decode().steps))
     cluster.run(1.1)
     cluster.client().say(StatusQuery())
     cluster.run(0.1)

@@ -147,7 +147,8 @@ def test_messages_of_earlier_attempts_change_nothing() -> None:
     cluster, heard = STAGE["decoding"].bring()
     one = at_decode(cluster)
     assert one is not None
-    key, handle = one.key, one.work.handle
+    assert one.handle is not None
+    key, handle = one.key, one.handle
     router = cluster.processes[ROUTER]
     at = {role: next(peer for peer in router.peers if peer.startswith(role)) for role in ("prefill", "decode")}
     before = len(heard.tokens())
@@ -169,8 +170,8 @@ def test_messages_of_earlier_attempts_change_nothing() -> None:
 
 def test_work_that_comes_twice_is_done_once() -> None:
     cluster, heard = STAGE["queued-at-prefill"].bring()
-    one = next(one for one in cluster.prefill().sequences.values() if one.work.key.sequence == f"{TARGET}/0")
-    cluster.processes["prefill-0"].feed(Received(cluster.now, "router", one.work))
+    one = next(one for one in cluster.prefill().sequences.values() if one.key.sequence == f"{TARGET}/0")
+    cluster.processes["prefill-0"].feed(Received(cluster.now, "router", one.reading.work))
     cluster.release()
     finish(cluster, heard)
 
@@ -179,7 +180,9 @@ def test_decode_work_that_comes_twice_is_done_once() -> None:
     cluster, heard = STAGE["decoding"].bring()
     one = at_decode(cluster)
     assert one is not None
-    cluster.processes["decode-0"].feed(Received(cluster.now, "router", one.work))
+    assert one.handle is not None
+    work = worker.DecodeWork(one.handle, one.prompt_ids, tuple(one.output_ids), one.sampling)
+    cluster.processes["decode-0"].feed(Received(cluster.now, "router", work))
     cluster.release()
     finish(cluster, heard)
 

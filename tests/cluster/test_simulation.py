@@ -210,7 +210,7 @@ def test_the_mean_wait_of_a_single_server_is_that_of_m_d_1(desk: Desk, requests:
     assert mean_s == pytest.approx(step_s + rate * step_s**2 / (2 * (1 - rate * step_s)), rel=within)
 
 
-@pytest.mark.parametrize("text", ["mode: colocated\n", "decode: {pp: 2}\n"])
+@pytest.mark.parametrize("text", ["decode: {pp: 2}\n"])
 def test_what_cannot_be_simulated_is_refused(desk: Desk, text: str) -> None:
     with pytest.raises(TopologyError, match="this release simulates"):
         system(desk, text + "kv: {blocks: 64}\n")

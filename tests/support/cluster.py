@@ -20,7 +20,15 @@ from dswire.machine import Tick
 from dswire.messages import worker
 from support.handles import LAYOUT
 from support.kv_memory import KvMemory
-from support.processes import DecodeProcess, Pace, PrefillProcess, Process, RelayProcess, RouterProcess
+from support.processes import (
+    DecodeProcess,
+    InstanceProcess,
+    Pace,
+    PrefillProcess,
+    Process,
+    RelayProcess,
+    RouterProcess,
+)
 from support.raw_client import RawClient
 from support.script import EOS, VOCAB, Script, ScriptWriter
 from support.virtual_clock import VirtualClock
@@ -45,6 +53,12 @@ class Shape:
     prefill_batch: int = 8
     decode_batch: int = 16
     target_tokens: int = 64
+    decode_tokens: int = 64
+    mode: str = "disaggregated"
+    threshold_tokens: int = 0
+    stages: int = 1
+    prefill_priority: bool = False
+    prefix_cache: bool = True
     max_requests: int = 64
     #: sequences waiting at one prefill instance
     prefill_queue: int = 16
@@ -68,7 +82,8 @@ class Shape:
     @property
     def roles(self) -> dict[str, str]:
         """Role of each worker, by name."""
-        roles = {f"relay-{node}": "relay" for node in self.nodes}
+        relays = () if self.mode == "colocated" else self.nodes
+        roles = {f"relay-{node}": "relay" for node in relays}
         roles |= {f"prefill-{number}": "prefill" for number in range(len(self.prefill))}
         return roles | {f"decode-{number}": "decode" for number in range(len(self.decode))}
 
@@ -211,7 +226,7 @@ class Cluster:
             for node in self._sources(self.node(name)):
                 peer = f"relay:{node}"
                 made.links[peer] = self.wires.connect(made, peer, f"relay-{node}", f"fetcher:{name}")
-        else:
+        elif self.shape.mode != "colocated":
             relay = f"relay-{self.node(name)}"
             made.links["relay"] = self.wires.connect(made, "relay", relay, f"worker:{name}")
         return made
@@ -242,6 +257,8 @@ class Cluster:
             client_lease_s=shape.client_lease_s,
             worker_lease_s=shape.worker_lease_s,
             retries=shape.retries,
+            mode=shape.mode,
+            threshold_tokens=shape.threshold_tokens,
         )
         machine = RouterState(config, ScriptWriter, Random(0), self.now)
         return RouterProcess(self, name, incarnation, machine)
@@ -257,7 +274,9 @@ class Cluster:
             shards=shards(LAYOUT, 1, 1, [f"/shm/{name}/{incarnation}"]),
             max_queue=self.shape.prefill_queue,
             max_batch=self.shape.prefill_batch,
-            target_tokens=self.shape.target_tokens,
+            max_batch_tokens=self.shape.target_tokens,
+            stages=self.shape.stages,
+            prefix_cache=self.shape.prefix_cache,
         )
         return PrefillProcess(self, name, incarnation, PrefillState(config))
 
@@ -271,6 +290,11 @@ class Cluster:
             eos_ids=frozenset({EOS}),
             max_queue=self.shape.decode_queue,
             max_batch=self.shape.decode_batch,
+            max_batch_tokens=self.shape.decode_tokens,
+            stages=self.shape.stages,
+            prefix_cache=self.shape.prefix_cache,
+            relayed=self.shape.mode != "colocated",
+            prefill_priority=self.shape.prefill_priority,
         )
         return DecodeProcess(self, name, incarnation, DecodeState(config))
 
@@ -333,7 +357,7 @@ class Cluster:
                 if count:
                     found[f"{name}: {thing}"] = count
         for name, process in self.processes.items():
-            if isinstance(process, DecodeProcess) and process.tokens:
+            if isinstance(process, InstanceProcess) and process.tokens:
                 found[f"{name}: samplers"] = len(process.tokens)
         return found
 

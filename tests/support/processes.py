@@ -24,7 +24,10 @@ from dsrelay.events import Ready as RelayReady
 from dsrelay.state import RelayState
 from dsrouter.events import Tokenize, Tokenized
 from dsrouter.state import RouterState
+from dssched.instance import InstanceState
+from dssched.steps import ForgetSequence, Made, Run, RunStep, StartSequence, Stepped
 from dswire.errors import ErrorInfo, KvCorrupt, TransferFailed
+from dswire.links import End, Ready
 from dswire.machine import Machine, PeerLost, Received, Send, Tick
 from dswire.messages import kv
 from support.handles import LAYOUT
@@ -195,50 +198,101 @@ class RouterProcess(Process):
         self.work("tokenize", lambda: Tokenized(self.now, action.submit, ids))
 
 
-class PrefillProcess(Process):
+class InstanceProcess(Process):
+    """A prefill or decode instance: its steps."""
+
+    machine: InstanceState
+
+    def __init__(self, world: World, name: str, incarnation: str, machine: Machine) -> None:
+        super().__init__(world, name, incarnation, machine)
+        #: prompt and output of every sequence that takes part in steps
+        self.tokens: dict[KvKey, list[int]] = {}
+        #: length of the prompt of each
+        self._prompts: dict[KvKey, int] = {}
+        #: when the last step ends
+        self._steps_at = 0.0
+
+    def perform(self, action: Any, lost: list[str]) -> None:
+        """Steps."""
+        match action:
+            case RunStep():
+                self._step(action)
+            case StartSequence(key, prompt_ids, output_ids):
+                assert list(output_ids) == self.world.script.output(key.sequence, len(output_ids))
+                self.tokens[key] = [*prompt_ids, *output_ids]
+                self._prompts[key] = len(prompt_ids)
+            case ForgetSequence(key):
+                self.tokens.pop(key, None)
+                self._prompts.pop(key, None)
+            case Ready():
+                self.ready = True
+            case End(error):
+                self.world.ended(self, error)
+            case _:
+                super().perform(action, lost)
+
+    def _step(self, step: RunStep) -> None:
+        for run in step.runs:
+            self._begin(run)
+        kind = "prefill" if all(self._reads(run) for run in step.runs) else "step"
+        began = self.now
+        self._steps_at = max(self._steps_at, self.now + self._about(kind))
+        self._later(kind, self._steps_at, lambda: self._stepped(step, began))
+
+    def _begin(self, run: Run) -> None:
+        """Check that the step reads and writes what it must, and nothing else."""
+        tokens, size = self.tokens[run.key], LAYOUT.block_size
+        assert list(run.tokens) == tokens[run.start : run.end]
+        assert run.draws == (run.end == len(tokens))
+        wanted = in_blocks(tokens[: run.start], size)
+        found = read(self.world.memory.pool(self.segment), run.blocks[: len(wanted)])
+        assert list(found) == wanted, f"{run.key} would read the wrong KV"
+        for block in run.blocks[run.start // size : LAYOUT.blocks_for(run.end)]:
+            assert self.machine.pool.holders()[block] == 1, f"{run.key} would write a block of another"
+        for block in run.blocks[-(-run.start // size) : LAYOUT.blocks_for(run.end)]:
+            self.world.memory.write(self.segment, block, GARBAGE)
+
+    def _stepped(self, step: RunStep, began: float) -> Stepped:
+        made: list[Made] = []
+        failed: list[tuple[KvKey, ErrorInfo]] = []
+        for run in step.runs:
+            error = self.world.prefill_errors.pop(run.key.sequence, None) if self._reads(run) else None
+            if error is not None:
+                failed.append((run.key, error))
+            else:
+                made.append(Made(run.key, self._run(run)))
+        return Stepped(self.now, step.number, tuple(made), self.now - began, tuple(failed))
+
+    def _reads(self, run: Run) -> bool:
+        """Whether it is part of a prompt."""
+        return run.start < self._prompts[run.key]
+
+    def _run(self, run: Run) -> int | None:
+        tokens, first = self.tokens[run.key], run.start // LAYOUT.block_size
+        contents = in_blocks(tokens[: run.end], LAYOUT.block_size)[first:]
+        for block, content in zip(run.blocks[first:], contents, strict=False):
+            self.world.memory.write(self.segment, block, content)
+        if not run.draws:
+            return None
+        token = self.world.script.token(run.key.sequence, len(tokens) - self._prompts[run.key])
+        tokens.append(token)
+        return token
+
+
+class PrefillProcess(InstanceProcess):
     """A prefill instance."""
 
     machine: PrefillState
 
     def perform(self, action: Any, lost: list[str]) -> None:
-        """Steps and copies."""
+        """Copies."""
         match action:
-            case prefill.RunPrefill(runs):
-                self._step(runs)
             case prefill.Seal(key, blocks):
                 self.copy("seal", lambda: self._sealed(key, blocks))
             case prefill.StageChunk():
                 self.copy("stage", lambda: self._staged(action))
-            case prefill.Ready():
-                self.ready = True
-            case prefill.End(error):
-                self.world.ended(self, error)
             case _:
                 super().perform(action, lost)
-
-    def _step(self, runs: tuple[prefill.PrefillRun, ...]) -> None:
-        for run in runs:
-            assert len(run.blocks) == LAYOUT.blocks_for(len(run.prompt_ids) + len(run.output_ids))
-            assert list(run.output_ids) == self.world.script.output(run.key.sequence, len(run.output_ids))
-            for block in run.blocks:
-                self.world.memory.write(self.segment, block, GARBAGE)
-        began = self.now
-        self.work("prefill", lambda: self._stepped(runs, began))
-
-    def _stepped(self, runs: tuple[prefill.PrefillRun, ...], began: float) -> prefill.PrefillStepped:
-        tokens: list[prefill.FirstToken] = []
-        failed: list[tuple[KvKey, ErrorInfo]] = []
-        for run in runs:
-            error = self.world.prefill_errors.pop(run.key.sequence, None)
-            if error is not None:
-                failed.append((run.key, error))
-                continue
-            contents = in_blocks((*run.prompt_ids, *run.output_ids), LAYOUT.block_size)
-            for block, content in zip(run.blocks, contents, strict=True):
-                self.world.memory.write(self.segment, block, content)
-            token = self.world.script.token(run.key.sequence, len(run.output_ids))
-            tokens.append(prefill.FirstToken(run.key, token))
-        return prefill.PrefillStepped(self.now, tuple(tokens), self.now - began, tuple(failed))
 
     def _sealed(self, key: KvKey, blocks: tuple[int, ...]) -> prefill.Sealed:
         contents = read(self.world.memory.pool(self.segment), blocks)
@@ -257,65 +311,28 @@ class PrefillProcess(Process):
         return prefill.Staged(self.now, handle.key, chunk)
 
 
-class DecodeProcess(Process):
+class DecodeProcess(InstanceProcess):
     """A decode instance."""
 
     machine: DecodeState
 
     def __init__(self, world: World, name: str, incarnation: str, machine: Machine) -> None:
         super().__init__(world, name, incarnation, machine)
-        #: prompt and output of every sequence that runs
-        self.tokens: dict[KvKey, list[int]] = {}
         #: of sequences that come in chunks: index of the next one
         self._due: dict[KvKey, int] = {}
-        #: length of the prompt of each
-        self._prompts: dict[KvKey, int] = {}
 
     def perform(self, action: Any, lost: list[str]) -> None:
-        """Steps and copies."""
+        """Copies."""
         match action:
-            case decode.RunDecode(runs):
-                self._step(runs)
             case decode.CopyDirect():
                 self._copy_direct(action)
             case decode.CopyChunk():
                 self._copy_chunk(action)
-            case decode.StartSequence(key, prompt_ids, output_ids):
-                self.tokens[key] = [*prompt_ids, *output_ids]
-                self._prompts[key] = len(prompt_ids)
-            case decode.ForgetSequence(key):
+            case ForgetSequence(key):
                 self._due.pop(key, None)
-                self.tokens.pop(key, None)
-                self._prompts.pop(key, None)
-            case decode.Ready():
-                self.ready = True
-            case decode.End(error):
-                self.world.ended(self, error)
+                super().perform(action, lost)
             case _:
                 super().perform(action, lost)
-
-    def _step(self, runs: tuple[decode.DecodeRun, ...]) -> None:
-        for run in runs:
-            tokens = self.tokens[run.key]
-            assert (tokens[-1], len(tokens) - 1) == (run.token, run.position)
-            size = LAYOUT.block_size
-            wanted = in_blocks(tokens[:-1], size)
-            found = read(self.world.memory.pool(self.segment), run.blocks[: len(wanted)])
-            assert list(found) == wanted, f"{run.key} would read the wrong KV"
-            place = run.position // size
-            rest = tuple(tokens[place * size : run.position + 1])
-            self.world.memory.write(self.segment, run.blocks[place], rest)
-        began = self.now
-        self.work("step", lambda: self._stepped(runs, began))
-
-    def _stepped(self, runs: tuple[decode.DecodeRun, ...], began: float) -> decode.DecodeStepped:
-        made: list[decode.NextToken] = []
-        for run in runs:
-            tokens = self.tokens[run.key]
-            token = self.world.script.token(run.key.sequence, len(tokens) - self._prompts[run.key])
-            tokens.append(token)
-            made.append(decode.NextToken(run.key, token))
-        return decode.DecodeStepped(self.now, tuple(made), self.now - began)
 
     def _copy_direct(self, action: decode.CopyDirect) -> None:
         handle, memory = action.handle, self.world.memory

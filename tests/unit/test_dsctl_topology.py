@@ -172,9 +172,9 @@ def test_validate_tells_what_is_there(desk: Desk) -> None:
 
 
 def test_validate_warns_of_what_cannot_be_served_yet(desk: Desk) -> None:
-    result = call("validate", desk.write("model: m\nmode: colocated\n"))
+    result = call("validate", desk.write("model: m\ngateway: 127.0.0.1:8000\n"))
     assert result.exit_code == 0
-    assert "mode: this release serves mode disaggregated only" in result.stderr
+    assert "gateway: this release has no HTTP gateway" in result.stderr
 
 
 def test_validate_refuses_with_the_files_errors(desk: Desk) -> None:

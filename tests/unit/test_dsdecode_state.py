@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import pytest
 
-from dsdecode.events import (
-    CopyChunk,
-    CopyDirect,
-    CopyEnded,
-    DecodeStepped,
-    End,
-    ForgetSequence,
-    NextToken,
-    Ready,
-    RunDecode,
-    StartSequence,
-)
+from dsdecode.events import CopyChunk, CopyDirect, CopyEnded
 from dsdecode.sequence import Phase
-from dsdecode.state import MAX_PULLS, Action, DecodeConfig, DecodeState, Event
+from dsdecode.state import MAX_PULLS, DecodeConfig, DecodeState
 from dskv.handle import KvHandle, KvKey
 from dskv.layout import KvLayout
 from dskv.shards import shards
+from dssched.steps import ForgetSequence, Made, RunStep, StartSequence, Stepped
 from dswire.errors import EngineFailed, ErrorInfo, KvCorrupt
+from dswire.links import End, Ready
 from dswire.machine import Received, Send, Tick
 from dswire.messages import PROTOCOL, kv, worker
 from dswire.messages.client import Sampling
@@ -40,25 +31,44 @@ LEASE_S = 30.0
 class Desk:
     """One machine under a clock of its own, validated after every event."""
 
-    def __init__(self, *, blocks: int = 16, max_queue: int = 12, max_batch: int = 4) -> None:
+    def __init__(
+        self,
+        *,
+        blocks: int = 16,
+        max_queue: int = 12,
+        max_batch: int = 4,
+        max_batch_tokens: int = 12,
+        **settings: Any,
+    ) -> None:
         capacity = worker.Capacity(blocks, LAYOUT)
-        config = DecodeConfig("decode-0", "n0", "1", MODEL, capacity, frozenset({0}), max_queue, max_batch)
+        config = DecodeConfig(
+            name="decode-0",
+            node="n0",
+            incarnation="1",
+            model=MODEL,
+            capacity=capacity,
+            eos_ids=frozenset({0}),
+            max_queue=max_queue,
+            max_batch=max_batch,
+            max_batch_tokens=max_batch_tokens,
+            **settings,
+        )
         self.state = DecodeState(config)
         self.now = 100.0
-        self.actions: list[Action] = []
+        self.actions: list[Any] = []
         #: work and aborts that the router sent
         self.router_sent = 0
 
-    def feed(self, event: Event) -> list[Action]:
+    def feed(self, event: Any) -> list[Any]:
         self.actions = self.state.handle(event)
         self.state.validate()
         return self.actions
 
-    def say(self, peer: str, message: msgspec.Struct) -> list[Action]:
+    def say(self, peer: str, message: msgspec.Struct) -> list[Any]:
         self.router_sent += isinstance(message, worker.PrefillWork | worker.DecodeWork | worker.Abort)
         return self.feed(Received(self.now, peer, message))
 
-    def ping(self) -> list[Action]:
+    def ping(self) -> list[Any]:
         """The router's ping."""
         return self.say("router", worker.RouterPing(self.router_sent))
 
@@ -84,7 +94,7 @@ class Desk:
         sends = [action for action in self.did(Send) if action.peer == peer]
         return [send.message for send in sends if isinstance(send.message, kind)]
 
-    def land(self, key: KvKey) -> list[Action]:
+    def land(self, key: KvKey) -> list[Any]:
         """The whole KV comes directly."""
         self.say("relay", kv.KvGrant(key))
         return self.feed(CopyEnded(self.now, key, None, True))
@@ -94,8 +104,24 @@ class Desk:
         self.land(key)
         return key
 
-    def step(self, *keys: KvKey, token: int = 7) -> list[Action]:
-        return self.feed(DecodeStepped(self.now, tuple(NextToken(key, token) for key in keys), 0.25))
+    def step(self, *keys: KvKey, token: int = 7) -> list[Any]:
+        return self.end(*(Made(key, token) for key in keys))
+
+    def end(self, *made: Made, failed: tuple[tuple[KvKey, ErrorInfo], ...] = ()) -> list[Any]:
+        """The oldest step ends."""
+        return self.feed(Stepped(self.now, min(self.state.steps), made, 0.25, failed))
+
+    def read(self, name: str, tokens: int = 6, max_tokens: int = 8, *, first: int = 1) -> KvKey:
+        """Work on a prompt that is to be read here."""
+        key = KvKey(f"{name}/0", 0)
+        prompt = tuple(range(first, first + tokens))
+        self.say("router", worker.PrefillWork(key, prompt, (), Sampling(max_tokens=max_tokens)))
+        return key
+
+    def spans(self) -> list[tuple[str, int, int]]:
+        """The step that was asked for: name of each sequence, first and last position."""
+        (step,) = self.did(RunStep)
+        return [(run.key.sequence[:-2], run.start, run.end) for run in step.runs]
 
     def phase(self, key: KvKey) -> Phase | None:
         one = self.state.sequences.get(key)
@@ -135,8 +161,8 @@ def test_blocks_are_taken_then_the_kv_is_pulled(desk: Desk) -> None:
     desk.feed(CopyEnded(desk.now, key, None, True))
     assert desk.told("relay", kv.KvPulled) == [kv.KvPulled(key)]
     assert desk.did(StartSequence) == [StartSequence(key, tuple(range(1, 9)), (50,), Sampling(max_tokens=8))]
-    (run,) = desk.did(RunDecode)
-    assert [(one.key, one.token, one.position, len(one.blocks)) for one in run.runs] == [(key, 50, 8, 3)]
+    (run,) = desk.did(RunStep)
+    assert [(one.key, one.tokens, one.start, len(one.blocks)) for one in run.runs] == [(key, (50,), 8, 3)]
 
 
 def test_chunks_are_copied_and_their_slots_given_back(desk: Desk) -> None:
@@ -254,8 +280,8 @@ def test_all_that_run_step_together(desk: Desk) -> None:
     first = desk.running("a")
     second = desk.running("b")
     desk.step(first)
-    (run,) = desk.did(RunDecode)
-    assert [(one.key, one.token, one.position) for one in run.runs] == [(first, 7, 7), (second, 50, 6)]
+    (run,) = desk.did(RunStep)
+    assert [(one.key, one.tokens, one.start) for one in run.runs] == [(first, (7,), 7), (second, (50,), 6)]
     desk.step(first, second)
     (done,) = desk.told("router", worker.StepDone)
     assert [(made.key, made.position) for made in done.tokens] == [(first, 2), (second, 1)]
@@ -290,7 +316,7 @@ def test_a_sequence_that_fails_fails_alone(desk: Desk) -> None:
     second = desk.running("b")
     desk.step(first)
     error = EngineFailed("no such kernel").info()
-    desk.feed(DecodeStepped(desk.now, (NextToken(second, 7),), 0.25, ((first, error),)))
+    desk.end(Made(second, 7), failed=((first, error),))
     assert desk.failures() == [(first, "engine_failed")]
     assert desk.phase(second) is Phase.RUNNING
 
@@ -309,7 +335,177 @@ def test_the_youngest_is_preempted_when_blocks_run_out() -> None:
     assert desk.phase(old) is Phase.RUNNING
 
 
+# prompts that are read here
+
+
+def test_a_prompt_is_read_in_chunks_beside_what_decodes(desk: Desk) -> None:
+    running = desk.running("a")
+    key = desk.read("b", 30, first=100)
+    desk.now += 1.0
+    desk.step(running)
+    # a step has room for twelve tokens, one of which is the sequence's that decodes
+    assert desk.spans() == [("a", 7, 8), ("b", 0, 11)]
+    assert desk.phase(key) is Phase.PREFILLING
+    desk.end(Made(running, 7), Made(key, None))
+    assert desk.spans() == [("a", 8, 9), ("b", 11, 22)]
+    desk.end(Made(running, 7), Made(key, None))
+    (step,) = desk.did(RunStep)
+    assert [run.draws for run in step.runs] == [True, True]
+    desk.now += 0.5
+    desk.end(Made(running, 7), Made(key, 40))
+    assert desk.told("router", worker.PrefillDone) == [worker.PrefillDone(key, 40, 1.0, 0.5)]
+    assert desk.spans() == [("a", 10, 11), ("b", 30, 31)]
+    desk.now += 0.25
+    desk.step(running, key)
+    ((_, made),) = [done.tokens for done in desk.told("router", worker.StepDone)]
+    assert (made.key, made.position) == (key, 1)
+    assert made.stages == worker.DecodeStages(0.0, 0.0, 0.0, 0.25)
+
+
+def test_several_prompts_share_the_room_of_a_step_in_order(desk: Desk) -> None:
+    desk.read("a", 5)
+    desk.read("b", 5, first=50)
+    desk.read("c", 5, first=70)
+    desk.end(Made(KvKey("a/0", 0), 40))
+    assert desk.spans() == [("a", 5, 6), ("b", 0, 5), ("c", 0, 5)]
+    desk.step(KvKey("a/0", 0), KvKey("b/0", 0), KvKey("c/0", 0))
+    assert desk.spans() == [("a", 6, 7), ("b", 5, 6), ("c", 5, 6)]
+
+
+def test_prompts_first_where_that_is_wanted() -> None:
+    desk = Desk(prefill_priority=True).joined()
+    running = desk.running("a")
+    desk.read("b", 14, first=100)
+    desk.step(running)
+    assert desk.spans() == [("b", 0, 12)]
+    desk.end(Made(KvKey("b/0", 0), None))
+    assert desk.spans() == [("b", 12, 14)]
+    desk.end(Made(KvKey("b/0", 0), 40))
+    assert desk.spans() == [("a", 7, 8), ("b", 14, 15)]
+
+
+def test_prompts_get_on_however_many_decode() -> None:
+    desk = Desk(max_batch_tokens=2).joined()
+    for name in "abc":
+        key = desk.running(name)
+        if name == "a":
+            first = key
+    desk.read("d", 9, first=100)
+    desk.step(first)
+    assert desk.spans()[-1] == ("d", 0, 4)
+
+
+def test_without_a_relay_prompts_are_read(desk: Desk) -> None:
+    desk.say("relay", worker.HelloWanted())
+    desk.work("pulled")
+    desk.read("read")
+    assert desk.spans() == [("read", 0, 6)]
+    alone = Desk(relayed=False)
+    alone.feed(Tick(alone.now))
+    assert alone.say("router", worker.WorkerWelcome("router-0", "1", 5.0)) == [Ready()]
+
+
+def test_the_first_token_may_be_the_last(desk: Desk) -> None:
+    desk.read("a", max_tokens=1)
+    desk.step(KvKey("a/0", 0))
+    assert [done.finish_reason for done in desk.told("router", worker.PrefillDone)] == ["length"]
+    assert desk.state.sequences == {}
+
+
+def test_a_prompt_that_fails_fails_alone(desk: Desk) -> None:
+    key = desk.read("a")
+    error = EngineFailed("no such kernel").info()
+    desk.end(failed=((key, error),))
+    assert desk.failures() == [(key, "engine_failed")]
+    assert desk.state.sequences == {}
+
+
+def test_a_prompt_that_is_read_gives_way_to_older_ones() -> None:
+    desk = Desk(blocks=8).joined()
+    old = desk.running("old", 6, max_tokens=24)
+    young = desk.read("young", 18, max_tokens=4, first=100)
+    preempted: list[KvKey] = []
+    desk.step(old)
+    for _ in range(8):
+        (step,) = desk.did(RunStep)
+        desk.end(*(Made(run.key, 7 if run.draws else None) for run in step.runs))
+        preempted += [one.key for one in desk.told("router", worker.Preempted)]
+    assert preempted == [young]
+    assert desk.phase(old) is Phase.RUNNING
+
+
+def test_prompts_that_begin_alike_are_read_once(desk: Desk) -> None:
+    first = desk.read("a", 12)
+    desk.step(first)
+    desk.read("b", 12)
+    desk.step(first)
+    # two full blocks are known; the third holds the last token, which is always computed
+    assert desk.spans() == [("a", 13, 14), ("b", 8, 12)]
+    assert (desk.state.pool.found, desk.state.pool.asked) == (8, 24)
+
+
+def test_the_next_turn_of_a_conversation_finds_the_last_one(desk: Desk) -> None:
+    key = desk.read("a", 6, max_tokens=4)
+    for token in (7, 8, 9, 10):
+        desk.step(key, token=token)
+    assert desk.state.pool.held == 0
+    again = KvKey("b/0", 0)
+    desk.say("router", worker.PrefillWork(again, (1, 2, 3, 4, 5, 6, 7, 8, 60, 61), (), Sampling(max_tokens=4)))
+    assert desk.spans() == [("b", 8, 10)]
+
+
+def test_nobody_gets_what_a_failed_step_wrote(desk: Desk) -> None:
+    key = desk.read("a", 12)
+    desk.step(key)
+    desk.end(failed=((key, EngineFailed("not finite").info()),))
+    assert desk.state.pool.kept == 0
+    desk.read("b", 12)
+    assert desk.spans() == [("b", 0, 12)]
+
+
+# several steps under way
+
+
+def test_as_many_steps_as_stages_of_different_sequences() -> None:
+    desk = Desk(stages=2).joined()
+    keys = [desk.running(name) for name in "abcd"]
+    assert len(desk.state.steps) == 2
+    for _ in range(6):
+        number = min(desk.state.steps)
+        desk.step(*desk.state.steps[number])
+    # in the end each half of the four has its own turn
+    assert sorted(len(step) for step in desk.state.steps.values()) == [2, 2]
+    assert {key for step in desk.state.steps.values() for key in step} == set(keys)
+
+
+def test_nobody_gives_way_while_a_step_may_free_blocks() -> None:
+    desk = Desk(blocks=5, stages=2).joined()
+    old = desk.running("old", 6, max_tokens=14)
+    young = desk.running("young", 6, max_tokens=3)
+    preempted: list[KvKey] = []
+    for _ in range(12):
+        if not desk.state.steps:
+            break
+        desk.step(*desk.state.steps[min(desk.state.steps)])
+        preempted += [one.key for one in desk.told("router", worker.Preempted)]
+    assert preempted == []
+    assert desk.phase(young) is None
+    assert desk.phase(old) is Phase.RUNNING
+
+
 # ends
+
+
+def test_a_prompt_that_is_read_is_aborted() -> None:
+    desk = Desk().joined()
+    key, waiting = desk.read("a", 40), desk.read("b", 40, first=100)
+    desk.say("router", worker.Abort(waiting))
+    assert desk.phase(waiting) is None
+    desk.say("router", worker.Abort(key))
+    assert desk.phase(key) is Phase.DOOMED
+    desk.end(Made(key, None))
+    assert desk.state.sequences == {}
+    assert desk.state.pool.held == 0
 
 
 def test_abort_in_every_phase() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import pytest
 
 from dskv.handle import KvKey
 from dskv.shards import shards
-from dsprefill.events import End, FirstToken, PrefillStepped, Ready, RunPrefill, Seal, Sealed, StageChunk, Staged
-from dsprefill.state import Action, Event, Phase, PrefillConfig, PrefillState
+from dsprefill.events import Seal, Sealed, StageChunk, Staged
+from dsprefill.state import Phase, PrefillConfig, PrefillState
+from dssched.steps import Made, RunStep, Stepped
 from dswire.errors import EngineFailed, ErrorInfo
+from dswire.links import End, Ready
 from dswire.machine import PeerLost, Received, Send, Tick
 from dswire.messages import PROTOCOL, kv, worker
 from dswire.messages.client import Sampling
@@ -29,28 +31,46 @@ class Desk:
     """One machine under a clock of its own, validated after every event."""
 
     def __init__(
-        self, *, blocks: int = 16, max_queue: int = 4, max_batch: int = 4, target_tokens: int = 24
+        self,
+        *,
+        blocks: int = 16,
+        max_queue: int = 4,
+        max_batch: int = 4,
+        target_tokens: int = 24,
+        stages: int = 1,
+        prefix_cache: bool = False,
     ) -> None:
         capacity = worker.Capacity(blocks, LAYOUT)
         config = PrefillConfig(
-            "prefill-0", "n0", "1", MODEL, capacity, frozenset({0}), POOL, max_queue, max_batch, target_tokens
+            name="prefill-0",
+            node="n0",
+            incarnation="1",
+            model=MODEL,
+            capacity=capacity,
+            eos_ids=frozenset({0}),
+            shards=POOL,
+            max_queue=max_queue,
+            max_batch=max_batch,
+            max_batch_tokens=target_tokens,
+            stages=stages,
+            prefix_cache=prefix_cache,
         )
         self.state = PrefillState(config)
         self.now = 100.0
-        self.actions: list[Action] = []
+        self.actions: list[Any] = []
         #: work and aborts that the router sent
         self.router_sent = 0
 
-    def feed(self, event: Event) -> list[Action]:
+    def feed(self, event: Any) -> list[Any]:
         self.actions = self.state.handle(event)
         self.state.validate()
         return self.actions
 
-    def say(self, peer: str, message: msgspec.Struct) -> list[Action]:
+    def say(self, peer: str, message: msgspec.Struct) -> list[Any]:
         self.router_sent += isinstance(message, worker.PrefillWork | worker.DecodeWork | worker.Abort)
         return self.feed(Received(self.now, peer, message))
 
-    def ping(self) -> list[Action]:
+    def ping(self) -> list[Any]:
         """The router's ping."""
         return self.say("router", worker.RouterPing(self.router_sent))
 
@@ -73,8 +93,12 @@ class Desk:
         sends = [action for action in self.did(Send) if action.peer == peer]
         return [send.message for send in sends if isinstance(send.message, kind)]
 
-    def step(self, *keys: KvKey, token: int = 7) -> list[Action]:
-        return self.feed(PrefillStepped(self.now, tuple(FirstToken(key, token) for key in keys), 0.5))
+    def step(self, *keys: KvKey, token: int = 7) -> list[Any]:
+        return self.end(*(Made(key, token) for key in keys))
+
+    def end(self, *made: Made, failed: tuple[tuple[KvKey, ErrorInfo], ...] = ()) -> list[Any]:
+        """The oldest step ends."""
+        return self.feed(Stepped(self.now, min(self.state.steps), made, 0.5, failed))
 
     def offered(self, name: str = "r") -> KvKey:
         key = self.work(name)
@@ -112,8 +136,8 @@ def test_a_refusal_ends_it() -> None:
 
 def test_work_runs_at_once_and_its_token_is_told(desk: Desk) -> None:
     key = desk.work("r", 6)
-    (run,) = desk.did(RunPrefill)
-    assert [(one.key, one.prompt_ids, len(one.blocks)) for one in run.runs] == [(key, (1, 2, 3, 4, 5, 6), 2)]
+    (run,) = desk.did(RunStep)
+    assert [(one.key, one.tokens, len(one.blocks)) for one in run.runs] == [(key, (1, 2, 3, 4, 5, 6), 2)]
     desk.now += 0.5
     desk.step(key)
     assert desk.told("router", worker.PrefillDone) == [worker.PrefillDone(key, 7, 0.0, 0.5)]
@@ -128,8 +152,8 @@ def test_work_runs_at_once_and_its_token_is_told(desk: Desk) -> None:
 
 def test_output_of_an_earlier_attempt_is_read_too(desk: Desk) -> None:
     key = desk.work("r", 6, output=(21, 22, 23))
-    (run,) = desk.did(RunPrefill)
-    assert (run.runs[0].output_ids, len(run.runs[0].blocks)) == ((21, 22, 23), 3)
+    (run,) = desk.did(RunStep)
+    assert (run.runs[0].tokens[6:], len(run.runs[0].blocks)) == ((21, 22, 23), 3)
     desk.step(key)
     desk.feed(Sealed(desk.now, key, 1))
     assert desk.told("relay", kv.KvOffer)[0].handle.tokens == 9
@@ -138,14 +162,67 @@ def test_output_of_an_earlier_attempt_is_read_too(desk: Desk) -> None:
 def test_one_step_at_a_time_first_come_first_served(desk: Desk) -> None:
     first = desk.work("a", 6)
     rest = [desk.work(name, 10) for name in "bcd"]
-    assert desk.did(RunPrefill) == []
+    assert desk.did(RunStep) == []
     desk.now += 2.0
     desk.step(first)
-    (run,) = desk.did(RunPrefill)
+    (run,) = desk.did(RunStep)
     # two of ten tokens are 20, a third would be above the target of 24
     assert [one.key for one in run.runs] == rest[:2]
     desk.step(*rest[:2])
     assert [done.queue_s for done in desk.told("router", worker.PrefillDone)] == [2.0, 2.0]
+
+
+def test_a_long_prompt_is_read_in_chunks(desk: Desk) -> None:
+    long, short = desk.work("a", 50), desk.work("b", 10)
+    desk.end(Made(long, None))
+    (run,) = desk.did(RunStep)
+    assert [(one.key, one.start, one.end, one.draws) for one in run.runs] == [(long, 24, 48, False)]
+    desk.now += 1.0
+    desk.end(Made(long, None))
+    (run,) = desk.did(RunStep)
+    # the rest of the long one leaves room for the other
+    assert [(one.key, one.start, one.end, one.draws) for one in run.runs] == [
+        (long, 48, 50, True),
+        (short, 0, 10, True),
+    ]
+    desk.now += 0.5
+    desk.step(long, short)
+    done = desk.told("router", worker.PrefillDone)
+    assert [(one.queue_s, one.prefill_s) for one in done] == [(0.0, 1.5), (1.0, 0.5)]
+
+
+def test_a_prompt_is_aborted_between_its_chunks() -> None:
+    desk = Desk(stages=2).joined()
+    long, other = desk.work("a", 50), desk.work("b", 50)
+    desk.say("router", worker.Abort(long))
+    desk.end(Made(long, None))
+    assert list(desk.state.sequences) == [other]
+    desk.say("router", worker.Abort(other))
+    desk.end(Made(other, None))
+    assert desk.state.pool.held == 0
+
+
+def test_blocks_of_prompts_that_begin_alike_are_shared() -> None:
+    desk = Desk(prefix_cache=True).joined()
+    first = desk.offered("a")
+    second = desk.work("b", 13)
+    (run,) = desk.did(RunStep)
+    assert [(one.start, one.end) for one in run.runs] == [(4, 13)]
+    assert run.runs[0].blocks[0] == desk.state.sequences[first].blocks[0]
+    desk.step(second)
+    desk.feed(Sealed(desk.now, second, 1))
+    desk.say("relay", kv.KvRelease(first, "pulled"))
+    assert desk.state.pool.held == 4
+    desk.say("relay", kv.KvRelease(second, "pulled"))
+    assert (desk.state.pool.held, desk.state.pool.free, desk.state.pool.kept) == (0, 16, 3)
+
+
+def test_steps_of_several_stages_are_of_different_sequences() -> None:
+    desk = Desk(stages=2).joined()
+    first, second = desk.work("a", 20), desk.work("b", 20)
+    assert list(desk.state.steps.values()) == [(first,), (second,)]
+    desk.work("c", 20)
+    assert desk.did(RunStep) == []
 
 
 @pytest.mark.parametrize(("token", "reason", "max_tokens"), [(0, "stop", 8), (7, "length", 1)])
@@ -162,7 +239,7 @@ def test_a_sequence_that_fails_fails_alone(desk: Desk) -> None:
     second, third = desk.work("b"), desk.work("c")
     desk.step(first)
     error = EngineFailed("no such kernel").info()
-    desk.feed(PrefillStepped(desk.now, (FirstToken(third, 7),), 0.5, ((second, error),)))
+    desk.end(Made(third, 7), failed=((second, error),))
     assert desk.told("router", worker.SequenceFailed) == [worker.SequenceFailed(second, error)]
     assert [done.key for done in desk.told("router", worker.PrefillDone)] == [third]
     assert second not in desk.state.sequences
@@ -172,9 +249,9 @@ def test_the_head_waits_for_blocks() -> None:
     desk = Desk(blocks=5).joined()
     held = desk.offered("a")
     waiting = desk.work("b", 16)
-    assert desk.did(RunPrefill) == []
+    assert desk.did(RunStep) == []
     desk.say("relay", kv.KvRelease(held, "pulled"))
-    assert [one.key for run in desk.did(RunPrefill) for one in run.runs] == [waiting]
+    assert [one.key for run in desk.did(RunStep) for one in run.runs] == [waiting]
 
 
 # refusals

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dssched.batching import decode_may_admit, preemption_victims, prefill_batch
+from dssched.batching import chunk, decode_may_admit, prefill_batch
 
 LENGTHS = st.lists(st.integers(1, 100), max_size=12)
 
@@ -60,28 +60,18 @@ def test_admission_keeps_a_block_for_each_that_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("needs", "free", "victims"),
+    ("left", "room", "whole", "count"),
     [
-        ([], 0, 0),
-        ([(0, 3), (0, 3)], 0, 0),
-        ([(1, 3), (0, 3)], 1, 0),
-        ([(1, 3), (0, 3)], 0, 1),
-        ([(1, 3), (1, 3), (1, 3)], 2, 1),
-        # a victim's own need is gone with it
-        ([(1, 3), (1, 0)], 1, 1),
-        ([(5, 1), (0, 2), (0, 2)], 0, 3),
+        (10, 20, 0, 10),
+        (20, 20, 0, 20),
+        (30, 20, 0, 20),
+        (30, 0, 0, 0),
+        # up to 40 tokens stay together
+        (30, 20, 40, 0),
+        (40, 40, 40, 40),
+        (41, 40, 40, 40),
+        (41, 1, 40, 1),
     ],
 )
-def test_the_youngest_give_way(needs: list[tuple[int, int]], free: int, victims: int) -> None:
-    assert preemption_victims(needs, free) == victims
-
-
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 6)), max_size=8), st.integers(0, 6))
-def test_no_more_give_way_than_must(needs: list[tuple[int, int]], free: int) -> None:
-    def enough(victims: int) -> bool:
-        staying, leaving = needs[: len(needs) - victims], needs[len(needs) - victims :]
-        return sum(new for new, _ in staying) <= free + sum(held for _, held in leaving)
-
-    victims = preemption_victims(needs, free)
-    assert enough(victims)
-    assert not any(enough(fewer) for fewer in range(victims))
+def test_chunks(left: int, room: int, whole: int, count: int) -> None:
+    assert chunk(left, room, whole) == count

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dssched.dispatch import Candidate, pick
+import pytest
+
+from dssched.dispatch import Candidate, pick, reads_locally
 
 
 def test_nobody_to_choose_from() -> None:
@@ -16,3 +18,16 @@ def test_the_shortest_queue_in_tokens_wins() -> None:
 def test_ties_go_to_the_one_unused_for_longest() -> None:
     assert pick([Candidate(5, 3, "a"), Candidate(5, 1, "b"), Candidate(5, 2, "c")]) == "b"
     assert pick([Candidate(5, 1, "b"), Candidate(5, 1, "a")]) == "a"
+
+
+@pytest.mark.parametrize(
+    ("mode", "tokens", "local"),
+    [
+        ("disaggregated", 1, False),
+        ("colocated", 10_000, True),
+        ("conditional", 99, True),
+        ("conditional", 100, False),
+    ],
+)
+def test_who_reads_a_prompt(mode: str, tokens: int, local: bool) -> None:
+    assert reads_locally(mode, tokens, 100) == local

@@ -245,7 +245,6 @@ def test_socket_paths_must_fit_the_kernel(desk: Desk) -> None:
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("model: m\nmode: colocated\n", "2: mode: this release serves mode disaggregated only"),
         ("model: m\nprefill: {pp: 2}\n", "2: prefill.pp: this release serves pp 1 only, not 2"),
         ("model: m\ndecode:\n  tp: 2\n", "3: decode.tp: this release serves tp 1 only, not 2"),
         ("model: m\ngateway: 127.0.0.1:8000\n", "2: gateway: this release has no HTTP gateway"),
@@ -257,6 +256,26 @@ def test_what_this_release_cannot_serve_is_valid_but_refused(desk: Desk, text: s
         check_servable(topology)
     assert caught.value.message.startswith(f"{topology.path}:{wanted}")
     assert caught.value.remedy
+
+
+def test_colocated_instances_read_their_prompts_themselves(desk: Desk) -> None:
+    topology = desk.load("model: m\nmode: colocated\ndecode: {replicas: 2, prefill_priority: true}\n")
+    assert topology.process_names() == ("decode-0", "decode-1", "router-0")
+    assert topology.relays == ()
+    assert [(one.max_batch_tokens, one.prefill_priority) for one in topology.instances] == [(512, True)] * 2
+    check_servable(topology)
+
+
+def test_which_prompts_are_short(desk: Desk) -> None:
+    topology = desk.load("model: m\nmode: conditional\nconditional: {threshold_tokens: 100}\n")
+    assert topology.threshold_tokens == 100
+    assert [one.name for one in topology.relays] == ["relay-n0"]
+
+
+def test_prefix_caching_is_on_unless_it_is_switched_off(desk: Desk) -> None:
+    assert all(one.prefix_cache for one in desk.load("model: m\n").instances)
+    topology = desk.load("model: m\nkv: {prefix_cache: false}\ndecode: {kv: {prefix_cache: true}}\n")
+    assert [one.prefix_cache for one in topology.instances] == [False, True]
 
 
 def test_finding_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

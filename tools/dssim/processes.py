@@ -20,9 +20,11 @@ import dsprefill.events as prefill
 from dsrelay.events import ChunkArrived, Complain, SendChunk, StoreChunk
 from dsrelay.events import End as RelayEnd
 from dsrelay.events import Ready as RelayReady
+from dssched.steps import ForgetSequence, Made, RunStep, StartSequence, Stepped
 from dssim.kernel import Kernel
 from dssim.times import StepTimes, TransferTimes
 from dswire.errors import ErrorInfo, from_info
+from dswire.links import End, Ready
 from dswire.machine import Machine, PeerLost, Received, Send, Tick
 from dswire.messages.kv import KvChunk
 from dswire.messages.worker import Load, Preempted, WorkerReport
@@ -39,7 +41,7 @@ class Step:
     began_s: float
     seconds: float
     sequences: int
-    #: prefill: tokens read; decode: tokens of context
+    #: of prompts the tokens read, of sequences that decode the tokens of context
     tokens: int
 
 
@@ -220,25 +222,45 @@ class Worker(Process):
             self.watch.preempted()
         super().send(peer, message, nbytes, began_s)
 
+    def perform(self, action: Any) -> None:
+        """Steps."""
+        match action:
+            case RunStep():
+                self._step(action)
+            case StartSequence() | ForgetSequence():
+                pass
+            case Ready():
+                self.ready = True
+            case End(error):
+                self.refused(error)
+            case _:
+                super().perform(action)
+
+    def _step(self, step: RunStep) -> None:
+        read = [len(run.tokens) for run in step.runs if len(run.tokens) > 1 or run.start == 0]
+        contexts = [run.end for run in step.runs if len(run.tokens) == 1 and run.start > 0]
+        seconds = self.times.prefill_s(read) if read else 0.0
+        seconds += self.times.decode_s(contexts) if contexts else 0.0
+        self.watch.step(Step(self.name, self.kernel.now, seconds, len(step.runs), sum(read) + sum(contexts)))
+        self.kernel.after(seconds, self._stepped, step, seconds)
+
+    def _stepped(self, step: RunStep, seconds: float) -> None:
+        made = tuple([Made(run.key, TOKEN if run.draws else None) for run in step.runs])
+        self.feed(Stepped(self.kernel.now, step.number, made, seconds))
+
 
 class PrefillProcess(Worker):
     """A prefill instance."""
 
     def perform(self, action: Any) -> None:
-        """Steps and copies."""
+        """Copies."""
         match action:
-            case prefill.RunPrefill(runs):
-                self._step(runs)
             case prefill.Seal(key, blocks):
                 nbytes = len(blocks) * self._block_nbytes
                 self.copy(self.transfers.seal_s(nbytes), lambda now: prefill.Sealed(now, key, 0))
             case prefill.StageChunk(handle, chunk, _):
                 seconds = self.transfers.copy_s(chunk.count * handle.layout.block_nbytes)
                 self.copy(seconds, lambda now: prefill.Staged(now, handle.key, chunk))
-            case prefill.Ready():
-                self.ready = True
-            case prefill.End(error):
-                self.refused(error)
             case _:
                 super().perform(action)
 
@@ -247,49 +269,21 @@ class PrefillProcess(Worker):
         nbytes: int = self.machine.config.capacity.layout.block_nbytes  # type: ignore[attr-defined]
         return nbytes
 
-    def _step(self, runs: tuple[prefill.PrefillRun, ...]) -> None:
-        lengths = [len(run.prompt_ids) + len(run.output_ids) for run in runs]
-        seconds = self.times.prefill_s(lengths)
-        self.watch.step(Step(self.name, self.kernel.now, seconds, len(runs), sum(lengths)))
-        self.kernel.after(seconds, self._stepped, runs, seconds)
-
-    def _stepped(self, runs: tuple[prefill.PrefillRun, ...], seconds: float) -> None:
-        tokens = tuple(prefill.FirstToken(run.key, TOKEN) for run in runs)
-        self.feed(prefill.PrefillStepped(self.kernel.now, tokens, seconds))
-
 
 class DecodeProcess(Worker):
     """A decode instance."""
 
     def perform(self, action: Any) -> None:
-        """Steps and copies."""
+        """Copies."""
         match action:
-            case decode.RunDecode(runs):
-                self._step(runs)
             case decode.CopyDirect(handle, _):
                 seconds = self.transfers.copy_s(handle.nbytes)
                 self.copy(seconds, lambda now: decode.CopyEnded(now, handle.key, None, True))
             case decode.CopyChunk(handle, _, chunk, _, last):
                 seconds = self.transfers.copy_s(chunk.count * handle.layout.block_nbytes)
                 self.copy(seconds, lambda now: decode.CopyEnded(now, handle.key, chunk, last))
-            case decode.StartSequence() | decode.ForgetSequence():
-                pass
-            case decode.Ready():
-                self.ready = True
-            case decode.End(error):
-                self.refused(error)
             case _:
                 super().perform(action)
-
-    def _step(self, runs: tuple[decode.DecodeRun, ...]) -> None:
-        contexts = [run.position + 1 for run in runs]
-        seconds = self.times.decode_s(contexts)
-        self.watch.step(Step(self.name, self.kernel.now, seconds, len(runs), sum(contexts)))
-        self.kernel.after(seconds, self._stepped, runs, seconds)
-
-    def _stepped(self, runs: tuple[decode.DecodeRun, ...], seconds: float) -> None:
-        tokens = tuple([decode.NextToken(run.key, TOKEN) for run in runs])
-        self.feed(decode.DecodeStepped(self.kernel.now, tokens, seconds))
 
 
 class RelayProcess(Process):

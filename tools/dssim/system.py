@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from random import Random
+from typing import Any
 
 from dsdecode.state import DecodeConfig, DecodeState
 from dskv.layout import KvLayout
@@ -175,12 +176,14 @@ class System:
             workers={one.name: one.role for one in topology.instances}
             | {one.name: "relay" for one in topology.relays},
             max_requests=router.max_requests,
-            max_prefill_queue=min(one.max_queue for one in topology.role("prefill")),
+            max_prefill_queue=min((one.max_queue for one in topology.role("prefill")), default=1),
             max_decode_queue=min(one.max_queue for one in topology.role("decode")),
             max_deadline_s=router.max_deadline_s,
             client_lease_s=router.client_lease_s,
             worker_lease_s=router.worker_lease_s,
             retries=router.retries,
+            mode=topology.mode,
+            threshold_tokens=topology.threshold_tokens,
         )
         writer = Silent()
         machine = RouterState(config, lambda sampling, prompt_ids: writer, Random(0), self.kernel.now)
@@ -210,37 +213,28 @@ class System:
 
     def _instance(self, instance: Instance, times: StepTimes) -> Process:
         blocks = instance.kv_blocks or instance.kv_memory_nbytes // self._layout.block_nbytes
-        capacity = worker.Capacity(blocks, self._layout)
         name, node = instance.name, instance.node
+        settings: dict[str, Any] = {
+            "name": name,
+            "node": node,
+            "incarnation": self._incarnation,
+            "model": self._model,
+            "capacity": worker.Capacity(blocks, self._layout),
+            "eos_ids": frozenset(),
+            "max_queue": instance.max_queue,
+            "max_batch": instance.max_batch,
+            "max_batch_tokens": instance.max_batch_tokens,
+            # all prompts of a simulation are made of the same token
+            "prefix_cache": False,
+        }
+        parts = (self.kernel, self._transfers)
         if instance.role == "prefill":
-            prefill = PrefillConfig(
-                name=name,
-                node=node,
-                incarnation=self._incarnation,
-                model=self._model,
-                capacity=capacity,
-                eos_ids=frozenset(),
-                shards=shards(self._layout, 1, 1, [str(instance.segment)]),
-                max_queue=instance.max_queue,
-                max_batch=instance.max_batch,
-                target_tokens=instance.max_batch_tokens,
-            )
-            return PrefillProcess(
-                name, node, PrefillState(prefill), self.kernel, self._transfers, times=times, watch=self.seen
-            )
-        decode = DecodeConfig(
-            name=name,
-            node=node,
-            incarnation=self._incarnation,
-            model=self._model,
-            capacity=capacity,
-            eos_ids=frozenset(),
-            max_queue=instance.max_queue,
-            max_batch=instance.max_batch,
-        )
-        return DecodeProcess(
-            name, node, DecodeState(decode), self.kernel, self._transfers, times=times, watch=self.seen
-        )
+            pool = shards(self._layout, 1, 1, [str(instance.segment)])
+            machine = PrefillState(PrefillConfig(**settings, shards=pool))
+            return PrefillProcess(name, node, machine, *parts, times=times, watch=self.seen)
+        relayed, first = bool(self.topology.relays), instance.prefill_priority
+        config = DecodeConfig(**settings, relayed=relayed, prefill_priority=first)
+        return DecodeProcess(name, node, DecodeState(config), *parts, times=times, watch=self.seen)
 
     # connections
 
@@ -253,7 +247,7 @@ class System:
             for node in sources_of(self.topology, process.node):
                 other = self.processes[self.topology.relay_of(node).name]
                 self._join(process, f"relay:{node}", other, f"fetcher:{process.name}")
-        else:
+        elif self.topology.relays:
             relay = self.processes[self.topology.relay_of(process.node).name]
             self._join(process, "relay", relay, f"worker:{process.name}")
 
@@ -271,11 +265,6 @@ def sources_of(topology: Topology, node: str) -> tuple[str, ...]:
 
 def check_simulable(topology: Topology) -> None:
     """Raise :class:`TopologyError` for what the simulator does not know yet."""
-    if topology.mode != "disaggregated":
-        raise TopologyError(
-            f"{topology.path}: mode: this release simulates mode disaggregated only, not {topology.mode}",
-            remedy="write disaggregated, or leave the key out",
-        )
     deep = next((one for one in topology.instances if one.pp > 1), None)
     if deep is not None:
         raise TopologyError(

@@ -78,7 +78,10 @@ class WorkerBye(msgspec.Struct, frozen=True, tag=True):
 
 
 class PrefillDone(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """Prefill -> router: the next token. Unless it is the last one, :class:`KvSealed` follows."""
+    """Prefill -> router: the next token. Unless it is the last one, :class:`KvSealed` follows.
+
+    From a decode instance that has read the prompt, tokens follow with :class:`StepDone`.
+    """
 
     key: KvKey
     token: int
@@ -108,7 +111,7 @@ class TokenMade(msgspec.Struct, frozen=True, array_like=True):
     """One token of one sequence in a step."""
 
     key: KvKey
-    #: index in the output, 0 is the token that prefill made
+    #: index in the output, 0 is the token that was made with the prompt
     position: int
     token: int
     logprobs: Logprobs | None = None
@@ -124,7 +127,7 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
 
 
 class Preempted(msgspec.Struct, frozen=True, tag=True):
-    """Decode -> router: out of blocks; the sequence was dropped, prefill it again with its output."""
+    """Decode -> router: out of blocks; the sequence was dropped, its prompt must be read again with its output."""
 
     key: KvKey
 
@@ -167,7 +170,7 @@ class RouterPing(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
 
 class PrefillWork(msgspec.Struct, frozen=True, tag=True):
-    """Router -> prefill: run over prompt and output so far, make the next token."""
+    """Router -> prefill: read prompt and output so far, make the next token; to decode: and go on from there."""
 
     key: KvKey
     prompt_ids: tuple[int, ...]
