@@ -35,6 +35,8 @@ from dswire.errors import BadInput
 
 #: rates of the runs, in parts of the rate at which the objectives are just met
 FACTORS = (0.5, 0.8, 1.0, 1.2, 1.5)
+#: a rate is measured for so many requests, however long that takes
+LEAST_REQUESTS = 30
 
 
 @click.command("calibrate")
@@ -49,7 +51,9 @@ FACTORS = (0.5, 0.8, 1.0, 1.2, 1.5)
 )
 @click.option("--workload", default="humaneval", show_default=True, metavar=METAVAR)
 @click.option("--rates", help="Requests a second, with commas; default five around the predicted knee.")
-@click.option("--duration", type=click.FloatRange(1), default=30.0, show_default=True, help="Seconds of each rate.")
+@click.option(
+    "--duration", type=click.FloatRange(1), default=30.0, show_default=True, help="Seconds of each rate, at least."
+)
 @click.option("--warmup", type=click.FloatRange(0), default=5.0, show_default=True, help="Seconds before that.")
 @click.option(
     "--goodput", multiple=True, metavar="ttft:MS tpot:MS", help="Objectives; default the first topology's."
@@ -140,7 +144,8 @@ def run(
         if not rates:
             console.print(f"the objectives are predicted to hold up to {knee:.2f} requests/s")
         for rate in rates or [knee * factor for factor in FACTORS]:
-            here = replace(wish, rate=rate)
+            until_s = max(wish.until_s, warmup_s + LEAST_REQUESTS / rate)
+            here = replace(wish, rate=rate, until_s=until_s)
             predicted = prediction.served(here, warmup_s)
             measurement = Measurement(target, Load(make(here), wish.seed), slo, warmup_s, rate)
             measured, _ = measure(measurement, console)

@@ -15,10 +15,10 @@ from dstopology.resolved import Slo, Topology
 from dswire.errors import BadInput
 
 #: requests of a run that looks for the knee
-REQUESTS = 300
+REQUESTS = 200
 #: the knee is known to this share, and looked for between these rates
 PRECISION = 0.05
-LEAST_RATE, MOST_RATE = 0.01, 1000.0
+LEAST_RATE, MOST_RATE = 0.1, 1000.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,8 @@ SINGLES = ((64, 6), (640, 4))
 TOGETHER, SHORT = 8, 32
 #: output tokens of a request that is to be watched while it decodes
 OUTPUT = 32
+#: of those together: the first is read by itself, begins before the others, and is to be there when they end
+OUTPUTS = (4 * OUTPUT, *((OUTPUT,) * (TOGETHER - 1)))
 #: limit of the whole, in seconds
 LIMIT_S = 180.0
 
@@ -64,7 +66,7 @@ async def probe(client: AsyncClient, tell: Callable[[str], None], *, apart: bool
         await asking.ask(SHORT, OUTPUT)
         alone = {length: [await asking.ask(length, OUTPUT) for _ in range(count)] for length, count in SINGLES}
         tell(f"{TOGETHER} requests at once")
-        together = await asking.many([(SHORT, 2 * OUTPUT)] * TOGETHER)
+        together = await asking.many([(SHORT, output) for output in OUTPUTS])
         if not apart:
             return Seen(alone, together, [], [])
         tell("both phases at once")
@@ -113,7 +115,7 @@ def constants(seen: Seen, times: StepTimes, layout: KvLayout) -> Constants:
         "prefill": {"base_ms": read_ms},
         "decode": {"base_ms": base_ms, "per_sequence_ms": sequence_ms},
     }
-    return Constants(transfer, overhead, _beside(seen))
+    return Constants(transfer, overhead, _beside(seen, times))
 
 
 def _decode_overhead(
@@ -122,8 +124,8 @@ def _decode_overhead(
     """Milliseconds of a step, and of each sequence in it, beyond the engine's."""
     one_ms = median(step_s(one) - times.decode_s([_context(one)]) for one in short) * 1e3
     contexts = [_context(one) for one in together]
-    # the first to end saw the whole batch all the time
-    batch_ms = (min(map(step_s, together)) - times.decode_s(contexts)) * 1e3
+    # all but the first saw the whole batch from their first step to their last
+    batch_ms = (median(map(step_s, together[1:])) - times.decode_s(contexts)) * 1e3
     each_ms = (batch_ms - one_ms) / (len(together) - 1)
     return one_ms - each_ms, each_ms
 
@@ -138,7 +140,7 @@ def _context(one: Completion) -> int:
     return one.usage.prompt_tokens + one.usage.completion_tokens // 2
 
 
-def _beside(seen: Seen) -> dict[str, float]:
+def _beside(seen: Seen, times: StepTimes) -> dict[str, float]:
     """Each phase's time beside the other to its time alone; nothing where they are not apart."""
     if not seen.reading_beside or not seen.decoding_beside:
         return {}
@@ -146,5 +148,7 @@ def _beside(seen: Seen) -> dict[str, float]:
     read = median(one.ledger.prefill_s for one in seen.reading_beside) / median(
         one.ledger.prefill_s for one in alone
     )
-    made = median(map(step_s, seen.decoding_beside)) / median(map(step_s, alone))
+    # of another context than those alone
+    made = median(step_s(one) / times.decode_s([_context(one)]) for one in seen.decoding_beside)
+    made /= median(step_s(one) / times.decode_s([_context(one)]) for one in alone)
     return {"prefill": max(read, 1.0), "decode": max(made, 1.0)}

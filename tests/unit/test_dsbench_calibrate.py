@@ -1,0 +1,183 @@
+"""Prediction beside measurement: the probe against a system whose costs are known, the comparison, the knee."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from dsbench import compared, predict
+from dsbench.__main__ import cli
+from dsbench.compared import Compared
+from dsbench.predict import Prediction
+from dsbench.probe import OUTPUT, OUTPUTS, SHORT, SINGLES, Seen, constants
+from dsbench.served import Served, serve_figures
+from dsclient import Completion, Usage
+from dskv.layout import KvLayout
+from dssim.profiled import system_of
+from dssim.records import Record
+from dssim.times import linear_times
+from dssim.wish import Wish
+from dssim.workload import Arrival
+from dstopology.load import load
+from dstopology.resolved import Slo, Topology
+from dswire.errors import BadInput, Failed
+from support.topologies import Desk
+
+SLO = Slo(ttft_s=0.25, tpot_s=0.06, attainment=0.9)
+#: a system as a probe may find it; the engine alone is the same without overhead
+ENGINE = {
+    "prefill": {"base_ms": 8.0, "per_token_ms": 1.0, "per_square_ms": 1e-4},
+    "decode": {"base_ms": 10.0, "per_token_ms": 0.004, "per_sequence_ms": 1.5},
+}
+OVERHEAD = {"prefill": {"base_ms": 3.0}, "decode": {"base_ms": 0.7, "per_sequence_ms": 0.2}}
+TRANSFER = {
+    "local_message_s": 3e-4,
+    "network_message_s": 5e-4,
+    "seal_bytes_per_s": 2e8,
+    "copy_bytes_per_s": 1e8,
+    "network_bytes_per_s": 1e9,
+}
+
+
+@pytest.fixture
+def topology(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Topology:
+    """A small system."""
+    desk = Desk(tmp_path)
+    desk.model()
+    path = desk.write("model: tiny\nkv: {blocks: 600}\n")
+    for name, value in desk.env.items():
+        monkeypatch.setenv(name, value)
+    return load(path, desk.env)
+
+
+def profile(directory: Path, name: str, **more: Any) -> Path:
+    path = directory / name
+    fit = ENGINE | ({"overhead": OVERHEAD} if more.pop("whole", False) else {})
+    path.write_text(json.dumps({"tp": {"1": fit}, "transfer": TRANSFER, **more}))
+    return path
+
+
+def answers(topology: Topology, path: Path, arrivals: list[Arrival]) -> list[Completion]:
+    """What a client of the simulated system gets."""
+    records = sorted(system_of(topology, str(path)).run(arrivals).records, key=lambda one: one.number)
+    made = []
+    for one in records:
+        assert one.ledger is not None
+        assert one.first_s is not None
+        usage = Usage(one.prompt_tokens, one.output_tokens)
+        made.append(Completion("r", (), usage, one.ledger, one.first_s, one.total_s))
+    return made
+
+
+def seen(topology: Topology, path: Path) -> Seen:
+    """The probe, asked of the simulator."""
+    alone = {
+        length: answers(topology, path, [Arrival(5.0 * number, length, OUTPUT) for number in range(count)])
+        for length, count in SINGLES
+    }
+    together = answers(topology, path, [Arrival(0.0, SHORT, output) for output in OUTPUTS])
+    prompts = [Arrival(0.2 + 0.25 * number, SINGLES[0][0], 1) for number in range(8)]
+    both = answers(topology, path, [Arrival(0.0, SHORT, 8 * OUTPUT), *prompts])
+    return Seen(alone, together, both[1:], both[:1])
+
+
+def test_the_probe_finds_the_costs_of_a_known_system(topology: Topology, tmp_path: Path) -> None:
+    whole = profile(tmp_path, "whole.json", whole=True)
+    engine = linear_times(str(profile(tmp_path, "engine.json")), 1)
+    asked = seen(topology, whole)
+    layout = layout_of(topology)
+    found = constants(asked, engine, layout)
+    for name in ("local_message_s", "network_message_s"):
+        assert found.transfer[name] == pytest.approx(TRANSFER[name], rel=0.01)
+    for name in ("seal_bytes_per_s", "copy_bytes_per_s"):
+        assert found.transfer[name] == pytest.approx(TRANSFER[name], rel=0.05)
+    assert found.overhead["prefill"]["base_ms"] == pytest.approx(3.0, rel=0.01)
+    assert found.overhead["decode"]["base_ms"] == pytest.approx(0.7, abs=0.1)
+    assert found.overhead["decode"]["per_sequence_ms"] == pytest.approx(0.2, abs=0.05)
+    assert found.beside["prefill"] == pytest.approx(1.0, abs=0.02)
+    assert found.beside["decode"] == pytest.approx(1.0, abs=0.02)
+
+
+def test_the_probe_finds_what_phases_cost_each_other(topology: Topology, tmp_path: Path) -> None:
+    whole = profile(tmp_path, "whole.json", whole=True, beside={"prefill": 1.3, "decode": 1.2})
+    found = constants(seen(topology, whole), linear_times(str(whole), 1), layout_of(topology))
+    assert found.beside["prefill"] == pytest.approx(1.3, abs=0.02)
+    # the sequence decodes alone between two prompts
+    assert 1.02 < found.beside["decode"] < 1.2
+
+
+def test_a_system_without_phases_apart_has_nothing_beside(topology: Topology, tmp_path: Path) -> None:
+    path = profile(tmp_path, "p.json")
+    asked = replace(seen(topology, path), reading_beside=[], decoding_beside=[])
+    assert constants(asked, linear_times(str(path), 1), layout_of(topology)).beside == {}
+    with pytest.raises(Failed, match="no answers"):
+        constants(replace(asked, together=[]), linear_times(str(path), 1), layout_of(topology))
+
+
+def layout_of(topology: Topology) -> KvLayout:
+    from dssim import model
+
+    return model.layout_of(topology)
+
+
+def test_the_knee_is_where_attainment_falls_below_what_is_wanted(
+    topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "REQUESTS", 60)
+    prediction = Prediction(topology, profile(tmp_path, "p.json", whole=True), SLO)
+    wish = Wish("fixed:60,20", None)
+    knee = prediction.knee(wish)
+    at, above = (prediction.attainment(replace(wish, rate=knee * factor, requests=60)) for factor in (1.0, 1.1))
+    assert at >= SLO.attainment > above
+    with pytest.raises(BadInput, match="at any rate"):
+        Prediction(topology, prediction.profile, replace(SLO, ttft_s=0.01)).knee(wish)
+
+
+def served(ttft_s: float, tpot_s: float, slow: int = 0) -> Served:
+    records = [
+        Record(n, float(n), 10, 11, ttft_s, (ttft_s if n >= slow else 9.0) + 10 * tpot_s, "", None)
+        for n in range(20)
+    ]
+    return serve_figures(records, SLO, 0.0, 1.0, 0.0)
+
+
+def test_what_misses_its_aim_is_told() -> None:
+    good = Compared("t", 1.0, served(0.1, 0.02), served(0.105, 0.021))
+    bad = Compared("t", 2.0, served(0.1, 0.02), served(0.15, 0.02, slow=2))
+    assert all(compared.within(good).values())
+    told = compared.within(bad)
+    assert not told["attainment"]
+    assert not told["TTFT p50"]
+    assert told["TPOT p50"]
+    assert bad.points == pytest.approx(0.1)
+    console = Console(width=200, record=True)
+    compared.show(console, [good, bad], SLO)
+    text = console.export_text()
+    assert "100.0% / 90.0% +10.0" in text
+    assert "100 / 150 -33%" in text
+    assert "attainment 1 of 2" in text
+    plain = json.loads(json.dumps(compared.plain([good, bad], SLO)))
+    assert plain[1]["off"]["TTFT p50"] == pytest.approx(-1 / 3)
+    assert plain[0]["within"] == dict.fromkeys(plain[0]["within"], True)
+
+
+def test_the_comparison_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [Compared("t", rate, served(0.1, 0.02), served(0.1, 0.02)) for rate in (1.0, 2.0)]
+    compared.save(rows, tmp_path / "truth.png")
+    assert (tmp_path / "truth.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(BadInput, match="cannot be written"):
+        compared.save(rows, tmp_path / "truth.x")
+
+
+@pytest.mark.parametrize("rates", ["", "a", "0", "1,-2", "inf"])
+def test_rates_that_are_none_are_refused(topology: Topology, rates: str) -> None:
+    done = CliRunner().invoke(cli, ["calibrate", "-f", str(topology.path), "--rates", rates])
+    assert isinstance(done.exception, BadInput)
+    assert "--rates" in str(done.exception)
