@@ -147,7 +147,7 @@ def run(
             until_s = max(wish.until_s, warmup_s + LEAST_REQUESTS / rate)
             here = replace(wish, rate=rate, until_s=until_s)
             predicted = prediction.served(here, warmup_s)
-            measurement = Measurement(target, Load(make(here), wish.seed), slo, warmup_s, rate)
+            measurement = Measurement(target, Load(make(here)), slo, warmup_s, rate)
             measured, _ = measure(measurement, console)
             yield Compared(topology.path.stem, rate, predicted, measured)
 

@@ -7,6 +7,7 @@ loop is behind), the delay counts as the system's and is told, rather than left 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +52,8 @@ class Load:
     """What to send."""
 
     arrivals: Sequence[Arrival]
-    seed: int = 0
+    #: of the prompts; another for each run, or a prefix cache would know the prompts of the run before
+    seed: int = field(default_factory=lambda: secrets.randbits(32))
     #: a request without an end after so long fails, in seconds
     timeout_s: float = 300.0
     #: sent one after the other and over again, instead of random tokens of the wanted length
@@ -144,8 +146,8 @@ def _record(
 
 
 def prompt_ids(arrival: Arrival, number: int, seed: int) -> tuple[int, ...]:
-    """Tokens of a prompt: random ones, and the same for the same hash where the arrival has hashes."""
+    """Tokens of a prompt: random by ``seed``, and the same for the same hash where the arrival has hashes."""
     if not arrival.hashes:
         return tuple(Random(f"{seed}/{number}").choices(TOKENS, k=arrival.prompt_tokens))
-    ids = [token for one in arrival.hashes for token in Random(one).choices(TOKENS, k=HASHED_TOKENS)]
+    ids = [token for one in arrival.hashes for token in Random(f"{seed}/{one}").choices(TOKENS, k=HASHED_TOKENS)]
     return tuple(ids[: arrival.prompt_tokens])

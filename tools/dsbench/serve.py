@@ -59,7 +59,7 @@ class Measurement:
 @click.option(
     "--attainment", type=click.FloatRange(0, 1), help="Share that must meet both; default the topology's."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of arrivals, lengths and prompts.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of arrivals and lengths.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="JSON lines with key prompt: texts to send.")
 @click.option("--request-timeout", type=float, default=300.0, show_default=True, help="Seconds of one request.")
 @click.option("--log", type=click.Path(path_type=Path), help="Write a JSON line for each request.")
@@ -102,7 +102,7 @@ def command(
         raise BadInput("no request comes after the warm-up", remedy="raise --duration or --rate")
     measurement = Measurement(
         find_target(file, address, keys),
-        Load(arrivals, seed, request_timeout, () if prompts is None else read_prompts(prompts)),
+        Load(arrivals, timeout_s=request_timeout, texts=() if prompts is None else read_prompts(prompts)),
         objectives(goodput, default, attainment),
         warmup,
         rate if rate is not None else len(counted) / duration,
