@@ -25,6 +25,7 @@ from pathlib import Path
 
 import pytest
 
+from dsbench.handoff.whole import hand_off
 from dsclient import Client
 from dswire.errors import DsError
 from dswire.keys import SYSTEM_PUBLIC, SYSTEM_SECRET, load_system, write_pair
@@ -196,3 +197,9 @@ def test_a_wire_cut_in_mid_transfer(world: World, breaks: str) -> None:
     world.await_idle()
     assert world.ask(prompt) == wanted
     world.await_idle()
+
+
+def test_the_hand_off_can_be_measured(world: World) -> None:
+    found = hand_off(world.client, 40, 2)
+    assert found.prompt_tokens == 40
+    assert found.hand_off_ms >= found.stages_ms["transfer_s"] > 0

@@ -18,11 +18,14 @@ from dsbench import host
 from dsbench.handoff import limits
 from dsbench.handoff.ends import LAYOUT
 from dsbench.handoff.measure import Copies, Cost, Crowd, Limit, Transfer, cost, crowd, transfers
+from dsbench.handoff.whole import HandOff, hand_off, system
 from dsbench.handoff.world import World, world
 from dskv.segment import Segment
 from dswire.errors import Failed
 
-Row: TypeAlias = Transfer | Cost | Crowd
+Row: TypeAlias = Transfer | Cost | Crowd | HandOff
+#: tokens of the prompt that a whole system hands over
+TOKENS = 512
 
 
 @click.command("kv")
@@ -39,6 +42,8 @@ Row: TypeAlias = Transfer | Cost | Crowd
 @click.option("--handles", type=click.IntRange(2, 4096), default=1000, show_default=True, help="Wanted at once.")
 @click.option("--slot", default="4MiB", show_default=True, help="As relay.slot in a topology.")
 @click.option("--staging", default="64MiB", show_default=True, help="As relay.staging in a topology.")
+@click.option("--model", default="smollm2-135m-instruct", show_default=True, help="Of the whole system.")
+@click.option("--system/--no-system", "whole", default=True, help="Also start a whole system.", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line and figure, on standard output.")
 def command(
     transport: tuple[str, ...],
@@ -48,6 +53,8 @@ def command(
     handles: int,
     slot: str,
     staging: str,
+    model: str,
+    whole: bool,
     as_json: bool,
 ) -> None:
     """Hand KV over between real processes: owner, relays, reader.
@@ -58,11 +65,12 @@ def command(
     host   two nodes on this host's loopback: owner's pool, staging, TCP, staging, reader's pool; the limit is a
            blocking socket that carries the same bytes, and with --curve libsodium's box over them, in one thread
 
-    Every figure is the median of rounds in which it and its limit take turns.
+    Every figure is the median of rounds in which it and its limit take turns. At last a whole system of one prefill
+    and one decode instance hands prompts of 512 tokens over, one by one; its ledger tells how long that took.
 
     \b
     dsbench kv
-    dsbench kv --transport host --curve --mib 64 --json
+    dsbench kv --transport host --curve --mib 64 --no-system --json
     """
     console = Console(stderr=True)
     host.warn(console)
@@ -74,19 +82,25 @@ def command(
         Progress(console=console, transient=True) as progress,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        task = progress.add_task("", total=len(plan) * (len(sizes or (16, 64)) + 2))
+        task = progress.add_task("", total=len(plan) * (len(sizes or (16, 64)) + 2) + whole)
+
+        def add(row: Row) -> None:
+            progress.advance(task)
+            rows.append(row)
+            if as_json:
+                click.echo(json.dumps(msgspec.to_builtins(row)))
 
         async def run(name: str, on: bool) -> None:
             progress.update(task, description=f"{name}{' with CURVE' if on else ''}")
-            measured = _measure(name, on, sizes or (16, 64), rounds, handles, slot, staging)
-            async for row in measured:
-                progress.advance(task)
-                rows.append(row)
-                if as_json:
-                    click.echo(json.dumps(msgspec.to_builtins(row)))
+            async for row in _measure(name, on, sizes or (16, 64), rounds, handles, slot, staging):
+                add(row)
 
         for name, on in plan:
             runner.run(run(name, on))
+        if whole:
+            progress.update(task, description="a whole system")
+            with system(model, TOKENS) as client:
+                add(hand_off(client, TOKENS, 2 * rounds))
     if not as_json:
         for made in _tables(rows):
             Console().print(made)
@@ -132,20 +146,31 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
     speed = Table("transport", "CURVE", "MiB", "ms", "GB/s", "limit GB/s", "of the limit", title="hand-offs")
     costs = Table("transport", "CURVE", "µs to pull", "µs of that to copy", title="one block (median)")
     crowds = Table("transport", "CURVE", "handles at once", "a second", "8 at once", "ratio", title="many at once")
+    whole = Table("prompt tokens", "hand-off ms", "of which", title="a whole system (median)")
     for row in rows:
-        curve = "on" if row.curve else "off"
         match row:
             case Transfer():
-                colour = "green" if row.ratio >= 0.8 else "yellow" if row.ratio >= 0.5 else "red"
-                speed.add_row(
-                    *(row.transport, curve, f"{row.bytes / (1 << 20):.0f}", f"{row.seconds * 1e3:.2f}"),
-                    *(f"{row.bytes_per_s / 1e9:.2f}", f"{row.limit_bytes_per_s / 1e9:.2f}"),
-                    f"[{colour}]{row.ratio:.0%}[/]",
-                )
+                speed.add_row(*_transfer(row))
             case Cost():
                 copied = "-" if row.copy_us is None else f"{row.copy_us:.0f}"
-                costs.add_row(row.transport, curve, f"{row.pull_us:.0f}", copied)
+                costs.add_row(row.transport, _on(row.curve), f"{row.pull_us:.0f}", copied)
             case Crowd():
                 rates = (f"{row.handles_per_s:,.0f}", f"{row.handles_per_s_few:,.0f}", f"{row.ratio:.2f}x")
-                crowds.add_row(row.transport, curve, str(row.handles), *rates)
-    return [speed, costs, crowds]
+                crowds.add_row(row.transport, _on(row.curve), str(row.handles), *rates)
+            case HandOff():
+                stages = (f"{stage.removesuffix('_s')} {ms:.2f}" for stage, ms in row.stages_ms.items())
+                whole.add_row(str(row.prompt_tokens), f"{row.hand_off_ms:.2f}", ", ".join(stages))
+    return [made for made in (speed, costs, crowds, whole) if made.row_count]
+
+
+def _transfer(row: Transfer) -> tuple[str, ...]:
+    colour = "green" if row.ratio >= 0.8 else "yellow" if row.ratio >= 0.5 else "red"
+    return (
+        *(row.transport, _on(row.curve), f"{row.bytes / (1 << 20):.0f}", f"{row.seconds * 1e3:.2f}"),
+        *(f"{row.bytes_per_s / 1e9:.2f}", f"{row.limit_bytes_per_s / 1e9:.2f}"),
+        f"[{colour}]{row.ratio:.0%}[/]",
+    )
+
+
+def _on(curve: bool) -> str:
+    return "on" if curve else "off"
