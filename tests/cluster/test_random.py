@@ -19,6 +19,10 @@ SHAPES = (
     replace(SMALL, prefill=TWO_NODES.prefill, decode=TWO_NODES.decode),
     replace(SMALL, prefill=("n0", "n1"), decode=("n0", "n1")),
     replace(TCP, prefill=("n0", "n0"), decode=("n0",), decode_blocks=24, slots=1),
+    replace(SMALL, prefill=(), decode=("n0", "n0"), mode="colocated", decode_tokens=12),
+    replace(SMALL, prefill=(), mode="colocated", decode_tokens=16, prefill_priority=True, stages=2),
+    replace(SMALL, mode="conditional", threshold_tokens=20, decode_tokens=8),
+    replace(SMALL, target_tokens=16, stages=3, prefix_cache=False),
 )
 CLIENTS = ("c", "d")
 #: codes that trouble may lead to

@@ -112,6 +112,8 @@ _PULLING = dsdecode.sequence.Phase.PULLING
 _TCP = replace(TCP, transfer_timeout_s=PATIENT_S)
 _NODES = replace(TWO_NODES, transfer_timeout_s=PATIENT_S)
 
+_COLOCATED = Shape(mode="colocated", prefill=(), decode_tokens=8)
+
 STAGES = (
     Stage("tokenizing", "tokenize", lambda cluster: TARGET in cluster.router.requests),
     Stage(
@@ -139,4 +141,22 @@ STAGES = (
     Stage("staging-tcp", "stage", _staging, _NODES),
     Stage("transferring-tcp", "chunk", _decode_in(_PULLING, copying=True), _NODES),
     Stage("decoding", "step", _decode_in(dsdecode.sequence.Phase.RUNNING, stepping=True)),
+    Stage(
+        "waiting-to-be-read",
+        "step",
+        _decode_in(dsdecode.sequence.Phase.WAITING),
+        replace(_COLOCATED, decode_batch=1),
+        blocked=True,
+    ),
+    Stage("read-in-chunks", "prefill", _decode_in(dsdecode.sequence.Phase.PREFILLING, stepping=True), _COLOCATED),
+    Stage(
+        "read-while-others-decode",
+        "step",
+        _decode_in(dsdecode.sequence.Phase.PREFILLING),
+        replace(_COLOCATED, prefill=("n0",), mode="conditional", threshold_tokens=40),
+        blocked=True,
+    ),
+    Stage(
+        "decoding-where-it-was-read", "step", _decode_in(dsdecode.sequence.Phase.RUNNING, stepping=True), _COLOCATED
+    ),
 )
