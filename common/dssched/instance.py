@@ -168,6 +168,10 @@ class InstanceState(ABC):
     def _relay_hello(self) -> kv.KvHello:
         return kv.KvHello(PROTOCOL, self.config.name, self.config.incarnation)
 
+    def _loaded(self, waiting: int, running: int) -> worker.Load:
+        pool = self.pool
+        return worker.Load(waiting, running, pool.held, prompt_tokens=pool.asked, cached_tokens=pool.found)
+
     def _fail_at_router(self, key: KvKey, error: ErrorInfo) -> None:
         self._out.append(Send("router", worker.SequenceFailed(key, error)))
 

@@ -363,4 +363,4 @@ class DecodeState(InstanceState):
         phases = [one.life.phase for one in self.sequences.values()]
         waiting = phases.count(Phase.WAITING) + phases.count(Phase.PULLING)
         running = phases.count(Phase.PREFILLING) + phases.count(Phase.RUNNING)
-        return worker.Load(waiting=waiting, running=running, blocks_held=self.pool.held)
+        return self._loaded(waiting, running)

@@ -314,4 +314,4 @@ class PrefillState(InstanceState):
     def _load(self) -> worker.Load:
         waiting = sum(one.life.phase is Phase.QUEUED for one in self.sequences.values())
         running = sum(one.life.phase is Phase.RUNNING for one in self.sequences.values())
-        return worker.Load(waiting=waiting, running=running, blocks_held=self.pool.held)
+        return self._loaded(waiting, running)

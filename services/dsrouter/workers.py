@@ -187,6 +187,8 @@ class Workers:
             handles=load.handles,
             uptime_s=now - worker.since,
             report_age_s=now - max(worker.load_at, worker.since),
+            prompt_tokens=load.prompt_tokens,
+            cached_tokens=load.cached_tokens,
         )
 
 

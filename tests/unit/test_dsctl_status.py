@@ -62,6 +62,7 @@ def record(*processes: ProcessRecord, topology: str = "/t.yaml") -> RunRecord:
 def worker(name: str, state: str = "up") -> WorkerStatus:
     raw = dict.fromkeys(WorkerStatus.__struct_fields__, 0) | {"name": name, "role": "decode", "node": "n0"}
     figures = {"state": state, "waiting": 1, "running": 2, "blocks": 91, "blocks_held": 30, "handles": {"ready": 3}}
+    figures |= {"prompt_tokens": 240, "cached_tokens": 96}
     return msgspec.convert(raw | figures, WorkerStatus)
 
 
@@ -145,7 +146,7 @@ def test_all_up(running: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 0
     row = next(line for line in out.splitlines() if line.startswith("decode-0")).split()
     assert row[1:3] == ["cpu:0", "ready"]
-    assert row[-4:] == ["2", "30/91", "3", "ready"]
+    assert row[-5:] == ["2", "30/91", "40%", "3", "ready"]
     assert "requests: 2 decoding; ended: 7 finished" in out
 
 

@@ -390,4 +390,5 @@ def test_its_load(desk: Desk) -> None:
     desk.work("c")
     desk.ping()
     (report,) = desk.told("router", worker.WorkerReport)
-    assert report == worker.WorkerReport(worker.Load(waiting=1, running=1, blocks_held=4), sent=2)
+    load = worker.Load(waiting=1, running=1, blocks_held=4, prompt_tokens=12)
+    assert report == worker.WorkerReport(load, sent=2)

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 #: exit status when something is down
 DOWN = 5
-HEADINGS = ("process", "device", "state", "uptime", "restarts", "pid", "waiting", "running", "blocks", "handles")
+HEADINGS = (
+    "process", "device", "state", "uptime", "restarts", "pid", "waiting", "running", "blocks", "cached", "handles"
+)  # fmt: skip
 #: numbers
-RIGHT = ("uptime", "restarts", "pid", "waiting", "running", "blocks")
+RIGHT = ("uptime", "restarts", "pid", "waiting", "running", "blocks", "cached")
 
 
 @click.command()
@@ -110,10 +112,13 @@ def _cells(row: Row) -> list[str]:
     style = "green" if row.good else "red"
     # the supervisor sees a process, and the router none: both are told
     state = row.state if worker is None or row.good or worker.state == row.state else f"{row.state}, {worker.state}"
-    load = ["", "", "", ""]
+    load = [""] * 5
     if worker is not None:
         blocks = f"{worker.blocks_held}/{worker.blocks}" if worker.blocks else ""
-        load = [str(worker.waiting), str(worker.running), blocks, _counts(worker.handles) if worker.handles else ""]
+        # of the tokens of prompts that it was to read, those whose KV was there already
+        cached = f"{worker.cached_tokens / worker.prompt_tokens:.0%}" if worker.prompt_tokens else ""
+        handles = _counts(worker.handles) if worker.handles else ""
+        load = [str(worker.waiting), str(worker.running), blocks, cached, handles]
     return [
         f"[bold]{row.name}[/]",
         ", ".join(row.devices) or "-",

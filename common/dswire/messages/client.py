@@ -252,6 +252,9 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     uptime_s: float
     #: how old the worker's own figures are: it tells them once a second
     report_age_s: float = 0.0
+    #: tokens of the prompts that were read there since its start, and how many of them lay in kept KV blocks
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
 
 
 class StatusReport(msgspec.Struct, frozen=True, tag=True):

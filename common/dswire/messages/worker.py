@@ -36,6 +36,9 @@ class Load(msgspec.Struct, frozen=True):
     blocks_held: int = 0
     #: live handles by state (relays)
     handles: dict[str, int] = {}
+    #: tokens of the prompts that were read here since the start, and how many of them lay in kept KV blocks
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
 
 
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):
