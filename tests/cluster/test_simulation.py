@@ -11,11 +11,13 @@ import pytest
 
 from dskv.layout import KvLayout
 from dssim.failure import parse
+from dssim.pipeline import Pipeline
+from dssim.prompts import prompt
 from dssim.records import Record, Run
 from dssim.system import System
 from dssim.times import INSTANT, FlatTransfer, Linear, LinearTimes, TransferTimes
 from dssim.workload import Arrival, arrivals, fixed, gaps, histogram
-from dswire.errors import BadInput, TopologyError
+from dswire.errors import BadInput
 from support.topologies import Desk
 
 #: a block is 1,024 bytes
@@ -32,6 +34,9 @@ TOPOLOGIES = {
     "tcp in one node": "kv: {blocks: 600}\nforce_transport: tcp\nrelay: {slot: 4KiB, staging: 64KiB}",
     "two nodes": "kv: {blocks: 600}\nrelay: {slot: 4KiB, staging: 16KiB}\nsecurity: off\nnodes:\n"
     "  - {name: a, host: 10.0.0.1, devices: [cpu:0]}\n  - {name: b, host: 10.0.0.2, devices: [cpu:0]}",
+    "colocated": "mode: colocated\nkv: {blocks: 600}\ndecode: {replicas: 2, max_batch_tokens: 128}",
+    "conditional": "mode: conditional\nconditional: {threshold_tokens: 100}\nkv: {blocks: 600}",
+    "pipelines": "kv: {blocks: 600}\nprefill: {pp: 2, max_batch_tokens: 128}\ndecode: {pp: 3}",
 }
 FLAT_TRANSFER = FlatTransfer()
 
@@ -65,10 +70,10 @@ def by_number(run: Run) -> list[Record]:
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_every_request_ends_once_and_everything_is_given_back(desk: Desk, name: str) -> None:
-    workload = sharegpt(60, 40.0, seed=3)
+    workload = sharegpt(40, 40.0, seed=3)
     run = system(desk, TOPOLOGIES[name]).run(workload)
     records = by_number(run)
-    assert [record.number for record in records] == list(range(60))
+    assert [record.number for record in records] == list(range(40))
     assert run.held == {}
     for record, wanted in zip(records, workload, strict=True):
         assert record.prompt_tokens == wanted.prompt_tokens
@@ -81,7 +86,7 @@ def test_every_request_ends_once_and_everything_is_given_back(desk: Desk, name: 
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_the_ledger_adds_up_to_what_the_client_saw(desk: Desk, name: str) -> None:
     transfers = FlatTransfer()
-    run = system(desk, TOPOLOGIES[name], transfers=transfers, validate=False).run(sharegpt(60, 40.0, seed=4))
+    run = system(desk, TOPOLOGIES[name], transfers=transfers, validate=False).run(sharegpt(40, 40.0, seed=4))
     for record in [record for record in run.records if not record.error]:
         assert record.ledger is not None
         told = msgspec.structs.asdict(record.ledger)
@@ -103,7 +108,7 @@ def test_sequences_give_way_for_want_of_blocks_and_lose_nothing(desk: Desk) -> N
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_the_same_workload_is_the_same_run(desk: Desk, name: str) -> None:
     def run() -> tuple[Sequence[Record], int]:
-        done = system(desk, TOPOLOGIES[name], validate=False).run(sharegpt(60, 40.0, seed=5))
+        done = system(desk, TOPOLOGIES[name], validate=False).run(sharegpt(40, 40.0, seed=5))
         return done.records, done.happenings
 
     assert run() == run()
@@ -174,7 +179,7 @@ def test_what_a_process_held_when_it_died_is_made_again(desk: Desk, name: str, v
 
 def test_requests_end_though_the_only_instance_never_comes_back(desk: Desk) -> None:
     one = system(desk, TOPOLOGIES["1p1d"])
-    run = one.run(sharegpt(20, 40.0, seed=3), failures=parse(["decode-0@0.2"], one.topology))
+    run = one.run(sharegpt(30, 40.0, seed=3), failures=parse(["decode-0@0.9"], one.topology))
     assert {record.error for record in run.records} == {"", "no_instance"}
     assert run.held == {}
 
@@ -210,7 +215,72 @@ def test_the_mean_wait_of_a_single_server_is_that_of_m_d_1(desk: Desk, requests:
     assert mean_s == pytest.approx(step_s + rate * step_s**2 / (2 * (1 - rate * step_s)), rel=within)
 
 
-@pytest.mark.parametrize("text", ["decode: {pp: 2}\n"])
-def test_what_cannot_be_simulated_is_refused(desk: Desk, text: str) -> None:
-    with pytest.raises(TopologyError, match="this release simulates"):
-        system(desk, text + "kv: {blocks: 64}\n")
+def test_steps_follow_each_other_through_the_stages(desk: Desk) -> None:
+    text = "prefill: {pp: 2, max_batch: 1}\ndecode: {pp: 2}\nkv: {blocks: 64}"
+    run = system(desk, text, FLAT, INSTANT).run([Arrival(0.0, 16, 3)] * 3)
+    # half a second in each stage; the third begins when the first has left
+    assert [one.ttft_s for one in by_number(run)] == pytest.approx([1.0, 1.5, 2.0])
+    # decode's steps too take 0.05 in each stage, and nobody is in anybody's way
+    assert [one.tpot_s for one in run.records] == pytest.approx([0.1] * 3)
+    assert run.seen.busy_s == pytest.approx({"prefill-0": 1.5, "decode-0": 0.3})
+
+
+def test_prompts_are_read_beside_what_decodes_where_nothing_is_disaggregated(desk: Desk) -> None:
+    text = "mode: colocated\nkv: {blocks: 64}"
+    run = system(desk, text, FLAT, INSTANT).run([Arrival(0.0, 16, 3), Arrival(1.05, 16, 2)])
+    first, second = by_number(run)
+    # reads until 1, a step until 1.1, and then one that reads the other prompt as well, until 2.1
+    assert [first.ttft_s, first.total_s] == pytest.approx([1.0, 2.1])
+    assert [second.ttft_s, second.total_s] == pytest.approx([2.1 - 1.05, 2.2 - 1.05])
+
+
+def test_short_prompts_are_read_by_decode_in_conditional_mode(desk: Desk) -> None:
+    text = "mode: conditional\nconditional: {threshold_tokens: 50}\nkv: {blocks: 64}"
+    run = system(desk, text, FLAT, INSTANT).run([Arrival(0.0, 16, 1), Arrival(0.0, 160, 1), Arrival(9.0, 40, 1)])
+    assert run.seen.busy_s == {"prefill-0": 1.0, "decode-0": 2.0}
+
+
+@pytest.mark.parametrize(("keep", "read"), [("true", [1024, 512, 1000]), ("false", [1024, 1024, 1000])])
+def test_prompts_that_begin_alike_are_read_once(desk: Desk, keep: str, read: list[int]) -> None:
+    text = f"kv: {{blocks: 600, prefix_cache: {keep}}}"
+    alike = [Arrival(0.0, 1024, 1, (7, 8)), Arrival(9.0, 1024, 1, (7, 9)), Arrival(18.0, 1000, 1)]
+    run = system(desk, text, LinearTimes(Linear(0.0, 0.001), Linear(0.1)), INSTANT).run(alike)
+    assert [one.ttft_s for one in by_number(run)] == pytest.approx([tokens / 1000 for tokens in read])
+
+
+@pytest.mark.parametrize(
+    ("hashes", "length", "shared"),
+    [((1, 2), 1024, 1024), ((1, 3), 1024, 512), ((4, 5), 1024, 0), ((), 1024, 0), ((1, 2), 2000, 1024)],
+)
+def test_prompts_share_the_tokens_of_their_hashes(hashes: tuple[int, ...], length: int, shared: int) -> None:
+    one = prompt(0, Arrival(0.0, 1100, 1, (1, 2)))
+    other = prompt(1, Arrival(0.0, length, 1, hashes))
+    assert (len(one), len(other)) == (1100, length)
+    same = [a == b for a, b in zip(one, other, strict=False)]
+    assert same == [place < shared for place in range(len(same))]
+
+
+def test_a_short_step_waits_behind_a_long_one_in_every_stage() -> None:
+    pipeline = Pipeline(3)
+    assert pipeline.step(0.0, 3.0) == (0.0, 3.0)
+    # waits for 1 to enter, and then in each stage
+    assert pipeline.step(0.0, 0.3) == pytest.approx((1.0, 3.1))
+    assert pipeline.step(9.0, 0.3) == pytest.approx((9.0, 9.3))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "contexts", "seconds"),
+    [
+        ([(0, 10)], [], 1.0 + 10 * 0.1 + 100 * 0.01),
+        ([(10, 20)], [], 1.0 + 10 * 0.1 + 300 * 0.01),
+        ([], [50, 50], 3.0 + 100 * 0.001 + 2 * 0.5),
+        # rows make 1 + 12 * 0.1, reading the weights for decode takes longer
+        ([(0, 10)], [50, 50], 3.0 + 2 * 0.5 + 100 * 0.01 + 100 * 0.001),
+        ([(0, 60)], [50, 50], 1.0 + 62 * 0.1 + 3600 * 0.01 + 100 * 0.001),
+    ],
+)
+def test_a_mixed_step_reads_the_weights_once(
+    chunks: list[tuple[int, int]], contexts: list[int], seconds: float
+) -> None:
+    times = LinearTimes(Linear(1.0, 0.1, 0.01), Linear(3.0, 0.001, 0.0, 0.5))
+    assert times.mixed_s(chunks, contexts) == pytest.approx(seconds)

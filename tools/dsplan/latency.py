@@ -57,6 +57,18 @@ class Steps:
         """One token for every sequence."""
         return self.instance.decode_step_s(len(context_lengths), sum(context_lengths))
 
+    def mixed_s(self, chunks: Sequence[tuple[int, int]], context_lengths: Sequence[int]) -> float:
+        """Both apart, one after the other; ``context_lengths`` are those of one micro-batch."""
+        stages, seconds = self.instance.stages, 0.0
+        if chunks:
+            tokens = sum(end - start for start, end in chunks)
+            squares = sum(end * end - start * start for start, end in chunks)
+            seconds += stages * self.instance.prefill_stage_s(tokens, squares, len(chunks))
+        if context_lengths:
+            batch, tokens = stages * len(context_lengths), stages * sum(context_lengths)
+            seconds += self.instance.decode_step_s(batch, tokens)
+        return seconds
+
 
 def saturating_tokens(instance: Instance, gain: float = 0.1, limit: int = 8192) -> int:
     """Lm: the shortest prompt (a multiple of 64) that doubling would make less than ``gain`` cheaper a token."""

@@ -6,12 +6,12 @@ It measures what a user would: times run from the submission at the client to th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import msgspec
 
 from dssim.kernel import Kernel
-from dssim.processes import TOKEN, Receiver
+from dssim.processes import Receiver
+from dssim.prompts import prompt
 from dssim.records import Record
 from dssim.workload import Arrival
 from dswire.messages import PROTOCOL, client
@@ -85,7 +85,7 @@ class Client:
         sampling = client.Sampling(max_tokens=arrival.output_tokens, ignore_eos=True, seed=0)
         request_id = str(number)
         self.open[request_id] = _Open(self._kernel.now, arrival.prompt_tokens)
-        self._say(client.Submit(request_id, prompt_ids=_prompt(arrival.prompt_tokens), sampling=sampling))
+        self._say(client.Submit(request_id, prompt_ids=prompt(number, arrival), sampling=sampling))
         if number + 1 < len(self._arrivals):
             self._schedule(number + 1)
 
@@ -105,8 +105,3 @@ class _Open:
         self.prompt_tokens = prompt_tokens
         self.first_s: float | None = None
         self.tokens = 0
-
-
-@lru_cache(maxsize=4096)
-def _prompt(tokens: int) -> tuple[int, ...]:
-    return (TOKEN,) * tokens

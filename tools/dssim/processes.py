@@ -1,15 +1,15 @@
 """Shells around the services' machines: what ``actor.py`` does with sockets, threads and a clock, in virtual time.
 
 Each performs its machine's actions and nothing else; no decision is taken here. As in the real shells an instance
-runs one step at a time, and its copies one after the other in the order in which they were asked for, beside the
-step. Connections lose nothing and keep the order of what is sent, until one of their ends dies: what was sent to
-the end that opened it is lost then, and whoever sends more is told; the other end finds what it was sent unread
-when it is back.
+runs one step at a time on each of its stages, and its copies one after the other in the order in which they were
+asked for, beside the steps. Connections lose nothing and keep the order of what is sent, until one of their ends
+dies: what was sent to the end that opened it is lost then, and whoever sends more is told; the other end finds what
+it was sent unread when it is back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,9 +20,11 @@ import dsprefill.events as prefill
 from dsrelay.events import ChunkArrived, Complain, SendChunk, StoreChunk
 from dsrelay.events import End as RelayEnd
 from dsrelay.events import Ready as RelayReady
+from dssched.instance import InstanceState
 from dssched.steps import ForgetSequence, Made, RunStep, StartSequence, Stepped
 from dssim.kernel import Kernel
-from dssim.times import StepTimes, TransferTimes
+from dssim.pipeline import Pipeline
+from dssim.times import Chunk, StepTimes, TransferTimes
 from dswire.errors import ErrorInfo, from_info
 from dswire.links import End, Ready
 from dswire.machine import Machine, PeerLost, Received, Send, Tick
@@ -39,6 +41,7 @@ class Step:
 
     instance: str
     began_s: float
+    #: that it held each stage
     seconds: float
     sequences: int
     #: of prompts the tokens read, of sequences that decode the tokens of context
@@ -203,7 +206,7 @@ class Worker(Process):
         self,
         name: str,
         node: str,
-        machine: Machine,
+        machine: InstanceState,
         kernel: Kernel,
         transfers: TransferTimes,
         *,
@@ -213,6 +216,7 @@ class Worker(Process):
         super().__init__(name, node, machine, kernel, transfers)
         self.times = times
         self.watch = watch
+        self.pipeline = Pipeline(machine.config.stages)
 
     def send(self, peer: str, message: msgspec.Struct, nbytes: int = 0, began_s: float | None = None) -> None:
         """Send a message; the load that is told every second is noted on the way."""
@@ -237,12 +241,21 @@ class Worker(Process):
                 super().perform(action)
 
     def _step(self, step: RunStep) -> None:
-        read = [len(run.tokens) for run in step.runs if len(run.tokens) > 1 or run.start == 0]
+        now = self.kernel.now
+        chunks = [(run.start, run.end) for run in step.runs if len(run.tokens) > 1 or run.start == 0]
         contexts = [run.end for run in step.runs if len(run.tokens) == 1 and run.start > 0]
-        seconds = self.times.prefill_s(read) if read else 0.0
-        seconds += self.times.decode_s(contexts) if contexts else 0.0
-        self.watch.step(Step(self.name, self.kernel.now, seconds, len(step.runs), sum(read) + sum(contexts)))
-        self.kernel.after(seconds, self._stepped, step, seconds)
+        whole_s = self._whole_s(chunks, contexts)
+        enters, leaves = self.pipeline.step(now, whole_s)
+        tokens = sum(end - start for start, end in chunks) + sum(contexts)
+        self.watch.step(Step(self.name, enters, whole_s / self.pipeline.stages, len(step.runs), tokens))
+        self.kernel.at(leaves, self._stepped, step, leaves - now)
+
+    def _whole_s(self, chunks: Sequence[Chunk], contexts: Sequence[int]) -> float:
+        if not chunks and self.pipeline.stages == 1:
+            return self.times.decode_s(contexts)
+        if contexts or any(start for start, _ in chunks):
+            return self.times.mixed_s(chunks, contexts)
+        return self.times.prefill_s([end for _, end in chunks])
 
     def _stepped(self, step: RunStep, seconds: float) -> None:
         made = tuple([Made(run.key, TOKEN if run.draws else None) for run in step.runs])

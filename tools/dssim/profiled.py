@@ -13,7 +13,7 @@ from typing import Any
 from dssim.kernel import Kernel
 from dssim.model import layout_of
 from dssim.system import System
-from dssim.times import StepTimes, beside, linear_times, transfer_times
+from dssim.times import Chunk, StepTimes, beside, linear_times, transfer_times
 from dstopology.resolved import Instance, Topology
 
 
@@ -63,6 +63,10 @@ class _Beside:
     def decode_s(self, context_lengths: Sequence[int]) -> float:
         """One decode step."""
         return self._taken(self.alone.decode_s(context_lengths), "decode")
+
+    def mixed_s(self, chunks: Sequence[Chunk], context_lengths: Sequence[int]) -> float:
+        """One step of both, which is as sensitive as one of decode."""
+        return self._taken(self.alone.mixed_s(chunks, context_lengths), "decode")
 
     def _taken(self, seconds: float, phase: str) -> float:
         now = self.nodes.kernel.now

@@ -18,12 +18,12 @@ from dsrouter.state import RouterState
 from dssim.client import PEER, Client
 from dssim.failure import Failure
 from dssim.kernel import Kernel
-from dssim.processes import TOKEN, DecodeProcess, PrefillProcess, Process, RelayProcess, RouterProcess, Way
+from dssim.processes import DecodeProcess, PrefillProcess, Process, RelayProcess, RouterProcess, Way
+from dssim.prompts import VOCABULARY
 from dssim.records import Observations, Record, Run
 from dssim.times import StepTimes, TransferTimes
 from dssim.workload import Arrival
 from dstopology.resolved import Instance, Topology
-from dswire.errors import TopologyError
 from dswire.messages import worker
 
 #: longest simulated time for all processes to find each other, and for all to be given back after the last end
@@ -61,9 +61,8 @@ class System:
     ) -> None:
         """``layout``: of a KV block. ``validate``: check every machine after every event (slow).
 
-        Raises :class:`TopologyError` for what cannot be simulated yet, and what ``times`` raises.
+        Raises what ``times`` raises.
         """
-        check_simulable(topology)
         self.topology = topology
         self.kernel = Kernel()
         self.seen = Observations(keep_steps)
@@ -73,8 +72,9 @@ class System:
         self._times = times
         self._transfers = transfers
         self._validate = validate
-        #: processes made so far
+        #: processes made so far, and the last of each name
         self._made = 0
+        self._last: dict[str, Process] = {}
         self.router = self._router()
         for relay in topology.relays:
             self._make(relay.name)
@@ -158,7 +158,7 @@ class System:
     def _keep(self, made: Process) -> Process:
         if self._validate:
             made.check = made.machine.validate
-        self.processes[made.name] = made
+        self.processes[made.name] = self._last[made.name] = made
         return made
 
     @property
@@ -171,7 +171,7 @@ class System:
             name=router.name,
             incarnation="simulated",
             model=self._model,
-            vocab_size=TOKEN + 1,
+            vocab_size=VOCABULARY,
             max_model_len=topology.model.max_model_len,
             workers={one.name: one.role for one in topology.instances}
             | {one.name: "relay" for one in topology.relays},
@@ -224,8 +224,8 @@ class System:
             "max_queue": instance.max_queue,
             "max_batch": instance.max_batch,
             "max_batch_tokens": instance.max_batch_tokens,
-            # all prompts of a simulation are made of the same token
-            "prefix_cache": False,
+            "stages": instance.pp,
+            "prefix_cache": instance.prefix_cache,
         }
         parts = (self.kernel, self._transfers)
         if instance.role == "prefill":
@@ -245,10 +245,10 @@ class System:
         self._join(process, "router", self.router, f"{process.name}/{self._made}")
         if isinstance(process, RelayProcess):
             for node in sources_of(self.topology, process.node):
-                other = self.processes[self.topology.relay_of(node).name]
+                other = self._last[self.topology.relay_of(node).name]
                 self._join(process, f"relay:{node}", other, f"fetcher:{process.name}")
         elif self.topology.relays:
-            relay = self.processes[self.topology.relay_of(process.node).name]
+            relay = self._last[self.topology.relay_of(process.node).name]
             self._join(process, "relay", relay, f"worker:{process.name}")
 
     def _join(self, one: Process, ones_name: str, other: Process, others_name: str) -> None:
@@ -261,16 +261,6 @@ def sources_of(topology: Topology, node: str) -> tuple[str, ...]:
     """Nodes whose KV comes to ``node`` by the network."""
     reachable = (relay.node for relay in topology.relays if relay.data_connect is not None)
     return tuple(other for other in reachable if topology.transport(other, node) == "tcp")
-
-
-def check_simulable(topology: Topology) -> None:
-    """Raise :class:`TopologyError` for what the simulator does not know yet."""
-    deep = next((one for one in topology.instances if one.pp > 1), None)
-    if deep is not None:
-        raise TopologyError(
-            f"{topology.path}: {deep.role}.pp: this release simulates pp 1 only, not {deep.pp}",
-            remedy="write 1, and have more replicas or a higher tp instead",
-        )
 
 
 def _held(machine: object) -> dict[str, int]:

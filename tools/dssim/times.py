@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from dswire.errors import BadInput
 
@@ -20,14 +20,21 @@ from dswire.errors import BadInput
 SHIPPED = ("opt-13b-a100",)
 
 
+#: a part of a prompt: from a position to another
+Chunk: TypeAlias = tuple[int, int]
+
+
 class StepTimes(Protocol):
-    """Time of the steps of one instance."""
+    """Time of the steps of one instance; with pipeline stages, of all of them."""
 
     def prefill_s(self, lengths: Sequence[int]) -> float:
         """One prefill step over prompts of these lengths, in tokens; never empty."""
 
     def decode_s(self, context_lengths: Sequence[int]) -> float:
         """One decode step over sequences with these many tokens, the one fed into the step included."""
+
+    def mixed_s(self, chunks: Sequence[Chunk], context_lengths: Sequence[int]) -> float:
+        """One step that reads chunks of prompts, and makes a token for each of these sequences; not both empty."""
 
 
 class TransferTimes(Protocol):
@@ -81,9 +88,23 @@ class LinearTimes:
 
     def decode_s(self, context_lengths: Sequence[int]) -> float:
         """One decode step."""
-        if self.decode_large is not None and len(context_lengths) >= self.large_batch:
-            return self.decode_large.seconds(context_lengths)
-        return self.decode.seconds(context_lengths)
+        return self._decode(len(context_lengths)).seconds(context_lengths)
+
+    def mixed_s(self, chunks: Sequence[Chunk], context_lengths: Sequence[int]) -> float:
+        """The matrices are read once: the longer of what prefill takes for all rows and what decode takes for its
+        own; then attention of both. Not in DistServe, whose engine mixes nothing."""
+        if not chunks:
+            return self.decode_s(context_lengths)
+        read, made, batch = self.prefill, self._decode(len(context_lengths)), len(context_lengths)
+        rows = sum(end - start for start, end in chunks) + batch
+        matrices_s = read.base_s + read.per_token_s * rows + read.per_sequence_s * len(chunks)
+        if batch:
+            matrices_s = max(matrices_s, made.base_s + made.per_sequence_s * batch)
+        squares = sum(end * end - start * start for start, end in chunks)
+        return matrices_s + read.per_square_s * squares + made.per_token_s * sum(context_lengths)
+
+    def _decode(self, batch: int) -> Linear:
+        return self.decode_large if self.decode_large is not None and batch >= self.large_batch else self.decode
 
 
 @dataclass(frozen=True, slots=True)
