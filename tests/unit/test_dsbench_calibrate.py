@@ -15,7 +15,7 @@ from dsbench import compared, predict
 from dsbench.__main__ import cli
 from dsbench.compared import Compared
 from dsbench.predict import Prediction
-from dsbench.probe import OUTPUT, OUTPUTS, SHORT, SINGLES, Seen, constants
+from dsbench.probe import OUTPUT, OUTPUTS, OUTPUTS_BESIDE, SHORT, SINGLES, Seen, constants
 from dsbench.served import Served, serve_figures
 from dsclient import Completion, Usage
 from dskv.layout import KvLayout
@@ -82,9 +82,11 @@ def seen(topology: Topology, path: Path) -> Seen:
         for length, count in SINGLES
     }
     together = answers(topology, path, [Arrival(0.0, SHORT, output) for output in OUTPUTS])
-    prompts = [Arrival(0.2 + 0.25 * number, SINGLES[0][0], 1) for number in range(8)]
-    both = answers(topology, path, [Arrival(0.0, SHORT, 8 * OUTPUT), *prompts])
-    return Seen(alone, together, both[1:], both[:1])
+    decoding = [Arrival(0.0, SHORT, output) for output in OUTPUTS_BESIDE]
+    # as close as one client can ask: a prompt of 64 tokens takes 75 ms, or 98 ms beside others
+    prompts = [Arrival(0.5 + 0.1 * number, SINGLES[0][0], 1) for number in range(20)]
+    both = answers(topology, path, [*decoding, *prompts])
+    return Seen(alone, together, both[len(decoding) :], both[: len(decoding)])
 
 
 def test_the_probe_finds_the_costs_of_a_known_system(topology: Topology, tmp_path: Path) -> None:
@@ -108,7 +110,7 @@ def test_the_probe_finds_what_phases_cost_each_other(topology: Topology, tmp_pat
     whole = profile(tmp_path, "whole.json", whole=True, beside={"prefill": 1.3, "decode": 1.2})
     found = constants(seen(topology, whole), linear_times(str(whole), 1), layout_of(topology))
     assert found.beside["prefill"] == pytest.approx(1.3, abs=0.02)
-    # the sequence decodes alone between two prompts
+    # for a while before and after the prompts nobody was beside it
     assert 1.02 < found.beside["decode"] < 1.2
 
 

@@ -30,6 +30,8 @@ TOGETHER, SHORT = 8, 32
 OUTPUT = 32
 #: of those together: the first is read by itself, begins before the others, and is to be there when they end
 OUTPUTS = (4 * OUTPUT, *((OUTPUT,) * (TOGETHER - 1)))
+#: of those beside which prompts are read
+OUTPUTS_BESIDE = (5 * OUTPUT, *((3 * OUTPUT,) * (TOGETHER - 1)))
 #: limit of the whole, in seconds
 LIMIT_S = 180.0
 
@@ -41,7 +43,7 @@ class Seen:
     #: by prompt tokens
     alone: dict[int, list[Completion]]
     together: list[Completion]
-    #: prompts read while sequences decode, and a sequence that decodes while prompts are read
+    #: prompts read while sequences decode, and the sequences that decode while prompts are read
     reading_beside: list[Completion]
     decoding_beside: list[Completion]
 
@@ -86,14 +88,14 @@ class _Asking:
         return list(await asyncio.gather(*(self.ask(prompt, output) for prompt, output in lengths)))
 
     async def both(self) -> tuple[list[Completion], list[Completion]]:
-        """Prompts one after the other while a sequence decodes, until it ends."""
-        watched = asyncio.ensure_future(self.ask(SHORT, 8 * OUTPUT))
+        """Prompts one after the other while sequences decode, until those end."""
+        watched = asyncio.ensure_future(self.many([(SHORT, output) for output in OUTPUTS_BESIDE]))
         reading = []
         while not watched.done():
             # a prompt without an answer keeps to its prefill instance
             reading.append(await self.ask(SINGLES[0][0], 1))
-        # the last may have been read when nothing decoded any more
-        return reading[1:-1], [await watched]
+        # the first may have been read together with those that decode, and the last when nothing decoded any more
+        return reading[1:-1], await watched
 
 
 def constants(seen: Seen, times: StepTimes, layout: KvLayout) -> Constants:
@@ -124,10 +126,14 @@ def _decode_overhead(
     """Milliseconds of a step, and of each sequence in it, beyond the engine's."""
     one_ms = median(step_s(one) - times.decode_s([_context(one)]) for one in short) * 1e3
     contexts = [_context(one) for one in together]
-    # all but the first saw the whole batch from their first step to their last
-    batch_ms = (median(map(step_s, together[1:])) - times.decode_s(contexts)) * 1e3
+    batch_ms = (_batch_step_s(together) - times.decode_s(contexts)) * 1e3
     each_ms = (batch_ms - one_ms) / (len(together) - 1)
     return one_ms - each_ms, each_ms
+
+
+def _batch_step_s(together: Sequence[Completion]) -> float:
+    """Of all but the first, which saw the whole batch from their first step to their last."""
+    return median(map(step_s, together[1:]))
 
 
 def step_s(one: Completion) -> float:
@@ -148,7 +154,7 @@ def _beside(seen: Seen, times: StepTimes) -> dict[str, float]:
     read = median(one.ledger.prefill_s for one in seen.reading_beside) / median(
         one.ledger.prefill_s for one in alone
     )
-    # of another context than those alone
-    made = median(step_s(one) / times.decode_s([_context(one)]) for one in seen.decoding_beside)
-    made /= median(step_s(one) / times.decode_s([_context(one)]) for one in alone)
+    # of other contexts than those alone
+    made = _batch_step_s(seen.decoding_beside) / times.decode_s([_context(one) for one in seen.decoding_beside])
+    made /= _batch_step_s(seen.together) / times.decode_s([_context(one) for one in seen.together])
     return {"prefill": max(read, 1.0), "decode": max(made, 1.0)}
