@@ -6,6 +6,7 @@ in staging slots, however many ranks the owner and the reader have.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,9 @@ from dskv.layout import KvLayout
 from dskv.reshard import Placement, canonical, plan, runs
 from dskv.segment import Segment, SegmentCache
 from dskv.shards import KvShard
+
+#: read of each rank's pool to prove that it can be
+PROOF_NBYTES = 4 << 20
 
 
 class KvMemory(Protocol):
@@ -122,6 +126,25 @@ def copy(
         mine = target.block(box.target, target_blocks[box.target_block])
         for run in runs(box, source.placement, target.placement):
             mine[run.target : run.target + run.nbytes] = theirs[run.source : run.source + run.nbytes]
+
+
+def read_rate(layout: KvLayout, shards: tuple[KvShard, ...], blocks: int) -> float:
+    """Map an owner's pools, read some blocks of each and tell the bytes per second.
+
+    Raises :class:`TransferFailed` where they cannot be mapped.
+    """
+    cache = SegmentCache()
+    try:
+        pools = RankPools.map(layout, shards, blocks, cache)
+        total, began = 0, time.perf_counter()
+        for rank in range(len(shards)):
+            for number in range(blocks):
+                if total >= (rank + 1) * PROOF_NBYTES:
+                    break
+                total += len(bytes(pools.block(rank, number)))
+        return total / max(time.perf_counter() - began, 1e-9)
+    finally:
+        cache.close()
 
 
 def whole_model(layout: KvLayout, segment: str) -> KvShard:

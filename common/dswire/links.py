@@ -21,7 +21,7 @@ from dswire.messages import kv, worker
 
 ROUTER = "router"
 RELAY = "relay"
-#: a relay pings every second; silent for this long, in seconds, it is lost
+#: a relay pings every second; silent for this long, in seconds, or for its lease, it is lost
 RELAY_SILENCE_S = 5.0
 
 
@@ -107,7 +107,7 @@ class Links:
                 return self._greet_relay(now), [Link.ROUTER_JOINED]
             case kv.KvWelcome():
                 self.staging = message
-                side.welcomed(now, RELAY_SILENCE_S)
+                side.welcomed(now, min(RELAY_SILENCE_S, message.lease_s))
                 return [], [Link.RELAY_JOINED]
             case worker.WorkerRefused(error=error) | kv.KvRefused(error=error):
                 self.refused = error

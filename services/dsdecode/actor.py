@@ -70,6 +70,9 @@ class DecodeActor(InstanceActor):
                 receiver.verify()
 
         error = await self._running.copy(lambda: _error_of(run))
+        if error is not None:
+            # should it come once more, then from the beginning
+            self._receivers.pop(handle.key, None)
         return CopyEnded(self.now(), handle.key, action.chunk, action.last, error)
 
     def _receive(self, handle: KvHandle, blocks: tuple[int, ...]) -> Receiver:

@@ -68,6 +68,8 @@ class Sequence:
     in_step: bool = False
     #: when the relay last moved its hand-off on
     heard_at: float = 0.0
+    #: the KV was wrong once, and is fetched once more
+    again: bool = False
     #: the relay must be told when the last copy of a doomed pull has ended
     abort_pull: bool = False
     transfer_wait_s: float = 0.0

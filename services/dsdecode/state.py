@@ -10,6 +10,7 @@ on. Blocks are given back in one place, ``_drop``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import msgspec
@@ -17,12 +18,13 @@ import msgspec
 from dsdecode.events import CopyChunk, CopyDirect, CopyEnded
 from dsdecode.sequence import TRANSITIONS, Phase, Sequence, key_of
 from dskv.handle import KvKey
+from dskv.lifecycle import GRACE_S
 from dskv.reshard import difference
 from dssched.batching import chunk, decode_may_admit
 from dssched.finish import finish_reason
 from dssched.instance import InstanceConfig, InstanceState, results
 from dssched.steps import ForgetSequence, Made, Run, StartSequence, Stepped
-from dswire.errors import DsError, ErrorInfo, InvalidRequest, Overloaded, TransferFailed
+from dswire.errors import DsError, ErrorInfo, InvalidRequest, KvCorrupt, Overloaded, TransferFailed
 from dswire.lifecycle import Lifecycle
 from dswire.links import RELAY, ROUTER
 from dswire.machine import Send
@@ -181,6 +183,9 @@ class DecodeState(InstanceState):
         one.copies -= 1
         if one.life.phase is Phase.DOOMED:
             self._release_doomed(one, now)
+        elif event.error is not None and event.error.code == KvCorrupt.code and not one.again:
+            one.again, one.heard_at = True, now
+            self._out.append(Send(RELAY, kv.KvAgain(one.key)))
         elif event.error is not None:
             self._out.append(Send(RELAY, kv.KvPulled(one.key, event.error)))
             self._fail(one, now, event.error, tell_relay=False)
@@ -193,6 +198,9 @@ class DecodeState(InstanceState):
                 self._start(one)
 
     def _tick(self, now: float) -> None:
+        for one in [one for one in self.sequences.values() if self._stuck_at(one) <= now]:
+            error = TransferFailed(f"the relay of node {self.config.node} said nothing of {one.key} for a lease")
+            self._fail(one, now, error.info(), tell_relay=True)
         if self._extend_at is None or now < self._extend_at:
             return
         wanted = tuple(
@@ -201,19 +209,19 @@ class DecodeState(InstanceState):
             if one.life.phase in (Phase.WAITING, Phase.PULLING) and one.handle is not None
         )
         self._extend_at = now + self._extend_s if self.sequences else None
-        for one in [one for one in self.sequences.values() if self._stuck(one, now)]:
-            error = TransferFailed(f"the relay of node {self.config.node} said nothing of {one.key} for two leases")
-            self._fail(one, now, error.info(), tell_relay=True)
         if wanted and self.links.relay.joined:
             self._out.append(Send(RELAY, kv.KvExtend(wanted)))
 
     def _deadline(self) -> float | None:
-        return self._extend_at
+        if self._extend_at is None:
+            return None
+        return min(self._extend_at, *(self._stuck_at(one) for one in self.sequences.values()), inf)
 
-    def _stuck(self, one: Sequence, now: float) -> bool:
-        """Whether the relay's last word on a pull is so old that its end must have been lost on the way."""
-        pulling = one.life.phase is Phase.PULLING and not one.copies
-        return pulling and now - max(one.life.since, one.heard_at) > 6 * self._extend_s
+    def _stuck_at(self, one: Sequence) -> float:
+        """When the relay's last word on a pull is so old that its end must have been lost on the way."""
+        if one.life.phase is not Phase.PULLING or one.copies:
+            return inf
+        return max(one.life.since, one.heard_at) + 3 * self._extend_s + GRACE_S
 
     @property
     def _extend_s(self) -> float:

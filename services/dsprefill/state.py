@@ -9,8 +9,8 @@ Life of a sequence here::
 
 Blocks are taken when the first step begins and given back in one place, ``_drop``. A prompt longer than a step is
 read in chunks, in steps of even size. An offered sequence keeps its blocks until the relay releases the handle, or
-until no relay has known the handle for a whole lease. A release that was lost is made good by another offer after
-two leases, by when a handle that nobody wants would have expired.
+until no relay has known the handle for a whole lease. A release that was lost is made good by asking for it, once a
+lease.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dssched.reading import Reading
 from dssched.steps import ForgetSequence, Made, Run, StartSequence, Stepped
 from dswire.errors import DsError, ErrorInfo, InvalidRequest, Overloaded, TransferFailed
 from dswire.lifecycle import Lifecycle
-from dswire.links import RELAY, ROUTER
+from dswire.links import RELAY, RELAY_SILENCE_S, ROUTER
 from dswire.machine import Send
 from dswire.messages import kv, worker
 from dswire.timers import Timers
@@ -96,7 +96,7 @@ class PrefillState(InstanceState):
         self.config = config
         #: every sequence that is not GONE, in order of arrival
         self.sequences: dict[KvKey, _Sequence] = {}
-        #: for each offered handle: when to offer it again, or while no relay is there, to give it up
+        #: for each offered handle: when to ask whether it is still known, or while no relay is there, to give it up
         self._offers: Timers[KvKey] = Timers()
 
     def validate(self) -> None:
@@ -123,6 +123,11 @@ class PrefillState(InstanceState):
                 one = self.sequences.get(key)
                 if one is not None and one.life.phase is Phase.OFFERED:
                     self._drop(one, now, f"released: {reason}")
+            case kv.KvCancelled(key=key, result="unknown"):
+                # its release was lost
+                one = self.sequences.get(key)
+                if one is not None and one.life.phase is Phase.OFFERED:
+                    self._drop(one, now, "unknown to the relay")
             case kv.KvStage(key=key, chunk=chunk, slot=slot):
                 one = self.sequences.get(key)
                 if one is not None and one.handle is not None:
@@ -277,7 +282,7 @@ class PrefillState(InstanceState):
     def _offer(self, one: _Sequence, handle: KvHandle, now: float) -> None:
         """Offer, for the first time or again; while no relay is there it only begins to run out of patience."""
         joined = self.links.relay.joined
-        self._offers.set(handle.key, now + (2.0 * self._lease_s + 1.0 if joined else self._lease_s))
+        self._offers.set(handle.key, now + (self._lease_s if joined else self._patience_s))
         if joined:
             self._out.append(Send(RELAY, kv.KvOffer(handle)))
             if one.withdrawn:
@@ -286,14 +291,20 @@ class PrefillState(InstanceState):
     def _tick(self, now: float) -> None:
         for key in self._offers.due(now):
             one = self.sequences[key]
-            if self.links.relay.joined and one.handle is not None:
-                self._offer(one, one.handle, now)
+            if self.links.relay.joined:
+                self._offers.set(key, now + self._lease_s)
+                self._out.append(Send(RELAY, kv.KvWithdraw(key) if one.withdrawn else kv.KvHeld(key)))
                 continue
             self._fail_at_router(key, TransferFailed(f"the relay of node {self.config.node} is down").info())
             self._drop(one, now, "no relay for a whole lease")
 
     def _deadline(self) -> float | None:
         return self._offers.next()
+
+    @property
+    def _patience_s(self) -> float:
+        """How long to wait for another relay: a lease in all, the silence of the last one included."""
+        return max(self._lease_s - RELAY_SILENCE_S, 1.0)
 
     @property
     def _lease_s(self) -> float:
@@ -309,7 +320,12 @@ class PrefillState(InstanceState):
             self._out.append(ForgetSequence(one.key))
         del self.sequences[one.key]
 
-    # what the router is told of us
+    # what others are told of us
+
+    def _relay_hello(self) -> kv.KvHello:
+        capacity = self.config.capacity
+        pool = kv.PoolInfo(capacity.layout, self.config.shards, capacity.blocks)
+        return msgspec.structs.replace(super()._relay_hello(), pool=pool)
 
     def _load(self) -> worker.Load:
         waiting = sum(one.life.phase is Phase.QUEUED for one in self.sequences.values())

@@ -7,6 +7,7 @@ are copied once on either side: by libzmq on sending, into the slot on arrival.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import uuid
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ import msgspec
 import structlog
 from zmq.auth.thread import ThreadAuthenticator
 
+from dskv.inspection import inspect_pool
+from dskv.memory import read_rate
 from dskv.segment import Segment
 from dskv.staging import halves
 from dsrelay.events import (
@@ -26,8 +29,13 @@ from dsrelay.events import (
     ChunkArrived,
     Complain,
     End,
+    PathKnown,
+    PoolProved,
+    ProofArrived,
+    ProvePool,
     Ready,
     SendChunk,
+    SendProof,
     StoreChunk,
 )
 from dsrelay.state import RelayConfig, RelayState
@@ -80,7 +88,10 @@ class RelayActor(Actor):
             self._authenticator.stop()
 
     def received(self, peer: str, message: msgspec.Struct, frames: Sequence[bytes]) -> None:
-        """A chunk comes with one raw frame, anything else with none."""
+        """A chunk or a proof comes with one raw frame, anything else with none."""
+        if isinstance(message, kv.KvProof):
+            self.feed(ProofArrived(self.now(), peer, len(frames[0]) if len(frames) == 1 else 0))
+            return
         if not isinstance(message, kv.KvChunk):
             super().received(peer, message, frames)
             return
@@ -100,7 +111,13 @@ class RelayActor(Actor):
                 frame = self._frames[0]
                 self._staging.slot(slot)[: len(frame)] = frame
             case SendChunk():
-                self._send_chunk(action)
+                self._send_bulk(action.peer, action.message, self._staging.slot(action.slot)[: action.nbytes])
+            case SendProof(peer, nbytes):
+                self._send_bulk(peer, kv.KvProof(), self._staging.slot(0)[:nbytes])
+            case ProvePool(owner, pool):
+                self.spawn(self._prove(owner, pool), "proof of a pool")
+            case PathKnown(path):
+                _tell(path)
             case Complain(peer, error):
                 self._complain(peer, error)
             case Ready():
@@ -110,17 +127,32 @@ class RelayActor(Actor):
             case _:
                 super().perform(action)
 
-    def _send_chunk(self, action: SendChunk) -> None:
+    def _send_bulk(self, to: str, message: msgspec.Struct, frame: memoryview) -> None:
         lost: list[str] = []
-        frame = self._staging.slot(action.slot)[: action.nbytes]
-        self._send(Send(action.peer, action.message), [frame], lost)
+        self._send(Send(to, message), [frame], lost)
         for peer in lost:
             self.soon(PeerLost(self.now(), peer))
+
+    async def _prove(self, owner: str, pool: kv.PoolInfo) -> PoolProved:
+        try:
+            inspect_pool(pool.layout, pool.shards, pool.blocks)
+            rate = await asyncio.to_thread(read_rate, pool.layout, pool.shards, pool.blocks)
+        except DsError as error:
+            return PoolProved(self.now(), owner, 0.0, error.info())
+        return PoolProved(self.now(), owner, rate, None)
 
     def _complain(self, peer: str, error: DsError) -> None:
         self.refused += 1
         # a stranger chooses its own identity: it may hold what no terminal or file can show
         log.warning("message refused", peer=ascii(peer), code=error.code, error=ascii(error.message))
+
+
+def _tell(path: kv.PathInfo) -> None:
+    if path.reason:
+        log.warning("a path for KV cannot be used", source=path.source, used=path.transport, why=path.reason)
+    else:
+        rate = f"{(path.bytes_per_s or 0.0) / 1e9:.2f} GB/s"
+        log.info("path for KV", source=path.source, transport=path.transport, rate=rate)
 
 
 def sources_of(topology: Topology, node: str) -> tuple[str, ...]:
@@ -148,6 +180,7 @@ def configure(topology: Topology, name: str) -> RelayConfig:
         transfer_timeout_s=relay.transfer_timeout_s,
         sources=sources,
         direct=topology.transport(relay.node, relay.node) == "shm",
+        prove=True,
     )
 
 

@@ -12,7 +12,7 @@ from typing import TypeAlias
 from dskv.handle import KvKey
 from dswire.errors import DsError, ErrorInfo
 from dswire.machine import PeerLost, Received, Send, Tick
-from dswire.messages.kv import Chunk, KvChunk
+from dswire.messages.kv import Chunk, KvChunk, PathInfo, PoolInfo
 
 ROUTER = "router"
 WORKER = "worker:"
@@ -48,6 +48,29 @@ class Complain:
 
 
 @dataclass(frozen=True, slots=True)
+class SendProof:
+    """Answer a probe with so many bytes of anything."""
+
+    peer: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProvePool:
+    """Map an owner's pool and read some of it; ends with :class:`PoolProved`."""
+
+    owner: str
+    pool: PoolInfo
+
+
+@dataclass(frozen=True, slots=True)
+class PathKnown:
+    """A path was proved, or cannot be used: log it."""
+
+    path: PathInfo
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """The router knows us."""
 
@@ -74,5 +97,25 @@ class ChunkArrived:
     nbytes: int
 
 
-Action: TypeAlias = Send | StoreChunk | SendChunk | Complain | Ready | End
-Event: TypeAlias = Received | Tick | PeerLost | ChunkArrived
+@dataclass(frozen=True, slots=True)
+class ProofArrived:
+    """The bytes of a probe came from another relay."""
+
+    now: float
+    peer: str
+    #: length of the one raw frame; 0 when there was not exactly one
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolProved:
+    """An owner's pool was read, or cannot be."""
+
+    now: float
+    owner: str
+    bytes_per_s: float
+    error: ErrorInfo | None
+
+
+Action: TypeAlias = Send | StoreChunk | SendChunk | SendProof | ProvePool | PathKnown | Complain | Ready | End
+Event: TypeAlias = Received | Tick | PeerLost | ChunkArrived | ProofArrived | PoolProved

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from dskv.handle import KvKey
+from dskv.handle import KvHandle, KvKey
 from dskv.staging import StagingSlots
 from dsrelay.direct import DirectReaders
 from dsrelay.events import (
@@ -25,11 +25,15 @@ from dsrelay.events import (
     Complain,
     End,
     Event,
+    PoolProved,
+    ProofArrived,
     Ready,
+    SendProof,
 )
 from dsrelay.incoming import IncomingTransfers
 from dsrelay.ledger import Ask, CancelResult, Ledger
 from dsrelay.outgoing import Copy, OutgoingTransfers
+from dsrelay.paths import Paths
 from dsrelay.registry import Fetchers, Workers
 from dswire.errors import ProtocolError, TransferFailed
 from dswire.machine import PeerLost, Received, Send, Tick
@@ -56,6 +60,8 @@ class RelayConfig:
     sources: tuple[str, ...]
     #: whether readers of this node may copy straight from owners of this node
     direct: bool
+    #: try every path with a small transfer
+    prove: bool = False
 
 
 class RelayState:
@@ -71,6 +77,7 @@ class RelayState:
         self.fetchers = Fetchers()
         self.ledger = Ledger(config.node, config.lease_s, self._out)
         self.direct = DirectReaders(self._out)
+        self.paths = Paths(config.node, config.slot_nbytes, self._out)
         sending: StagingSlots[Copy] = StagingSlots(0, config.sending_slots)
         self.outgoing = OutgoingTransfers(self.ledger, sending, config.slot_nbytes, timeout_s, timeout_s, self._out)
         receiving: StagingSlots[KvKey] = StagingSlots(config.sending_slots, config.receiving_slots)
@@ -89,6 +96,10 @@ class RelayState:
                 self._received(now, peer, message)
             case ChunkArrived():
                 self.incoming.arrived(event)
+            case ProofArrived():
+                self.paths.arrived(event)
+            case PoolProved(owner=owner, bytes_per_s=rate, error=error):
+                self.paths.mapped(owner, rate, error, stand_in=self.config.node in self.config.sources)
             case Tick(now):
                 self._tick(now)
             case PeerLost(now, peer):
@@ -171,7 +182,7 @@ class RelayState:
         match message:
             case kv.KvPull(handle=handle):
                 self._extend(now, peer, ((handle.key, handle.node),))
-                if self.config.direct and handle.node == self.config.node:
+                if self._may_read(handle):
                     self.ledger.ask(now, Ask(peer, handle.key, self.direct, handle))
                 else:
                     self.incoming.pull(now, peer, handle)
@@ -192,6 +203,13 @@ class RelayState:
                 self._extend(now, peer, wanted)
             case _:
                 self._out.append(Complain(peer, _unexpected(message)))
+
+    def _may_read(self, handle: KvHandle) -> bool:
+        """Whether readers of this node copy straight from the owner's segment."""
+        config = self.config
+        if handle.node != config.node or not config.direct:
+            return False
+        return self.paths.direct(handle.owner) or config.node not in config.sources
 
     def _again(self, now: float, peer: str, key: KvKey) -> None:
         if self.incoming.again(now, peer, key):
@@ -223,6 +241,8 @@ class RelayState:
                 self.outgoing.credit(now, peer, key)
             case kv.KvFetched():
                 self.outgoing.ended(now, peer, message)
+            case kv.KvProbe(nbytes=nbytes):
+                self._out.append(SendProof(peer, max(0, min(nbytes, self.config.slot_nbytes))))
             case kv.KvExtend(wanted=wanted):
                 for key, node in wanted:
                     if node == self.config.node:
@@ -233,7 +253,7 @@ class RelayState:
     def _from_source(self, now: float, peer: str, message: msgspec.Struct) -> None:
         match message:
             case worker.HelloWanted():
-                self._out.append(Send(peer, self._relay_hello()))
+                self._greet(now, peer.removeprefix(RELAY))
                 self.incoming.source_restarted(now, peer)
             case kv.KvFetchFailed(key=key, error=error):
                 self.incoming.source_failed(now, peer, key, error)
@@ -256,7 +276,13 @@ class RelayState:
         if not self._begun:
             self._begun = True
             self._out += self.router.hello(now)
-            self._out += [Send(RELAY + node, self._relay_hello()) for node in self.config.sources]
+            for node in self.config.sources:
+                self._greet(now, node)
+
+    def _greet(self, now: float, node: str) -> None:
+        self._out.append(Send(RELAY + node, self._relay_hello()))
+        if self.config.prove:
+            self.paths.ask(now, node)
 
     def _hello(self, now: float, peer: str, hello: kv.KvHello) -> None:
         error = self.workers.refusal(peer, hello)
@@ -276,11 +302,14 @@ class RelayState:
             config.name, config.incarnation, config.lease_s, config.staging, slots, config.slot_nbytes
         )
         self._out.append(Send(peer, welcome))
+        if hello.pool is not None and config.direct and config.prove:
+            self.paths.map(peer.removeprefix(WORKER), hello.pool)
 
     def _worker_lost(self, now: float, peer: str) -> None:
         if self.workers.leave(peer):
             self._reader_lost(now, peer)
             self.ledger.owner_lost(now, peer.removeprefix(WORKER))
+            self.paths.forget(peer.removeprefix(WORKER))
 
     def _reader_lost(self, now: float, peer: str) -> None:
         self.incoming.reader_lost(now, peer)
@@ -294,6 +323,8 @@ class RelayState:
             self.outgoing.fetcher_lost(now, peer)
         elif peer.startswith(RELAY):
             self.incoming.source_lost(now, peer)
+            node = peer.removeprefix(RELAY)
+            self.paths.lost(node, TransferFailed(f"the relay of node {node} cannot be reached").info())
         # the router: its queue is full; another hello is due when it was silent for its lease
 
     def _tick(self, now: float) -> None:
@@ -321,6 +352,7 @@ class RelayState:
             left_off=len(self.ledger.handles) - len(handles),
             slots_held=self.outgoing.slots.held + self.incoming.slots.held,
             slots=config.sending_slots + config.receiving_slots,
+            paths=tuple(self.paths.known.values()),
         )
 
     def _load(self) -> worker.Load:

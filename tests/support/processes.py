@@ -364,6 +364,8 @@ class DecodeProcess(InstanceProcess):
                 contents = self.world.memory.slot(welcome.staging, action.slot)
                 self._receive(handle, action.blocks[chunk.first : chunk.first + chunk.count], contents)
                 error = self._verify(handle, action.blocks) if action.last else None
+            if error is not None:
+                self._due.pop(handle.key, None)
             return decode.CopyEnded(self.now, handle.key, chunk, action.last, error)
 
         self.copy("chunk", end)

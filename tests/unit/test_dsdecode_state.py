@@ -184,6 +184,9 @@ def test_wrong_kv_is_told_to_both_sides(desk: Desk) -> None:
     desk.say("relay", kv.KvGrant(key))
     error = KvCorrupt("it is not what was sealed").info()
     desk.feed(CopyEnded(desk.now, key, None, True, error))
+    assert desk.actions == [Send("relay", kv.KvAgain(key))], "once more, from the source"
+    desk.say("relay", kv.KvGrant(key))
+    desk.feed(CopyEnded(desk.now, key, None, True, error))
     assert desk.told("relay", kv.KvPulled) == [kv.KvPulled(key, error)]
     assert desk.told("relay", kv.KvAbort) == []
     assert desk.failures() == [(key, "kv_corrupt")]
@@ -198,10 +201,18 @@ def test_a_pull_that_the_relay_gives_up_fails(desk: Desk) -> None:
     assert desk.state.pool.held == 0
 
 
-def test_a_pull_of_which_nothing_is_heard_for_two_leases_fails(desk: Desk) -> None:
+def test_wrong_kv_that_is_right_the_second_time_runs(desk: Desk) -> None:
+    key = desk.work("r")
+    desk.say("relay", kv.KvGrant(key))
+    desk.feed(CopyEnded(desk.now, key, None, True, KvCorrupt("it is not what was sealed").info()))
+    desk.land(key)
+    assert desk.phase(key) is Phase.RUNNING
+
+
+def test_a_pull_of_which_nothing_is_heard_for_a_lease_fails(desk: Desk) -> None:
     key = desk.work("r")
     failures: list[tuple[KvKey, str]] = []
-    for _ in range(int(2 * LEASE_S) + 11):
+    for _ in range(int(LEASE_S) + 1):
         desk.now += 1.0
         desk.say("relay", kv.KvPing())
         desk.ping()

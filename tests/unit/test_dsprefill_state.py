@@ -13,7 +13,7 @@ from dsprefill.events import Seal, Sealed, StageChunk, Staged
 from dsprefill.state import Phase, PrefillConfig, PrefillState
 from dssched.steps import Made, RunStep, Stepped
 from dswire.errors import EngineFailed, ErrorInfo
-from dswire.links import End, Ready
+from dswire.links import RELAY_SILENCE_S, End, Ready
 from dswire.machine import PeerLost, Received, Send, Tick
 from dswire.messages import PROTOCOL, kv, worker
 from dswire.messages.client import Sampling
@@ -25,6 +25,7 @@ MessageT = TypeVar("MessageT", bound=msgspec.Struct)
 MODEL = worker.ModelIdentity("tiny", "f", "float16")
 LEASE_S = 30.0
 POOL = shards(LAYOUT, 1, 1, ["/pool"])
+HELLO = kv.KvHello(PROTOCOL, "prefill-0", "1", kv.PoolInfo(LAYOUT, POOL, 16))
 
 
 class Desk:
@@ -121,7 +122,7 @@ def test_it_says_who_it_is() -> None:
     hello = worker.WorkerHello(PROTOCOL, "prefill-0", "prefill", "n0", "1", MODEL, worker.Capacity(16, LAYOUT))
     assert desk.actions == [Send("router", hello)]
     desk.say("router", worker.WorkerWelcome("router-0", "1", 5.0))
-    assert desk.actions == [Send("relay", kv.KvHello(PROTOCOL, "prefill-0", "1")), Ready()]
+    assert desk.actions == [Send("relay", HELLO), Ready()]
 
 
 def test_a_refusal_ends_it() -> None:
@@ -339,7 +340,7 @@ def test_a_relay_that_is_back_gets_its_offers_again(desk: Desk) -> None:
     kept, withdrawn = desk.offered("a"), desk.offered("b")
     desk.say("router", worker.Abort(withdrawn))
     desk.say("relay", worker.HelloWanted())
-    assert desk.actions == [Send("relay", kv.KvHello(PROTOCOL, "prefill-0", "1"))]
+    assert desk.actions == [Send("relay", HELLO)]
     desk.say("relay", kv.KvWelcome("relay-n0", "2", LEASE_S, "/staging", 4, 64))
     told = [send.message for send in desk.did(Send)]
     assert [(type(one).__name__, getattr(one, "key", None) or one.handle.key) for one in told] == [  # type: ignore[attr-defined]
@@ -358,10 +359,10 @@ def test_what_is_sealed_while_the_relay_is_away_is_offered_later(desk: Desk) -> 
     assert [one.handle.key for one in desk.told("relay", kv.KvOffer)] == [key]
 
 
-def test_without_a_relay_for_a_lease_a_handle_is_given_up(desk: Desk) -> None:
+def test_a_relay_that_says_nothing_for_a_lease_loses_its_handles(desk: Desk) -> None:
     key = desk.offered()
     desk.feed(PeerLost(desk.now, "relay"))
-    desk.now += LEASE_S - 0.1
+    desk.now += LEASE_S - RELAY_SILENCE_S - 0.1
     desk.feed(Tick(desk.now))
     assert key in desk.state.sequences
     desk.now += 0.1
@@ -372,16 +373,21 @@ def test_without_a_relay_for_a_lease_a_handle_is_given_up(desk: Desk) -> None:
     assert desk.state.pool.held == 0
 
 
-def test_an_offer_without_an_answer_is_made_again_after_two_leases(desk: Desk) -> None:
-    key = desk.offered()
-    for _ in range(int(2 * LEASE_S) + 1):
+def test_a_release_that_was_lost_is_asked_for_after_a_lease(desk: Desk) -> None:
+    kept, withdrawn = desk.offered("a"), desk.offered("b")
+    desk.say("router", worker.Abort(withdrawn))
+    for _ in range(int(LEASE_S)):
         desk.now += 1.0
         desk.say("relay", kv.KvPing())
         desk.ping()
-        assert desk.told("relay", kv.KvOffer) == []
+        assert desk.told("relay", kv.KvHeld) == []
     desk.feed(Tick(desk.now))
-    assert [one.handle.key for one in desk.told("relay", kv.KvOffer)] == [key]
-    assert desk.state.next_deadline() is not None
+    assert [send.message for send in desk.did(Send)] == [kv.KvHeld(kept), kv.KvWithdraw(withdrawn)]
+    desk.say("relay", kv.KvRelease(kept, "lost"))
+    desk.say("relay", kv.KvCancelled(withdrawn, "in_flight_quarantined"))
+    assert list(desk.state.sequences) == [withdrawn]
+    desk.say("relay", kv.KvCancelled(withdrawn, "unknown"))
+    assert desk.state.pool.held == 0
 
 
 def test_its_load(desk: Desk) -> None:

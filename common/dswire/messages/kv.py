@@ -12,6 +12,8 @@ from typing import TypeAlias
 import msgspec
 
 from dskv.handle import KvHandle, KvKey
+from dskv.layout import KvLayout
+from dskv.shards import KvShard
 from dswire.errors import ErrorInfo
 from dswire.messages.worker import HelloWanted
 
@@ -27,6 +29,15 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     count: int
 
 
+class PoolInfo(msgspec.Struct, frozen=True):
+    """Where the KV of an owner lies."""
+
+    layout: KvLayout
+    shards: tuple[KvShard, ...]
+    #: in each of the shards
+    blocks: int
+
+
 # worker -> its relay
 
 
@@ -36,6 +47,8 @@ class KvHello(msgspec.Struct, frozen=True, tag=True):
     protocol: int
     name: str
     incarnation: str
+    #: of those that offer KV: the relay proves that it can be read
+    pool: PoolInfo | None = None
 
 
 class KvPong(msgspec.Struct, frozen=True, tag=True):
@@ -172,6 +185,19 @@ class HandleInfo(msgspec.Struct, frozen=True):
     lease_left_s: float
 
 
+class PathInfo(msgspec.Struct, frozen=True):
+    """How KV comes to a node from one of its sources."""
+
+    #: an owner of the node, or the node of another relay
+    source: str
+    #: "shm" or "tcp"
+    transport: str
+    #: as a small transfer at start-up had it; None while none has come to its end
+    bytes_per_s: float | None = None
+    #: why a better path cannot be used, or this one cannot; "" where all is well
+    reason: str = ""
+
+
 class KvListing(msgspec.Struct, frozen=True, tag=True):
     """What a relay holds; the oldest handles first."""
 
@@ -183,6 +209,7 @@ class KvListing(msgspec.Struct, frozen=True, tag=True):
     #: staging slots in use, and all of them
     slots_held: int
     slots: int
+    paths: tuple[PathInfo, ...] = ()
 
 
 class KvStage(msgspec.Struct, frozen=True, tag=True):
@@ -236,6 +263,12 @@ class KvFetch(msgspec.Struct, frozen=True, tag=True):
     again: bool = False
 
 
+class KvProbe(msgspec.Struct, frozen=True, tag=True):
+    """Send so many bytes, a slot at most: the path is tried."""
+
+    nbytes: int
+
+
 class KvCredit(msgspec.Struct, frozen=True, tag=True):
     """One more chunk may be sent."""
 
@@ -257,6 +290,10 @@ class KvChunk(msgspec.Struct, frozen=True, tag=True):
 
     key: KvKey
     chunk: Chunk
+
+
+class KvProof(msgspec.Struct, frozen=True, tag=True):
+    """Answer to :class:`KvProbe`; the bytes are the one raw frame that follows."""
 
 
 class KvFetchFailed(msgspec.Struct, frozen=True, tag=True):
@@ -294,5 +331,5 @@ ToKvWorker: TypeAlias = (
     | KvChunkReady
     | KvFailed
 )
-FromFetcher: TypeAlias = RelayHello | KvFetch | KvCredit | KvFetched | KvExtend | KvList
-ToFetcher: TypeAlias = HelloWanted | KvChunk | KvFetchFailed | KvListing
+FromFetcher: TypeAlias = RelayHello | KvFetch | KvCredit | KvFetched | KvExtend | KvList | KvProbe
+ToFetcher: TypeAlias = HelloWanted | KvChunk | KvProof | KvFetchFailed | KvListing
