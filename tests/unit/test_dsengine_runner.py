@@ -187,6 +187,9 @@ def test_steps_mix_chunks_and_single_tokens(model_dir: Path, kernels: bool) -> N
     engine = Engine(engine_config(model_dir, kernels=kernels))
     prompts = [prompt_of(length) for length in (40, 3, 100)]
     expected = generate(engine, prompts, 8, MIXED[:3])
+    other = Engine(engine_config(model_dir, kernels=kernels))
+    # nothing is drawn in the very first step
+    assert other.step([StepItem(prompts[2][:9], 0, range(10), None)]) == [None]
     run = Run(engine)
     run.prefill(prompts[:2], MIXED[:2])
     blocks, sampler = list(range(40, 50)), engine.sampler(MIXED[2], prompts[2], [])
@@ -201,7 +204,6 @@ def test_steps_mix_chunks_and_single_tokens(model_dir: Path, kernels: bool) -> N
     assert first[2] is not None
     assert first[2].token == expected[2][0]
     assert [run.tokens(row) for row in (0, 1)] == [tokens[:6] for tokens in expected[:2]]
-    assert engine.step([StepItem(prompts[2][:9], 0, blocks, None)]) == [None]
 
 
 @pytest.mark.parametrize(

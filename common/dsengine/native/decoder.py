@@ -79,7 +79,7 @@ class NativeDecoder:
         self._ropes: dict[Rope, tuple[int, int]] = {}
         self._max_len = max_len
         self._vocab = parts.arch.vocab_size
-        self._logits = torch.empty(0)
+        self._logits = torch.empty((0, padded(self._vocab)))
         model = self._model(parts)
         parts.finish()
         self._session = library.open(model, threads)
