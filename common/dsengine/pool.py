@@ -36,6 +36,7 @@ class KvPool:
         self.segment: Segment | None = None
         if segment is not None:
             self.segment = Segment.create(segment, num_blocks, layout.block_nbytes)
+            self.segment.warm()
             flat = torch.frombuffer(self.segment.buffer, dtype=DTYPES[layout.dtype])
         else:
             flat = _allocate(num_blocks * layout.block_nbytes, DTYPES[layout.dtype], device)

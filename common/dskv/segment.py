@@ -2,21 +2,29 @@
 
 Invariants: the creator owns the file, keeps it locked while it lives, and unlinks it on ``close``; whoever opened
 it only unmaps. A file whose creator was killed stays behind: the next creator of the same path replaces it, and the
-supervisor removes the run's directory. The file is sparse until written, and its size is exactly
+supervisor removes the run's directory. The file is sparse until written or warmed, and its size is exactly
 ``slots * slot_nbytes``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import fcntl
 import mmap
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import xxhash
 
 from dswire.errors import DuplicateName, OutOfMemory, TransferFailed
+
+#: ``linux/mman.h``: have the pages of a range, as writing would; since Linux 5.14
+_MADV_POPULATE_WRITE = 23
+#: what is asked for at once
+_WARM_NBYTES = 2 << 20
 
 
 class Segment:
@@ -29,6 +37,8 @@ class Segment:
         self._map = mapped
         self._view = memoryview(mapped)
         self._owner = owner
+        self._cooling = threading.Event()
+        self._warming: threading.Thread | None = None
 
     @classmethod
     def create(cls, path: Path, slots: int, slot_nbytes: int) -> Segment:
@@ -101,6 +111,35 @@ class Segment:
         for theirs, mine in pairs:
             self.slot(mine)[:] = source.slot(theirs)
 
+    def warm(self) -> None:
+        """Begin to have all pages, in a thread: the first write to a fresh page costs several times the copy.
+
+        Nothing depends on its end; where the system cannot, pages come as they are written.
+        """
+        self._warming = threading.Thread(target=self._populate, name="warm", daemon=True)
+        self._warming.start()
+
+    def warmed(self, timeout_s: float) -> bool:
+        """Wait until :meth:`warm` is through; whether it is."""
+        if self._warming is not None:
+            self._warming.join(timeout_s)
+        return self._warming is None or not self._warming.is_alive()
+
+    def _populate(self) -> None:
+        # unlike mmap.madvise, a call by ctypes lets the other threads run
+        madvise = ctypes.CDLL(None).madvise
+        first = ctypes.c_char.from_buffer(self._map)
+        nbytes = self.slots * self.slot_nbytes
+        with contextlib.suppress(OSError), self.path.open("rb+") as file:
+            for at in range(0, nbytes, _WARM_NBYTES):
+                if self._cooling.is_set():
+                    return
+                length = min(_WARM_NBYTES, nbytes - at)
+                # pages for the file first: that holds up nobody, mapping holds up who maps
+                os.posix_fallocate(file.fileno(), at, length)
+                place = ctypes.c_void_p(ctypes.addressof(first) + at)
+                madvise(place, ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
+
     def unlink(self) -> None:
         """Remove the file, if it is ours; the mapping stays usable."""
         if self._owner:
@@ -112,6 +151,9 @@ class Segment:
 
         A tensor that still looks at the mapping keeps the pages (not the file) until it is gone.
         """
+        self._cooling.set()
+        if self._warming is not None:
+            self._warming.join()
         self._view.release()
         self.unlink()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,23 @@ def test_a_replaced_file_is_mapped_anew(tmp_path: Path) -> None:
     assert bytes(cache.get(path, 4, 64).slot(1)[:1]) == b"2"
     cache.close()
     second.close()
+
+
+def test_warming_has_all_pages_and_changes_no_byte(tmp_path: Path) -> None:
+    path = tmp_path / "pool.kv"
+    made = Segment.create(path, 5, 1_000_000)
+    made.slot(3)[:3] = b"abc"
+    made.warm()
+    assert made.warmed(60.0)
+    assert path.stat().st_blocks * 512 >= 5_000_000
+    assert bytes(made.slot(3)[:4]) == b"abc\0"
+    made.close()
+
+
+def test_closing_ends_the_warming(tmp_path: Path) -> None:
+    before = threading.active_count()
+    made = Segment.create(tmp_path / "pool.kv", 64, 1_000_000)
+    made.warm()
+    made.close()
+    assert threading.active_count() == before
+    assert not list(tmp_path.iterdir())
