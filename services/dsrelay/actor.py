@@ -156,9 +156,16 @@ def _tell(path: kv.PathInfo) -> None:
 
 
 def sources_of(topology: Topology, node: str) -> tuple[str, ...]:
-    """Nodes whose KV comes to ``node`` by TCP."""
+    """Nodes whose KV comes to ``node`` by TCP: those of owners, where this one has a reader."""
+    if "decode" not in _roles(topology, node):
+        return ()
     reachable = (relay.node for relay in topology.relays if relay.data_connect is not None)
-    return tuple(other for other in reachable if topology.transport(other, node) == "tcp")
+    owners = (other for other in reachable if "prefill" in _roles(topology, other))
+    return tuple(other for other in owners if topology.transport(other, node) == "tcp")
+
+
+def _roles(topology: Topology, node: str) -> set[str]:
+    return {instance.role for instance in topology.instances if instance.node == node}
 
 
 def configure(topology: Topology, name: str) -> RelayConfig:
@@ -166,7 +173,8 @@ def configure(topology: Topology, name: str) -> RelayConfig:
     relay = topology.relay(name)
     sources = sources_of(topology, relay.node)
     # where nothing goes by TCP the staging is never used: then do not ask the host for all of it
-    nbytes = relay.staging_nbytes if sources else 2 * relay.slot_nbytes
+    sends = any(relay.node in sources_of(topology, other.node) for other in topology.relays)
+    nbytes = relay.staging_nbytes if sources or sends else 2 * relay.slot_nbytes
     sending, receiving = halves(nbytes, relay.slot_nbytes)
     return RelayConfig(
         name=name,
@@ -179,7 +187,7 @@ def configure(topology: Topology, name: str) -> RelayConfig:
         lease_s=relay.lease_s,
         transfer_timeout_s=relay.transfer_timeout_s,
         sources=sources,
-        direct=topology.transport(relay.node, relay.node) == "shm",
+        direct="decode" in _roles(topology, relay.node) and topology.transport(relay.node, relay.node) == "shm",
         prove=True,
     )
 

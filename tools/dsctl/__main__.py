@@ -22,6 +22,8 @@ COMMANDS = {
     "down": ("dsctl.down:command", "Stop what `up` started, in order."),
     "status": ("dsctl.status:command", "Show what runs, and how it does."),
     "logs": ("dsctl.logs:command", "Show or follow the processes' logs."),
+    "kv": ("dsctl.kv:command", "List the KV that is being handed over."),
+    "check": ("dsctl.kv:check", "Tell by which path KV moves, and how fast."),
     "health": ("dsctl.health:command", "Tell whether one process serves (for containers)."),
     "generate": ("dsctl.generate:command", "Continue a prompt, streamed."),
     "chat": ("dsctl.chat:command", "Talk to the model in the terminal."),
