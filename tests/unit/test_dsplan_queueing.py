@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsplan import capacity
-from dsplan.goodput import Counts, Slo, Workload, counts, goodput, make_workload
+from dsplan.errors import PlanInput
+from dsplan.goodput import Counts, Slo, Units, Workload, counts, experience, goodput, make_workload
 from dsplan.queueing import DecodeUnit, PrefillUnit, Request, inter_op, intra_op, serve, single
 
 
@@ -27,6 +29,9 @@ class Constant:
 
     def decode_step_s(self, batch: int, tokens: int) -> float:
         return self.decode_s
+
+    def mixed_stage_s(self, tokens: float, squares: float, count: int, batch: int, context: float) -> float:
+        return self.prefill_s if tokens else self.decode_s
 
 
 @pytest.mark.parametrize(
@@ -137,9 +142,25 @@ def test_goodput_finds_the_step_and_its_interval() -> None:
 
 def test_attainment_is_of_both_objectives_by_the_same_request() -> None:
     workload = Workload("two", tuple((float(i), 512 if i % 2 else 100, 2 if i % 3 else 1) for i in range(2000)))
-    seen = counts(workload, 0.001, Slo(1.0, 0.012), [PrefillUnit(Constant(), 512)], [_decode()])
+    seen = counts(workload, 0.001, Slo(1.0, 0.012), Units((PrefillUnit(Constant(), 512),), (_decode(),)))
     assert seen.hits + seen.ttft_misses + seen.tpot_misses == seen.count
     assert seen.tpot_misses > 0
+
+
+def test_percentiles_and_attainment_of_one_run_agree() -> None:
+    workload = Workload("same", tuple((float(i), 200, 11) for i in range(1000)))
+    slo, units = Slo(0.21, 0.011), Units((PrefillUnit(Constant(), 512),), (_decode(),))
+    seen = experience(workload, 1.0, slo, units)
+    assert seen.share == counts(workload, 1.0, slo, units).share == 1.0
+    assert seen.ttft_s == pytest.approx({50: 0.2, 90: 0.2, 99: 0.2})
+    assert seen.tpot_s[50] == pytest.approx(0.0105)
+
+
+def test_a_handful_of_requests_is_no_workload(tmp_path: Path) -> None:
+    path = tmp_path / "few.csv"
+    path.write_text("prompt_tokens,output_tokens\n" + "10,10\n" * 5)
+    with pytest.raises(PlanInput, match="has 5 requests"):
+        make_workload(str(path))
 
 
 def test_workloads_are_the_same_for_the_same_seed() -> None:

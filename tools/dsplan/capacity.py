@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dsplan.latency import Instance
 from dsplan.queueing import UNLIMITED, DecodeUnit, PrefillUnit, Request
 from dssched.batching import prefill_batch
 
@@ -39,3 +40,22 @@ def decode_rate(unit: DecodeUnit, requests: Sequence[Request]) -> float:
     sizes = {most} | {1 << power for power in range(most.bit_length())}
     pace = max(batch / unit.instance.decode_step_s(batch, int(batch * context)) for batch in sizes)
     return pace * len(requests) / steps
+
+
+#: requests of the one step of :func:`mixed_rate`
+MANY = 64
+
+
+def mixed_rate(instance: Instance, requests: Sequence[Request]) -> float:
+    """Requests a second at which the work of many, reading and making all their tokens, is one step without limits.
+
+    An upper bound for steps of any budget and batch: smaller steps only share less of what is fixed.
+    """
+    count = len(requests)
+    prompt = sum(prompt for _, prompt, _ in requests) / count
+    squares = sum(prompt * prompt for _, prompt, _ in requests) / count
+    steps = sum(output - 1 for _, _, output in requests) / count
+    context = sum((output - 1) * (prompt + output / 2) for _, prompt, output in requests) / count
+    many = (MANY * one for one in (prompt, squares, 1, steps, context))
+    tokens, squares, finished, batch, held = many
+    return MANY / instance.mixed_stage_s(tokens, squares, int(finished), int(batch), held)

@@ -1,8 +1,7 @@
 """The chosen placement in the simulator: the servers' own schedulers, message by message.
 
 A run at the goodput that the search found; where too few requests meet their objectives there, a few more below,
-for the highest rate at which enough do. Only placements without pipeline stages, which the simulator does not know
-yet.
+for the highest rate at which enough do. The best of another mode, the runner-up, is run at its own goodput.
 """
 
 from __future__ import annotations
@@ -14,14 +13,16 @@ from pathlib import Path
 
 from dsplan.latency import Steps
 from dsplan.memory import BLOCK_TOKENS
-from dsplan.planner import Plan
+from dsplan.placement import Placement, Plan
 from dsplan.topology_file import text
+from dswire.errors import DsError
 
 
 @dataclass(frozen=True, slots=True)
 class Confirmation:
     """Joint attainment in the simulator at a rate, with its 95 % interval."""
 
+    mode: str
     requests: int
     rate: float
     attainment: float
@@ -29,14 +30,32 @@ class Confirmation:
     high: float
 
 
-def simulable(plan: Plan) -> bool:
-    """Whether the simulator can run the placement."""
-    chosen = plan.chosen
-    return chosen.prefill.parallel.pp == chosen.decode.parallel.pp == 1 and chosen.goodput.rate > 0
-
-
 #: halvings of the range between no load and the search's goodput
 HALVINGS = 4
+
+
+def checked(plan: Plan, requests: int) -> list[Confirmation]:
+    """The choice at the highest rate that the simulator agrees to, and the runner-up; notes say what it thinks."""
+    found = []
+    try:
+        runs = confirmations(plan, requests)
+    except DsError as error:
+        plan.notes.append(f"not checked in the simulator: {error.message}")
+        return []
+    found.append(agreed(plan, runs))
+    chosen = plan.chosen
+    if found[0].rate < chosen.goodput.rate:
+        plan.notes.append(
+            f"the simulator is less hopeful: {runs[0].attainment:.1%} at {runs[0].rate:.3g} requests/s, and its "
+            f"own goodput is about {found[0].rate:.3g} ({found[0].rate / chosen.spec.devices:.3g} a device)"
+        )
+    rival = next((one for one in plan.placements if one.spec.mode != chosen.spec.mode), None)
+    if rival is not None:
+        try:
+            found.append(confirm(plan, requests, rival.goodput.rate, rival))
+        except DsError as error:
+            plan.notes.append(f"mode {rival.spec.mode} was not checked in the simulator: {error.message}")
+    return found
 
 
 def confirmations(plan: Plan, requests: int) -> list[Confirmation]:
@@ -57,8 +76,11 @@ def agreed(plan: Plan, runs: Sequence[Confirmation]) -> Confirmation:
     return max(good, key=lambda one: one.rate) if good else max(runs, key=lambda one: one.attainment)
 
 
-def confirm(plan: Plan, requests: int, rate: float) -> Confirmation:
-    """Simulate ``requests`` of the same workload on the placement. Links are the device table's."""
+def confirm(plan: Plan, requests: int, rate: float, one: Placement | None = None) -> Confirmation:
+    """Simulate ``requests`` of the same workload on the choice, or on ``one``. Links are the device table's.
+
+    Raises :class:`DsError` for what the simulator or a topology does not know.
+    """
     from dskv.layout import KvLayout
     from dssim.statistics import summarize
     from dssim.system import System
@@ -70,22 +92,24 @@ def confirm(plan: Plan, requests: int, rate: float) -> Confirmation:
     question, shape = plan.question, plan.question.shape
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "topology.yaml"
-        path.write_text(text(plan), encoding="utf-8")
+        path.write_text(text(plan, one), encoding="utf-8")
         topology = load(path, {"DS_RUN_DIR": directory, "DS_HOME": directory, "DS_KEYS_DIR": directory})
     layout = KvLayout(shape.layers, shape.kv_heads, shape.head_dim, BLOCK_TOKENS, topology.model.dtype)
-    device = question.device
+    devices = [kind.device for kind in question.kinds]
     system = System(
         topology,
         layout,
-        lambda instance: Steps(question.latency.instance(instance.tp, instance.pp)),
+        lambda instance: Steps(
+            question.kinds[0 if instance.role == "prefill" else -1].latency.instance(instance.tp, instance.pp)
+        ),
         FlatTransfer(
             seal_bytes_per_s=0.0,
-            copy_bytes_per_s=device.node_bytes_per_s,
-            network_bytes_per_s=device.network_bytes_per_s,
+            copy_bytes_per_s=min(device.node_bytes_per_s for device in devices),
+            network_bytes_per_s=min(device.network_bytes_per_s for device in devices),
         ),
     )
     arrivals = [Arrival(at / rate, prompt, output) for at, prompt, output in question.workload.requests[:requests]]
     run = system.run(arrivals)
     slo = resolved.Slo(question.slo.ttft_s, question.slo.tpot_s, question.slo.attainment)
     found = summarize(run.records, slo, run.simulated_s).attainment
-    return Confirmation(len(arrivals), rate, found.value, found.low, found.high)
+    return Confirmation(topology.mode, len(arrivals), rate, found.value, found.low, found.high)

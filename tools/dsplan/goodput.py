@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from random import Random
 
 from dsplan.errors import PlanInput
-from dsplan.queueing import DecodeUnit, PrefillUnit, Request, serve
+from dsplan.mixed import MixedUnit, serve_mixed
+from dsplan.queueing import DecodeUnit, PrefillUnit, Request, Served, serve
 
 #: relative width at which a bisection stops
 PRECISION = 0.02
 #: requests of a run at low rates, and those drawn, which high rates use to last long enough
 LEAST_REQUESTS, MOST_REQUESTS = 1000, 12_000
+#: requests of a file that are enough to plan for
+FEWEST_ROWS = 50
 #: a run lasts this many times a mean output at the TPOT objective, or the batch of decode would not fill up
 RESIDENCES = 4.0
 #: rates below are taken for zero, and above are not looked at: requests a second
@@ -93,28 +95,42 @@ class Workload:
         return max(prompt + output for _, prompt, output in self.requests)
 
 
-def make_workload(name: str, count: int = MOST_REQUESTS, seed: int = 0) -> Workload:
-    """Poisson arrivals; lengths by name of a shipped histogram, or ``fixed:IN,OUT``. Raises :class:`BadInput`."""
-    from dssim import workload
+def make_workload(
+    name: str, count: int = MOST_REQUESTS, seed: int = 0, arrival: str = "poisson", cv: float = 1.0
+) -> Workload:
+    """A workload by any name that :mod:`dssim.wish` knows, at one request a second. Raises :class:`BadInput`."""
+    from dssim.wish import Wish, make
 
-    lengths, wait = Random(seed), Random(~seed)
-    if name.startswith("fixed:"):
-        parts = name.removeprefix("fixed:").split(",")
-        if len(parts) != 2 or not all(part.isdecimal() and len(part) < 8 for part in parts):
-            raise PlanInput(f"--workload {name!r} is not understood", remedy="write fixed:IN,OUT, in tokens")
-        drawn = workload.fixed(int(parts[0]), int(parts[1]))
-    else:
-        drawn = workload.histogram(name, lengths)
-    made = workload.arrivals(workload.gaps("poisson", 1.0, wait), drawn, count)
+    made = make(Wish(name, 1.0, count, arrival, cv, seed))
+    if len(made) < FEWEST_ROWS:
+        raise PlanInput(
+            f"workload {name} has {len(made)} requests: too few to tell a share of them",
+            remedy=f"give {FEWEST_ROWS} or more, or write like:{name} for any number of such lengths",
+        )
     return Workload(name, tuple((one.at_s, one.prompt_tokens, one.output_tokens) for one in made))
 
 
-def counts(
-    workload: Workload, rate: float, slo: Slo, prefill: Sequence[PrefillUnit], decode: Sequence[DecodeUnit]
-) -> Counts:
-    """One run of the queueing oracle."""
+@dataclass(frozen=True, slots=True)
+class Units:
+    """The replicas of a system: ``prefill`` and ``decode``, or ``mixed`` with or without ``prefill``."""
+
+    prefill: tuple[PrefillUnit, ...] = ()
+    decode: tuple[DecodeUnit, ...] = ()
+    mixed: tuple[MixedUnit, ...] = ()
+    #: with ``mixed`` and ``prefill``: prompts of fewer tokens are read where they are decoded
+    threshold: int = 0
+
+    def serve(self, requests: Sequence[Request]) -> Served:
+        """One run of the queueing oracle."""
+        if self.mixed:
+            return serve_mixed(requests, self.prefill, self.mixed, self.threshold)
+        return serve(requests, self.prefill, self.decode)
+
+
+def counts(workload: Workload, rate: float, slo: Slo, units: Units) -> Counts:
+    """What became of the requests at a rate."""
     requests = workload.at(rate, RESIDENCES * workload.mean_output * slo.tpot_s)
-    served = serve(requests, prefill, decode)
+    served = units.serve(requests)
     first = int(len(requests) * WARM_UP)
     hits = ttft = tpot = transfer = 0
     for number in range(first, len(requests)):
@@ -124,6 +140,35 @@ def counts(
         steps = max(requests[number][2] - 1, 1)
         transfer += slow and served.tpot_s[number] - served.transfer_s[number] / steps <= slo.tpot_s
     return Counts(len(requests) - first, hits, ttft, tpot, transfer, served.kv_waits)
+
+
+#: percentiles that :func:`experience` tells
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """Percentile -> seconds, and the share that met both objectives."""
+
+    ttft_s: dict[int, float]
+    tpot_s: dict[int, float]
+    share: float
+
+
+def experience(workload: Workload, rate: float, slo: Slo, units: Units) -> Experience:
+    """TTFT and TPOT at a rate; TPOT of answers with two tokens or more."""
+    requests = workload.at(rate, RESIDENCES * workload.mean_output * slo.tpot_s)
+    served = units.serve(requests)
+    first = int(len(requests) * WARM_UP)
+    kept = range(first, len(requests))
+    hits = sum(served.ttft_s[n] <= slo.ttft_s and served.tpot_s[n] <= slo.tpot_s for n in kept)
+    ttft = sorted(served.ttft_s[first:])
+    tpot = sorted(served.tpot_s[n] for n in kept if requests[n][2] > 1) or [0.0]
+    return Experience(
+        {percent: ttft[min(len(ttft) * percent // 100, len(ttft) - 1)] for percent in PERCENTILES},
+        {percent: tpot[min(len(tpot) * percent // 100, len(tpot) - 1)] for percent in PERCENTILES},
+        hits / len(kept),
+    )
 
 
 def goodput(attain: Attain, target: float, *, most: float = MOST_RATE, interval: bool = True) -> Goodput:

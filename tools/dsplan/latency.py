@@ -27,6 +27,10 @@ class Instance(Protocol):
     def decode_step_s(self, batch: int, tokens: int) -> float:
         """One token for each of ``batch`` sequences that hold ``tokens`` in all."""
 
+    def mixed_stage_s(self, tokens: float, squares: float, count: int, batch: int, context: float) -> float:
+        """How long a stage is held by chunks of ``count`` prompts, of ``tokens`` in all, beside one token for each
+        of ``batch`` sequences that hold ``context``. ``squares``: the sum of end^2 - start^2 over the chunks."""
+
 
 class Latency(Protocol):
     """Times of one model on one device."""

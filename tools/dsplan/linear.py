@@ -49,6 +49,15 @@ class LinearInstance:
         # each of the pp stages takes 1/pp of the time, and a sequence passes all of them
         return (a + b * tokens / self.stages + c * micro) / 1e3
 
+    def mixed_stage_s(self, tokens: float, squares: float, count: int, batch: int, context: float) -> float:
+        """The matrices are read once: the longer of what prefill takes for all rows and what decode takes for its
+        own; then attention of both. Not in DistServe, whose engine mixes nothing."""
+        base, per_token, per_square = self.prefill
+        a, b, c = self.decode_small if batch < self.large_batch else self.decode_large
+        whole_ms = max(base + per_token * (tokens + batch), a + c * batch) + per_square * squares + b * context
+        pipeline_s = STAGE_S * self.stages if self.stages > 1 else 0.0
+        return whole_ms / 1e3 / self.stages + pipeline_s
+
 
 @dataclass(frozen=True, slots=True)
 class LinearLatency:

@@ -47,6 +47,12 @@ class PaperInstance:
         h, m = self.hidden, self.intermediate
         return self.c4 * (4 * h * h + 2 * h * m) + self.c5 * 3 * h * tokens
 
+    def mixed_stage_s(self, tokens: float, squares: float, count: int, batch: int, context: float) -> float:
+        """T_prefill over all rows, and the attention of T_decode."""
+        h, m = self.hidden, self.intermediate
+        dense = self.c1 * (tokens + batch) * (4 * h * h + 2 * h * m) + self.c2 * 3 * h * squares / self.block
+        return max(dense + self.c3, self.c4 * (4 * h * h + 2 * h * m)) + self.c5 * 3 * h * context
+
 
 def from_linear(shape: ModelShape, tp: int, fit: LinearInstance, block: int = ATTENTION_BLOCK) -> PaperInstance:
     """The C's that make appendix A equal a linear fit in prefill, and in decode but for its batch term."""

@@ -1,258 +1,167 @@
-"""From a question to a placement: builds the oracles, runs the search, sizes the replicas, and says why.
+"""From a question to a placement: runs the searches, sizes the replicas, and compares the best of each mode.
 
-The search compares candidates by the queueing oracle (:mod:`dsplan.queueing`). The placement it chooses is then
-measured as a whole, prefill and decode together, with the joint attainment of both objectives.
+The searches compare candidates by the queueing oracle (:mod:`dsplan.queueing`, :mod:`dsplan.mixed`). What they
+choose is then measured as a whole system, with the joint attainment of both objectives.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 
-from dsplan import capacity, reach
-from dsplan.devices import Device
-from dsplan.errors import DoesNotFit, PlanInput
-from dsplan.goodput import LEAST_REQUESTS, MOST_RATE, Counts, Goodput, Slo, Workload, counts, goodput
-from dsplan.latency import Latency, saturating_tokens
-from dsplan.memory import fitting, memory
-from dsplan.queueing import DecodeUnit, PrefillUnit
+from dsplan import reach
+from dsplan.errors import DoesNotFit
+from dsplan.goodput import Goodput
+from dsplan.memory import fitting
+from dsplan.oracles import Oracles
+from dsplan.placement import Group, Placement, Plan, Spec
+from dsplan.question import Question, check
 from dsplan.search import (
     High,
     Low,
+    Mixed,
     Pair,
     Parallel,
     Tried,
     algorithm1,
     algorithm2,
+    best_of,
     fill,
-    largest,
+    fill_kinds,
     pairs_of,
+    pruned,
     replicas,
     space,
 )
-from dsplan.shapes import ModelShape
 
 ORACLE = "queueing approximation (FCFS prefill recursion, fluid decode; dsplan.queueing), not the simulator"
-#: sequences of a decode batch
-MAX_BATCH = 512
 #: replicas added at most so that both objectives hold together
 MOST_GROWTH = 16
+#: tokens of a step of colocated instances that are tried
+BUDGETS = (512, 2048)
+#: quantiles of the prompt lengths that are tried as the threshold of mode conditional
+QUANTILES = (0.25, 0.5, 0.75)
+CONDITIONAL_BUDGET = 512
+#: digits to which goodputs are told apart: beyond, the simpler system wins
+DIGITS = 2
+
+#: told of each stage of the search: what, how far, of how much
+Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What is to be planned."""
-
-    shape: ModelShape
-    device: Device
-    latency: Latency
-    #: node limit of an instance, and the nodes of the cluster
-    nodes: int
-    devices_per_node: int
-    workload: Workload
-    slo: Slo
-    #: high, low or auto
-    algorithm: str = "auto"
-    #: requests a second that are wanted; None fills the cluster
-    rate: float | None = None
-
-    @property
-    def devices(self) -> int:
-        """Of the cluster."""
-        return self.nodes * self.devices_per_node
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """All replicas of one phase."""
-
-    parallel: Parallel
-    replicas: int
-
-    @property
-    def devices(self) -> int:
-        """Of the group."""
-        return self.parallel.devices * self.replicas
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """A system and its joint goodput."""
-
-    algorithm: str
-    prefill: Group
-    decode: Group
-    #: of the whole system
-    goodput: Goodput
-    #: what became of the requests a little above its goodput
-    beyond: Counts
-    #: the phase that cannot do more without end, where that and no objective limits the goodput; "" otherwise
-    saturated: str
-    #: stages that Algorithm 2 spread over nodes
-    stages: int = 1
-
-    @property
-    def devices(self) -> int:
-        """All."""
-        return self.prefill.devices + self.decode.devices
-
-    @property
-    def per_device(self) -> Goodput:
-        """Goodput per device."""
-        one = self.goodput
-        return Goodput(one.rate / self.devices, one.low / self.devices, one.high / self.devices)
-
-
-@dataclass(slots=True)
-class Plan:
-    """The answer."""
-
-    question: Question
-    chosen: Placement
-    #: one for each algorithm that ran
-    placements: list[Placement]
-    high: High | None
-    low: Low | None
-    notes: list[str] = field(default_factory=list)
-    search_s: float = 0.0
-
-
-def check(question: Question) -> None:
-    """Raise :class:`PlanInput` for numbers that make no sense."""
-    slo = question.slo
-    limits = (
-        ("nodes", question.nodes, 1, 4096),
-        ("devices per node", question.devices_per_node, 1, 64),
-        ("the TTFT objective in seconds", slo.ttft_s, 1e-6, 86_400),
-        ("the TPOT objective in seconds", slo.tpot_s, 1e-6, 86_400),
-        ("attainment", slo.attainment, 0.01, 0.9999),
-        ("rate", 1.0 if question.rate is None else question.rate, 1e-3, 1e6),
-    )
-    for name, value, low, high in limits:
-        if not low <= value <= high:
-            raise PlanInput(f"{name} {value:g} is absurd", remedy=f"give it between {low:g} and {high:g}")
+def silent(what: str, done: int, total: int) -> None:
+    """Tells nobody."""
 
 
 class Planner:
-    """One question. Goodputs are kept, so that both algorithms share them."""
+    """One question. Goodputs are kept, so that all searches share them."""
 
-    def __init__(self, question: Question) -> None:
+    def __init__(self, question: Question, progress: Progress = silent) -> None:
         check(question)
         self.question = question
-        self._kept: dict[tuple[str, Parallel], float] = {}
-        self.allowed = self._allowed()
+        self.oracles = Oracles(question)
+        self.progress = progress
+        self.notes: list[str] = []
+        self.allowed = [self._allowed(kind) for kind in range(len(question.kinds))]
 
-    def _allowed(self) -> set[Parallel]:
+    def _allowed(self, kind: int) -> set[Parallel]:
         """Parallelisms that cut the model, have a profile, and hold weights and the longest sequence."""
-        question, shape = self.question, self.question.shape
-        known = question.latency.degrees()
+        question, shape, hardware = self.question, self.question.shape, self.question.kinds[kind]
+        known = hardware.latency.degrees()
         cut = [
             (one.tp, one.pp)
             for one in space(question.nodes, question.devices_per_node)
-            if shape.heads % one.tp == 0 and shape.kv_heads % one.tp == 0 and shape.layers % one.pp == 0
+            if shape.heads % one.tp == 0 and shape.layers % one.pp == 0
+            if shape.kv_heads % one.tp == 0 or one.tp % shape.kv_heads == 0
             if known is None or one.tp in known
         ]
-        fits = fitting(shape, question.device, cut, question.workload.longest)
+        if known is not None:
+            self.notes.append(f"TP only of {', '.join(map(str, known))}: the latency profile has no others")
+        fits = fitting(shape, hardware.device, cut, question.workload.longest)
         return {Parallel(tp, pp) for tp, pp in fits}
 
     def run(self) -> Plan:
         """Search, and measure what was found. Raises the errors of :mod:`dsplan.errors`."""
         began = time.perf_counter()
-        wanted = self.question.algorithm
+        question = self.question
+        wanted, modes = question.algorithm, question.modes
         high = low = None
         placements: list[Placement] = []
-        notes = ["colocated and conditional modes are not simulated in this release, and no candidates here"]
-        if wanted in ("high", "auto"):
-            high = algorithm1(
-                sorted(self.allowed), self._prefill_rate, self._decode_rate, self._prefill_cap, self._decode_cap
-            )
-            placements += self._place_high(high, notes)
-        if wanted in ("low", "auto"):
-            pairs = pairs_of(self.question.nodes, self.question.devices_per_node, self.allowed.__contains__)
-            low = algorithm2(pairs, self._pair_rate, (self._pair_cap, self._pair_bound))
-            placements += self._place_low(low, notes)
+        if wanted in ("high", "auto") and modes != ("colocated",):
+            high = self._search_high()
+            placements += self._place_high(high)
+        if wanted in ("low", "auto") and modes != ("colocated",) and question.decode_hardware is None:
+            low = self._search_low()
+            placements += self._place_low(low)
+        if "conditional" in modes:
+            placements += [better for one in placements for better in self._conditional(one)]
+        mixed: tuple[Tried, ...] = ()
+        if "colocated" in modes:
+            mixed, found = self._colocated()
+            placements += found
+        placements = [one for one in placements if one.spec.mode in modes and one.goodput.rate > 0]
         if not placements:
-            reach.explain(self.question, sorted(self.allowed))
-            raise DoesNotFit(
-                f"no prefill and decode instance fit together into {self.question.devices} devices",
-                remedy="allow more devices; one instance of each phase is the least",
-            )
-        # of equals the one whose KV stays inside nodes
-        chosen = max(placements, key=lambda one: (float(f"{one.per_device.rate:.2g}"), one.algorithm == "low"))
-        known = self.question.latency.degrees()
-        if known is not None:
-            notes.append(f"TP only of {', '.join(map(str, known))}: the latency profile has no others")
-        return Plan(self.question, chosen, placements, high, low, notes, time.perf_counter() - began)
+            self._explain(high, low)
+        placements.sort(key=_order, reverse=True)
+        chosen = placements[0]
+        self._warn(chosen)
+        strict = self.oracles.goodput(chosen.spec, attainment=0.99, interval=False)
+        seconds = time.perf_counter() - began
+        return Plan(question, chosen, placements, high, low, mixed, self.notes, seconds, strict)
 
-    # oracles
-
-    def prefill_unit(self, one: Parallel, link_bytes_per_s: float = 0.0) -> PrefillUnit:
-        """A prefill replica; a link of 0 takes no time."""
-        instance = self.question.latency.instance(one.tp, one.pp)
-        token_s = self.question.shape.kv_token_nbytes / link_bytes_per_s if link_bytes_per_s else 0.0
-        return PrefillUnit(instance, saturating_tokens(instance), transfer_token_s=token_s)
-
-    def decode_unit(self, one: Parallel) -> DecodeUnit:
-        """A decode replica."""
-        tokens = memory(self.question.shape, self.question.device, one.tp, one.pp).kv_tokens
-        return DecodeUnit(self.question.latency.instance(one.tp, one.pp), tokens, MAX_BATCH * one.pp)
-
-    def _rate(self, prefill: Sequence[PrefillUnit], decode: Sequence[DecodeUnit]) -> float:
-        q = self.question
-        found = goodput(
-            lambda rate: counts(q.workload, rate, q.slo, prefill, decode),
-            q.slo.attainment,
-            most=self._cap(prefill, decode),
-            interval=False,
-        )
-        return found.rate
-
-    def _cap(self, prefill: Sequence[PrefillUnit], decode: Sequence[DecodeUnit]) -> float:
-        """What the slower phase can do at most."""
-        requests = self.question.workload.requests[:LEAST_REQUESTS]
-        return min(
-            sum(capacity.prefill_rate(one, requests) for one in prefill) or MOST_RATE,
-            sum(capacity.decode_rate(one, requests) for one in decode) or MOST_RATE,
+    def _explain(self, high: High | None, low: Low | None) -> None:
+        if self.question.decode_hardware is None:
+            reach.explain(self.question, sorted(self.allowed[0]))
+        raise DoesNotFit(
+            f"no prefill and decode instance fit together into {self.question.devices} devices, or none meets the "
+            "objectives",
+            remedy="allow more devices, or relax the objectives; one instance of each phase is the least",
         )
 
-    def _once(self, name: str, one: Parallel, find: Callable[[], float]) -> float:
-        if (name, one) not in self._kept:
-            self._kept[name, one] = find()
-        return self._kept[name, one]
+    def _warn(self, chosen: Placement) -> None:
+        if self.question.rate is not None and chosen.spec.devices > self.question.devices:
+            self.notes.append(f"takes {chosen.spec.devices} devices, the cluster has {self.question.devices}")
 
-    def _prefill_cap(self, one: Parallel) -> float:
-        return self._once("prefill cap", one, lambda: self._cap([self.prefill_unit(one)], []))
+    # the paper's algorithms
 
-    def _decode_cap(self, one: Parallel) -> float:
-        return self._once("decode cap", one, lambda: self._cap([], [self.decode_unit(one)]))
+    def _search_high(self) -> High:
+        oracles = self.oracles
+        prefill, decode = sorted(self.allowed[0]), sorted(self.allowed[-1])
+        bounds = oracles.prefill_cap, oracles.decode_cap
+        steps = len(set(prefill) | set(decode)) * 2
+        return algorithm1(
+            prefill,
+            self._counted("algorithm 1", steps, oracles.prefill_rate),
+            self._counted("algorithm 1", steps, oracles.decode_rate),
+            *bounds,
+            decodes=decode,
+            reaches=(
+                lambda one, rate: oracles.reaches(oracles.of_prefill(one), rate),
+                lambda one, rate: oracles.reaches(oracles.of_decode(one), rate),
+            ),
+        )
 
-    def _pair_cap(self, pair: Pair) -> float:
-        """Nothing is served faster than either phase can without end."""
-        return min(self._prefill_cap(pair.whole_prefill), self._decode_cap(pair.whole_decode))
+    def _search_low(self) -> Low:
+        pairs = pairs_of(self.question.nodes, self.question.devices_per_node, self.allowed[0].__contains__)
+        oracles = self.oracles
+        counted = self._counted("algorithm 2", len(pairs), oracles.pair_rate)
+        bounds = oracles.pair_cap, oracles.pair_bound
+        return algorithm2(pairs, counted, bounds, lambda one, rate: oracles.reaches(oracles.of_pair(one), rate))
 
-    def _prefill_rate(self, one: Parallel) -> float:
-        """simu_prefill: TTFT only."""
-        return self._once("prefill", one, lambda: self._rate([self.prefill_unit(one)], []))
+    def _counted(self, what: str, total: int, find: Callable[..., float]) -> Callable[..., float]:
+        """``find``, which tells the progress; candidates that bounds rule out are not counted."""
+        done = 0
 
-    def _decode_rate(self, one: Parallel) -> float:
-        """simu_decode: TPOT only."""
-        return self._once("decode", one, lambda: self._rate([], [self.decode_unit(one)]))
+        def found(*given: object) -> float:
+            nonlocal done
+            done += 1
+            self.progress(what, done, total)
+            return find(*given)
 
-    def _pair_rate(self, pair: Pair) -> float:
-        link = self.question.device.node_bytes_per_s
-        return self._rate([self.prefill_unit(pair.whole_prefill, link)], [self.decode_unit(pair.whole_decode)])
+        return found
 
-    def _pair_bound(self, pair: Pair) -> float:
-        """Who meets both objectives meets TTFT, and TTFT does not depend on decode: never below the joint rate.
-
-        Two bisections may differ by their precision, which is added.
-        """
-        return self._prefill_rate(pair.whole_prefill) * 1.03
-
-    # replicas
-
-    def _place_high(self, found: High, notes: list[str]) -> list[Placement]:
+    def _place_high(self, found: High) -> list[Placement]:
         prefill, decode, rate = found.prefill, found.decode, self.question.rate
         if prefill is None or decode is None:
             return []
@@ -265,89 +174,136 @@ class Planner:
             n, m = replicas(rate, prefill.rate), replicas(rate, decode.rate)
         assert isinstance(prefill.what, Parallel)
         assert isinstance(decode.what, Parallel)
-        place = self._grown if rate is not None else self._measured
-        return [place("high", Group(prefill.what, n), Group(decode.what, m), notes)]
+        spec = Spec("high", Group(prefill.what, n), Group(decode.what, m))
+        return [self.measured(self._grown(spec) if rate is not None else spec)]
 
     def _filled(self) -> tuple[Tried, int, Tried, int] | None:
         """Fill the cluster: bounds first, made exact where the choice rests on them, until it rests on none."""
-        each = sorted(self.allowed)
-        prefills = {one: Tried(one, self._prefill_cap(one), exact=False) for one in each}
-        decodes = {one: Tried(one, self._decode_cap(one), exact=False) for one in each}
+        oracles, question = self.oracles, self.question
+        prefills = {one: Tried(one, oracles.prefill_cap(one), exact=False) for one in sorted(self.allowed[0])}
+        decodes = {one: Tried(one, oracles.decode_cap(one), exact=False) for one in sorted(self.allowed[-1])}
         while True:
-            filled = fill(list(prefills.values()), list(decodes.values()), self.question.devices)
+            each = list(prefills.values()), list(decodes.values())
+            two = question.decode_hardware is not None
+            filled = fill_kinds(*each, question.each) if two else fill(*each, question.devices)
             if filled is None or (filled[0].exact and filled[2].exact):
                 return filled
             for chosen, table, rate in (
-                (filled[0].what, prefills, self._prefill_rate),
-                (filled[2].what, decodes, self._decode_rate),
+                (filled[0].what, prefills, oracles.prefill_rate),
+                (filled[2].what, decodes, oracles.decode_rate),
             ):
                 assert isinstance(chosen, Parallel)
                 table[chosen] = Tried(chosen, rate(chosen))
 
-    def _place_low(self, found: Low, notes: list[str]) -> list[Placement]:
+    def _place_low(self, found: Low) -> list[Placement]:
         if found.best is None or not isinstance(found.best.what, Pair):
             return []
-        pair, rate = found.best.what, self.question.rate
-        room = (
-            self.question.devices_per_node // (pair.devices // pair.stages) * (self.question.nodes // pair.stages)
-        )
-        n = room if rate is None else replicas(rate, found.best.rate)
+        pair, question = found.best.what, self.question
+        room = question.devices_per_node // (pair.devices // pair.stages) * (question.nodes // pair.stages)
+        n = room if question.rate is None else replicas(question.rate, found.best.rate)
         groups = Group(pair.whole_prefill, n), Group(pair.whole_decode, n)
-        return [replace(self._measured("low", *groups, notes), stages=pair.stages)]
+        return [self.measured(Spec("low", *groups, stages=pair.stages))]
 
-    def _system(self, algorithm: str, prefill: Group, decode: Group) -> tuple[list[PrefillUnit], list[DecodeUnit]]:
-        device = self.question.device
-        near = algorithm == "low" or self.question.nodes == 1
-        link = device.node_bytes_per_s if near else device.network_bytes_per_s
-        return (
-            [self.prefill_unit(prefill.parallel, link)] * prefill.replicas,
-            [self.decode_unit(decode.parallel)] * decode.replicas,
-        )
-
-    def _attained(self, algorithm: str, prefill: Group, decode: Group, rate: float) -> Counts:
-        units = self._system(algorithm, prefill, decode)
-        return counts(self.question.workload, rate, self.question.slo, *units)
-
-    def _measured(self, algorithm: str, prefill: Group, decode: Group, notes: list[str]) -> Placement:
-        found = goodput(
-            lambda rate: self._attained(algorithm, prefill, decode, rate),
-            self.question.slo.attainment,
-            most=(cap := self._cap(*self._system(algorithm, prefill, decode))),
-        )
-        beyond = self._attained(algorithm, prefill, decode, max(found.rate, 0.01) * 1.1)
-        saturated = ""
-        if found.rate >= cap:
-            ahead = self._prefill_cap(prefill.parallel) * prefill.replicas
-            behind = self._decode_cap(decode.parallel) * decode.replicas
-            saturated = "prefill" if ahead < behind else "decode"
-        placed = Placement(algorithm, prefill, decode, found, beyond, saturated)
-        if self.question.rate is not None and placed.devices > self.question.devices:
-            notes.append(f"{algorithm}: takes {placed.devices} devices, the cluster has {self.question.devices}")
-        return placed
-
-    def _grown(self, algorithm: str, prefill: Group, decode: Group, notes: list[str]) -> Placement:
+    def _grown(self, spec: Spec) -> Spec:
         """Algorithm 1's replicas meet each objective on its own; add some until both hold together at the rate."""
         rate, added = self.question.rate or 0.0, 0
-        seen = self._attained(algorithm, prefill, decode, rate)
+        seen = self.oracles.attained(spec, rate)
         while seen.share < self.question.slo.attainment and added < MOST_GROWTH:
-            if seen.ttft_misses >= seen.tpot_misses or seen.transfer_misses * 2 > seen.tpot_misses:
-                prefill = replace(prefill, replicas=prefill.replicas + 1)
-            else:
-                decode = replace(decode, replicas=decode.replicas + 1)
-            seen, added = self._attained(algorithm, prefill, decode, rate), added + 1
+            ahead = seen.ttft_misses >= seen.tpot_misses or seen.transfer_misses * 2 > seen.tpot_misses
+            group = spec.prefill if ahead else spec.decode
+            more = replace(group, replicas=group.replicas + 1)
+            spec = replace(spec, prefill=more) if ahead else replace(spec, decode=more)
+            seen, added = self.oracles.attained(spec, rate), added + 1
         if added:
-            notes.append(
+            self.notes.append(
                 f"high: {added} replicas more than the paper's ceil(R / goodput), so that both objectives "
                 "hold for the same requests"
             )
-        return self._measured(algorithm, prefill, decode, notes)
+        return spec
+
+    # the other modes
+
+    def _conditional(self, base: Placement) -> list[Placement]:
+        """Short prompts read by decode instances, with the replicas of ``base`` or one of prefill less."""
+        prompts = sorted(prompt for _, prompt, _ in self.question.workload.requests)
+        thresholds = sorted({prompts[int(len(prompts) * share)] for share in QUANTILES})
+        fewer = [n for n in (base.spec.prefill.replicas, base.spec.prefill.replicas - 1) if n]
+        variants = [
+            replace(
+                base.spec,
+                prefill=replace(base.spec.prefill, replicas=n),
+                mode="conditional",
+                threshold=threshold,
+                budget=CONDITIONAL_BUDGET,
+            )
+            for threshold in thresholds
+            for n in fewer
+        ]
+        best, best_rate = None, base.per_device.rate
+        for number, spec in enumerate(variants):
+            self.progress("conditional mode", number + 1, len(variants))
+            least = max(best_rate * spec.devices, self.question.rate or 0.0)
+            if least > self.oracles.cap(spec) or not self.oracles.reaches(self.oracles.units(spec), least):
+                continue
+            best, best_rate = spec, self.oracles.goodput(spec, interval=False).rate / spec.devices
+        return [] if best is None else [self.measured(best)]
+
+    def _colocated(self) -> tuple[tuple[Tried, ...], list[Placement]]:
+        """The best instance that does both, on each kind of device, replicated."""
+        every: list[Tried] = []
+        placements = []
+        for kind in range(len(self.question.kinds)):
+            candidates = [Mixed(one, budget) for one in sorted(self.allowed[kind]) for budget in BUDGETS]
+
+            def rate(one: Mixed, kind: int = kind) -> float:
+                return self.oracles.mixed_rate(one, kind)
+
+            def cap(one: Mixed, kind: int = kind) -> float:
+                return self.oracles.mixed_cap(one, kind)
+
+            def reaches(one: Mixed, wanted: float, kind: int = kind) -> bool:
+                return self.oracles.reaches(self.oracles.of_mixed(one, kind), wanted)
+
+            counted = self._counted("colocated mode", len(candidates), rate)
+            tried = pruned(candidates, counted, (cap,), reaches)
+            every += tried
+            placements += self._place_colocated(best_of(tried), kind)
+        return tuple(every), placements
+
+    def _place_colocated(self, best: Tried | None, kind: int) -> list[Placement]:
+        if best is None or not isinstance(best.what, Mixed):
+            return []
+        question, one = self.question, best.what
+        room = question.each // one.devices
+        if one.devices <= question.devices_per_node:
+            room = question.devices_per_node // one.devices * question.nodes
+        n = room if question.rate is None else replicas(question.rate, best.rate)
+        group = Group(one.parallel, 0), Group(one.parallel, n)
+        return [self.measured(Spec("", *group, mode="colocated", budget=one.budget, kind=kind))]
+
+    # measuring
+
+    def measured(self, spec: Spec) -> Placement:
+        """A system and what it can do."""
+        oracles = self.oracles
+        self.progress(f"measuring {spec}", 0, 1)
+        found: Goodput = oracles.goodput(spec)
+        beyond = oracles.attained(spec, max(found.rate, 0.01) * 1.1)
+        saturated = ""
+        if spec.mode == "disaggregated" and found.rate >= oracles.cap(spec):
+            ahead = oracles.prefill_cap(spec.prefill.parallel) * spec.prefill.replicas
+            behind = oracles.decode_cap(spec.decode.parallel) * spec.decode.replicas
+            saturated = "prefill" if ahead < behind else "decode"
+        return Placement(spec, found, beyond, saturated, self._price(spec))
+
+    def _price(self, spec: Spec) -> float | None:
+        if spec.mode == "colocated":
+            name = self.question.kinds[spec.kind].device.name
+            price = self.question.prices.get(name)
+            return None if price is None else price * spec.devices
+        return self.question.price(spec.prefill.devices, spec.decode.devices)
 
 
-def best_tried(plan: Plan, count: int = 8) -> list[tuple[str, Tried]]:
-    """The best candidates of every list, with the list's name."""
-    lists: list[tuple[str, tuple[Tried, ...]]] = []
-    if plan.high is not None:
-        lists += [("prefill", plan.high.tried_prefill), ("decode", plan.high.tried_decode)]
-    if plan.low is not None:
-        lists.append(("pair", tuple(one for one in plan.low.tried if one.exact)))
-    return [(name, one) for name, tried in lists for one in largest(tried, count)]
+def _order(one: Placement) -> tuple[float, bool, bool]:
+    """By worth; of equals the system with the fewest kinds of instances, then the one whose KV stays in nodes."""
+    return float(f"{one.worth:.{DIGITS}g}"), one.spec.mode == "colocated", one.spec.algorithm == "low"

@@ -188,6 +188,16 @@ class ProfileInstance:
         form = times.decode_large if large and times.decode_large is not None else times.decode
         return form.base_s + form.per_token_s * tokens / self.stages + form.per_sequence_s * micro
 
+    def mixed_stage_s(self, tokens: float, squares: float, count: int, batch: int, context: float) -> float:
+        """The weights are read once: the longer of what all rows take in prefill and what decode takes for its own;
+        then attention of both."""
+        form, times = self.times.prefill, self.times
+        large = times.decode_large is not None and batch >= times.large_batch
+        other = times.decode_large if large and times.decode_large is not None else times.decode
+        rows_s = form.base_s + form.per_token_s * (tokens + batch) + form.per_sequence_s * count
+        dense_s = max(rows_s, other.base_s + other.per_sequence_s * batch)
+        return (dense_s + form.per_square_s * squares + other.per_token_s * context) / self.stages
+
 
 @dataclass(frozen=True, slots=True)
 class ProfileLatency:

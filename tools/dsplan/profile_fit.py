@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsplan.profile import Sample
+from dssim.times import LinearTimes, times_of
 from dswire.errors import BadInput
 
 Column = NDArray[np.float64]
@@ -47,8 +48,9 @@ def fit(samples: Sequence[Sample]) -> dict[str, Any]:
     decode = [one for one in samples if one.decode]
     if min(len(prefill), len(decode)) < LEAST_SAMPLES:
         raise BadInput("the profile has too few points to fit", remedy="let `dsctl profile` go on to its end")
+    mixed = [one for one in samples if not one.decode and not _whole(one)]
     small, large, boundary = _pieces(decode)
-    return {
+    found: dict[str, Any] = {
         "prefill": _named(PREFILL, _prefill(prefill)),
         "decode": _named(DECODE, small),
         "decode_large": _named(DECODE, large),
@@ -58,6 +60,17 @@ def fit(samples: Sequence[Sample]) -> dict[str, Any]:
             "decode": _plain(held_out(decode, _predict_decode)),
         },
     }
+    if mixed:
+        times = times_of("fit", 1, found)
+        found["errors"]["mixed"] = _plain(_errors(np.array([_mixed_ms(times, one) for one in mixed]), mixed))
+    return found
+
+
+def _mixed_ms(times: LinearTimes, one: Sample) -> float:
+    """What the simulator makes of a step of chunks and single tokens; no such step is part of a fit."""
+    chunks = [(start, start + tokens) for start, tokens in one.spans if tokens > 1]
+    contexts = [start + 1 for start, tokens in one.spans if tokens == 1]
+    return times.mixed_s(chunks, contexts) * 1e3
 
 
 def _whole(one: Sample) -> bool:
@@ -114,14 +127,20 @@ def _predict_decode(train: Sequence[Sample], test: Sequence[Sample]) -> Column:
 
 def held_out(samples: Sequence[Sample], predict: Any) -> Errors:
     """Relative errors of ``predict(train, test)`` on samples that it was not given."""
-    errors: list[float] = []
+    seen: list[Sample] = []
+    found: list[Column] = []
     for fold in range(FOLDS):
         test = list(samples[fold::FOLDS])
         train = [one for place, one in enumerate(samples) if place % FOLDS != fold]
         if test:
-            errors += np.abs(predict(train, test) / _times(test) - 1).tolist()
-    ordered = sorted(errors)
-    return Errors(len(errors), float(np.mean(errors)), ordered[int(0.9 * (len(errors) - 1))], ordered[-1])
+            seen += test
+            found.append(predict(train, test))
+    return _errors(np.concatenate(found), seen)
+
+
+def _errors(predicted: Column, samples: Sequence[Sample]) -> Errors:
+    ordered = sorted(np.abs(predicted / _times(samples) - 1).tolist())
+    return Errors(len(ordered), float(np.mean(ordered)), ordered[int(0.9 * (len(ordered) - 1))], ordered[-1])
 
 
 def _times(samples: Sequence[Sample]) -> Column:

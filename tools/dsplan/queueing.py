@@ -109,7 +109,7 @@ class _Prefill:
 
 
 @dataclass(slots=True)
-class _Decode:
+class DecodeReplica:
     """A decode replica in motion. ``steps`` counts decode steps since the beginning, in fractions."""
 
     unit: DecodeUnit
@@ -124,10 +124,12 @@ class _Decode:
     #: requests that had to wait for KV blocks
     held: set[int] = field(default_factory=set)
 
-    def load(self) -> int:
+    def load(self) -> float:
+        """Sequences."""
         return len(self.running) + len(self.waiting)
 
     def push(self, number: int, context: int, steps: int) -> None:
+        """The KV of a sequence has come."""
         self.waiting.append((number, context, steps))
         self._admit()
 
@@ -145,24 +147,33 @@ class _Decode:
 
     def advance(self, until_s: float, ends: list[float]) -> None:
         """Go on to ``until_s``; writes the ends."""
-        while self.running:
-            batch, ahead = len(self.running), self.running[0][0] - self.steps
-            pace = self.unit.instance.decode_step_s(batch, int(self.tokens + batch * ahead / 2) + 1)
-            if self.now_s + ahead * pace > until_s:
-                part = (until_s - self.now_s) / pace
-                self.steps += part
-                self.tokens += batch * part
-                break
-            self.now_s += ahead * pace
-            self.steps += ahead
-            self.tokens += batch * ahead
-            while self.running and self.running[0][0] <= self.steps:
-                _, number, final, mean = heappop(self.running)
-                self.tokens = max(self.tokens - final, 0.0)
-                self.reserved -= mean
-                ends[number] = self.now_s
-            self._admit()
+        while self.running and self.segment(until_s, ends):
+            pass
         self.now_s = max(self.now_s, until_s)
+
+    def segment(self, until_s: float, ends: list[float]) -> bool:
+        """Go on until the first of the running leaves; False where ``until_s`` comes before."""
+        batch, ahead = len(self.running), self.running[0][0] - self.steps
+        pace = self.unit.instance.decode_step_s(batch, int(self.tokens + batch * ahead / 2) + 1)
+        if self.now_s + ahead * pace > until_s:
+            part = max(until_s - self.now_s, 0.0) / pace
+            self.steps += part
+            self.tokens += batch * part
+            return False
+        self.now_s += ahead * pace
+        self.steps += ahead
+        self.tokens += batch * ahead
+        self.leave(ends)
+        self._admit()
+        return True
+
+    def leave(self, ends: list[float]) -> None:
+        """Those that have made their last token."""
+        while self.running and self.running[0][0] <= self.steps:
+            _, number, final, mean = heappop(self.running)
+            self.tokens = max(self.tokens - final, 0.0)
+            self.reserved -= mean
+            ends[number] = self.now_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +192,7 @@ class Served:
 def serve(requests: Sequence[Request], prefill: Sequence[PrefillUnit], decode: Sequence[DecodeUnit]) -> Served:
     """Follow ``requests`` (by arrival) through the replicas. Without ``prefill`` prompts are ready as they arrive,
     without ``decode`` everything ends with the first token: the phases on their own, as Algorithm 1 wants them."""
-    firsts, ready = _prefill(requests, prefill)
+    firsts, ready = prefilled(requests, prefill)
     ttft = [first - one[0] for first, one in zip(firsts, requests, strict=True)]
     transfer = [at - first for at, first in zip(ready, firsts, strict=True)]
     if not decode:
@@ -194,7 +205,7 @@ def serve(requests: Sequence[Request], prefill: Sequence[PrefillUnit], decode: S
     return Served(ttft, tpot, transfer, waits)
 
 
-def _prefill(requests: Sequence[Request], units: Sequence[PrefillUnit]) -> tuple[list[float], list[float]]:
+def prefilled(requests: Sequence[Request], units: Sequence[PrefillUnit]) -> tuple[list[float], list[float]]:
     """Times of the first token, and of the KV's arrival at decode."""
     firsts = [at for at, _, _ in requests]
     if not units:
@@ -228,14 +239,14 @@ def _decode(
     requests: Sequence[Request], ready: Sequence[float], units: Sequence[DecodeUnit]
 ) -> tuple[list[float], int]:
     ends = list(ready)
-    replicas = [_Decode(unit) for unit in units]
+    replicas = [DecodeReplica(unit) for unit in units]
     for number in sorted(range(len(requests)), key=ready.__getitem__):
         _, prompt, output = requests[number]
         if output < 2:
             continue
         for one in replicas:
             one.advance(ready[number], ends)
-        min(replicas, key=_Decode.load).push(number, prompt + 1, output - 1)
+        min(replicas, key=DecodeReplica.load).push(number, prompt + 1, output - 1)
     for one in replicas:
         one.advance(float("inf"), ends)
     return ends, sum(len(one.held) for one in replicas)

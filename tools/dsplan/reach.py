@@ -9,7 +9,7 @@ from dsplan.errors import UnreachableSlo
 from dsplan.search import Parallel
 
 if TYPE_CHECKING:
-    from dsplan.planner import Question
+    from dsplan.question import Question
 
 
 def best_ttft_s(question: Question, one: Parallel) -> float:

@@ -1,8 +1,8 @@
-"""The choice in words: which bound bites just above the goodput."""
+"""The choice in words: the verdict on disaggregation with its margin, and which bound bites above the goodput."""
 
 from __future__ import annotations
 
-from dsplan.planner import Placement, Plan
+from dsplan.placement import Placement, Plan
 
 #: relative difference of goodputs that their precision does not tell apart
 EQUAL = 0.03
@@ -13,64 +13,101 @@ _WHY = {
 }
 
 
+def verdict(plan: Plan) -> str:
+    """Whether to disaggregate, and by how much the best of the other modes is behind."""
+    chosen = plan.chosen
+    rival = next((one for one in plan.placements if one.spec.mode != chosen.spec.mode), None)
+    advice = {
+        "disaggregated": "Disaggregate",
+        "colocated": "Do not disaggregate: read prompts and decode on the same instances",
+        "conditional": "Disaggregate long prompts only",
+    }[chosen.spec.mode]
+    if rival is None:
+        return f"{advice}; no other mode was found to serve this, or none was asked for."
+    unit = "for the same money" if chosen.price and rival.price else "a device"
+    margin = chosen.worth / rival.worth - 1
+    if margin < EQUAL:
+        return f"{advice}, though mode {rival.spec.mode} is as good within what the search tells apart."
+    if not apart(plan, rival):
+        return f"{advice}: {margin:.0%} more goodput {unit} than mode {rival.spec.mode}, but the intervals overlap."
+    return f"{advice}: {margin:.0%} more goodput {unit} than mode {rival.spec.mode}."
+
+
+def apart(plan: Plan, rival: Placement) -> bool:
+    """Whether the interval of the choice lies above that of a rival."""
+    chosen = plan.chosen
+    scale = chosen.worth / chosen.goodput.rate, rival.worth / rival.goodput.rate
+    return chosen.goodput.low * scale[0] > rival.goodput.high * scale[1]
+
+
 def reasons(plan: Plan) -> list[str]:
-    """Sentences for people."""
-    chosen, beyond = plan.chosen, plan.chosen.beyond
-    words = [_placement(chosen)]
-    if chosen.saturated:
-        words.append(
-            f"What bites first is {chosen.saturated}: it cannot serve more without end, while both objectives "
-            f"still hold at its limit ({_WHY[chosen.saturated]}); the interval has no width: no sample decides it."
-        )
-    elif beyond.ttft_misses >= beyond.tpot_misses:
-        words.append(_prefill_bound(plan))
-    elif beyond.transfer_misses * 2 > beyond.tpot_misses:
-        words.append(
-            "What bites first is the link: 10 % above the goodput most of the requests that miss TPOT would meet "
-            "it if the KV transfer took no time."
-        )
-    elif beyond.kv_waits * 20 > beyond.count:
-        words.append(
-            f"What bites first is KV memory: 10 % above the goodput {beyond.kv_waits} of {beyond.count} requests "
-            "wait for blocks in decode."
-        )
+    """Sentences for people, the verdict first."""
+    words = [verdict(plan), _placement(plan.chosen), _bound(plan)]
+    if plan.strict.rate:
+        share = plan.strict.rate / plan.chosen.spec.devices
+        words.append(f"For 99 % instead of {plan.question.slo.attainment:.0%} it serves {share:.3g} a device.")
     else:
-        words.append(
-            "What bites first is memory bandwidth in decode: 10 % above the goodput steps over weights and KV take "
-            "longer than the TPOT objective, while the pool has room."
-        )
-    for other in plan.placements:
-        if other is not chosen:
-            margin = chosen.per_device.rate / other.per_device.rate - 1 if other.per_device.rate else float("inf")
-            if abs(margin) < EQUAL:
-                words.append(f"Algorithm {_number(other)} finds a placement that is as good.")
-                continue
-            words.append(
-                f"Algorithm {_number(chosen)} is {margin:.0%} ahead of algorithm {_number(other)} "
-                f"({other.per_device.rate:.3g} requests/s and device)."
-            )
-    return words
+        words.append("There is no rate at which 99 % of the requests meet both objectives.")
+    return words + _algorithms(plan)
 
 
-def _number(one: Placement) -> str:
-    return "1 (high affinity)" if one.algorithm == "high" else "2 (low affinity)"
+def _algorithms(plan: Plan) -> list[str]:
+    """Algorithm 1 beside 2, where both found something."""
+    by = {one.spec.algorithm: one.worth for one in plan.placements if one.spec.mode == "disaggregated"}
+    if len(by) < 2:
+        return []
+    margin = max(by.values()) / min(by.values()) - 1
+    if margin < EQUAL:
+        return ["Of the disaggregated placements those of algorithms 1 and 2 are equally good."]
+    first, second = ("1 (high affinity)", "2 (low affinity)")[:: 1 if by["high"] > by["low"] else -1]
+    return [f"Of the disaggregated placements that of algorithm {first} is {margin:.0%} ahead of that of {second}."]
 
 
 def _placement(one: Placement) -> str:
-    near = "KV stays inside the node" if one.algorithm == "low" else "KV may cross the network"
+    spec = one.spec
+    if spec.mode == "colocated":
+        return f"{spec} on {spec.devices} devices; no KV moves."
+    near = "KV stays inside the node" if spec.algorithm == "low" else "KV may cross the network"
+    return f"{spec}, on {spec.devices} devices: {near}."
+
+
+def _bound(plan: Plan) -> str:
+    chosen, beyond = plan.chosen, plan.chosen.beyond
+    if chosen.saturated:
+        return (
+            f"What bites first is {chosen.saturated}: it cannot serve more without end, while both objectives "
+            f"still hold at its limit ({_WHY[chosen.saturated]}); the interval has no width: no sample decides it."
+        )
+    if beyond.ttft_misses >= beyond.tpot_misses:
+        return _prefill_bound(plan)
+    if beyond.transfer_misses * 2 > beyond.tpot_misses:
+        return (
+            "What bites first is the link: 10 % above the goodput most of the requests that miss TPOT would meet "
+            "it if the KV transfer took no time."
+        )
+    if beyond.kv_waits * 20 > beyond.count:
+        return (
+            f"What bites first is KV memory: 10 % above the goodput {beyond.kv_waits} of {beyond.count} requests "
+            "wait for blocks in decode."
+        )
+    if chosen.spec.mode == "colocated":
+        return "What bites first is TPOT: 10 % above the goodput steps with prompts in them take longer than it."
     return (
-        f"{one.prefill.replicas} x prefill {one.prefill.parallel} and {one.decode.replicas} x decode "
-        f"{one.decode.parallel} on {one.devices} devices, by algorithm {_number(one)}: {near}."
+        "What bites first is memory bandwidth in decode: 10 % above the goodput steps over weights and KV take "
+        "longer than the TPOT objective, while the pool has room."
     )
 
 
 def _prefill_bound(plan: Plan) -> str:
-    beyond, workload = plan.chosen.beyond, plan.question.workload
-    instance = plan.question.latency.instance(plan.chosen.prefill.parallel.tp, plan.chosen.prefill.parallel.pp)
-    mean = sum(prompt for _, prompt, _ in workload.requests) // len(workload.requests)
+    spec, beyond, question = plan.chosen.spec, plan.chosen.beyond, plan.question
+    requests = question.workload.requests
+    mean = sum(prompt for _, prompt, _ in requests) // len(requests)
+    hardware = question.kinds[spec.kind if spec.mode == "colocated" else 0]
+    parallel = spec.decode.parallel if spec.mode == "colocated" else spec.prefill.parallel
+    instance = hardware.latency.instance(parallel.tp, parallel.pp)
     alone_s = instance.stages * instance.prefill_stage_s(mean, mean * mean, 1)
     return (
         f"What bites first is compute in prefill: 10 % above the goodput {beyond.ttft_misses} of {beyond.count} "
         f"requests miss TTFT and {beyond.tpot_misses} miss TPOT; the mean prompt of {mean} tokens alone takes "
-        f"{alone_s * 1e3:.0f} of {plan.question.slo.ttft_s * 1e3:g} ms, the rest is queueing."
+        f"{alone_s * 1e3:.0f} of {question.slo.ttft_s * 1e3:g} ms, the rest is queueing."
     )

@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from dsplan.planner import ORACLE, Group, Placement, Plan, best_tried
-from dsplan.reasons import reasons
-from dsplan.search import Pair, Parallel, Tried
+from dsplan.placement import Group, Placement, Plan
+from dsplan.planner import ORACLE
+from dsplan.reasons import reasons, verdict
+from dsplan.search import Mixed, Pair, Parallel, Tried, largest
 
 if TYPE_CHECKING:
     from dsplan.confirm import Confirmation
 
 
-def data(plan: Plan, confirmation: Confirmation | None = None) -> dict[str, Any]:
+def data(
+    plan: Plan, confirmations: Sequence[Confirmation] = (), compared: Placement | None = None
+) -> dict[str, Any]:
     """The plan for programs. Rates are requests a second; intervals are 95 %."""
-    chosen, per_device = plan.chosen, plan.chosen.per_device
+    question, chosen = plan.question, plan.chosen
+    spec, per_device = chosen.spec, chosen.per_device
     return {
-        "model": plan.question.shape.name,
-        "device": plan.question.device.name,
-        "workload": plan.question.workload.name,
+        "model": question.shape.name,
+        "device": question.device.name,
+        "decode_device": question.kinds[-1].device.name,
+        "workload": question.workload.name,
         "slo": {
-            "ttft_ms": plan.question.slo.ttft_s * 1e3,
-            "tpot_ms": plan.question.slo.tpot_s * 1e3,
-            "attainment": plan.question.slo.attainment,
+            "ttft_ms": question.slo.ttft_s * 1e3,
+            "tpot_ms": question.slo.tpot_s * 1e3,
+            "attainment": question.slo.attainment,
         },
-        "mode": "disaggregated",
-        "algorithm": chosen.algorithm,
-        "prefill": _group(chosen.prefill),
-        "decode": _group(chosen.decode),
-        "devices": chosen.devices,
+        "mode": spec.mode,
+        "algorithm": spec.algorithm,
+        "prefill": _group(spec.prefill),
+        "decode": _group(spec.decode),
+        "threshold_tokens": spec.threshold,
+        "tokens_per_step": spec.budget,
+        "devices": spec.devices,
         "goodput": chosen.goodput.rate,
         "goodput_per_device": per_device.rate,
         "interval": [per_device.low, per_device.high],
+        "goodput_per_device_at_99": plan.strict.rate / spec.devices,
+        "cost_per_million_tokens": chosen.cost(question.workload.mean_output),
+        "verdict": verdict(plan),
         "oracle": ORACLE,
-        "latency": plan.question.latency.source,
-        "simulated": None if confirmation is None else asdict(confirmation),
+        "latency": [one.latency.source for one in question.kinds],
+        "simulated": [asdict(one) for one in confirmations],
+        "compared": None if compared is None else _placement(plan, compared),
+        "placements": [_placement(plan, one) for one in plan.placements],
         "reasons": reasons(plan),
         "notes": plan.notes,
         "search_seconds": plan.search_s,
@@ -51,58 +64,100 @@ def every(plan: Plan) -> list[tuple[str, Tried]]:
         found += [("decode", one) for one in plan.high.tried_decode]
     if plan.low is not None:
         found += [("pair", one) for one in plan.low.tried]
-    return found
+    return found + [("colocated", one) for one in plan.mixed]
+
+
+def best_tried(plan: Plan, count: int) -> list[tuple[str, Tried]]:
+    """The best ``count`` of each list."""
+    lists: dict[str, list[Tried]] = {}
+    for kind, one in every(plan):
+        lists.setdefault(kind, []).append(one)
+    return [(kind, one) for kind, each in lists.items() for one in largest(each, count)]
 
 
 def _group(group: Group) -> dict[str, int]:
     return {"tp": group.parallel.tp, "pp": group.parallel.pp, "replicas": group.replicas}
 
 
+def _placement(plan: Plan, one: Placement) -> dict[str, Any]:
+    rate = one.per_device
+    return {
+        "mode": one.spec.mode,
+        "algorithm": one.spec.algorithm,
+        "prefill": _group(one.spec.prefill),
+        "decode": _group(one.spec.decode),
+        "threshold_tokens": one.spec.threshold,
+        "tokens_per_step": one.spec.budget,
+        "devices": one.spec.devices,
+        "goodput": one.goodput.rate,
+        "goodput_per_device": rate.rate,
+        "interval": [rate.low, rate.high],
+        "cost_per_million_tokens": one.cost(plan.question.workload.mean_output),
+    }
+
+
 def _candidate(kind: str, one: Tried) -> dict[str, Any]:
     rates = {"goodput": one.rate, "goodput_per_device": one.per_device, "only_a_bound": not one.exact}
-    if isinstance(one.what, Parallel):
-        return {"kind": kind, "tp": one.what.tp, "pp": one.what.pp, **rates}
-    sides = {"prefill": asdict(one.what.whole_prefill), "decode": asdict(one.what.whole_decode)}
-    return {"kind": kind, "stages": one.what.stages, **sides, **rates}
+    match one.what:
+        case Parallel(tp, pp):
+            return {"kind": kind, "tp": tp, "pp": pp, **rates}
+        case Mixed(parallel, budget):
+            return {"kind": kind, "tp": parallel.tp, "pp": parallel.pp, "tokens_per_step": budget, **rates}
+        case Pair() as pair:
+            sides = {"prefill": asdict(pair.whole_prefill), "decode": asdict(pair.whole_decode)}
+            return {"kind": kind, "stages": pair.stages, **sides, **rates}
 
 
-def show(plan: Plan, confirmation: Confirmation | None) -> None:
+def show(plan: Plan, confirmations: Sequence[Confirmation] = (), compared: Placement | None = None) -> None:
     """Print candidates, the choice, and why."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
     table = Table("for", "parallelism", "devices", "requests/s", "per device", title="best candidates")
-    for kind, one in best_tried(plan, 5):
-        row = (kind, _words(one.what), str(one.what.devices), f"{one.rate:.3g}", f"{one.per_device:.3g}")
-        table.add_row(*row)
+    for kind, one in best_tried(plan, 3):
+        table.add_row(kind, _words(one.what), str(one.what.devices), f"{one.rate:.3g}", f"{one.per_device:.3g}")
     console.print(table)
-    for placement in plan.placements:
-        console.print(_line(placement, chosen=placement is plan.chosen))
-    for sentence in reasons(plan):
-        console.print(sentence)
-    if confirmation is not None:
-        console.print(
-            f"Simulated with the servers' own schedulers: {confirmation.attainment:.1%} of {confirmation.requests} "
-            f"requests meet both objectives at {confirmation.rate:.3g} requests/s "
-            f"(95 % interval {confirmation.low:.1%} to {confirmation.high:.1%})."
-        )
+    console.print(_systems(plan, compared))
+    for number, sentence in enumerate(reasons(plan)):
+        console.print(sentence, style="bold" if number == 0 else None)
+    for run in confirmations:
+        console.print(confirmed(run))
     for note in plan.notes:
         console.print(f"note: {note}")
-    console.print(f"goodput by {ORACLE}; times: {plan.question.latency.source}; {plan.search_s:.1f} s of search")
+    sources = "; ".join(dict.fromkeys(one.latency.source for one in plan.question.kinds))
+    console.print(f"goodput by {ORACLE}; times: {sources}; {plan.search_s:.1f} s of search")
 
 
-def _words(what: Parallel | Pair) -> str:
-    if isinstance(what, Parallel):
-        return str(what)
-    return f"prefill {what.whole_prefill}, decode {what.whole_decode}, {what.stages} node(s)"
-
-
-def _line(one: Placement, *, chosen: bool) -> str:
-    rate = one.per_device
-    mark = "[bold]chosen[/bold]" if chosen else "other"
+def confirmed(run: Confirmation) -> str:
+    """What the simulator says, in words."""
     return (
-        f"{mark}: {one.algorithm}: {one.prefill.replicas} x prefill {one.prefill.parallel} + {one.decode.replicas} "
-        f"x decode {one.decode.parallel}: {one.goodput.rate:.3g} requests/s, {rate.rate:.3g} a device "
-        f"({rate.low:.3g} to {rate.high:.3g})"
+        f"Simulated with the servers' own schedulers, mode {run.mode}: {run.attainment:.1%} of {run.requests} "
+        f"requests meet both objectives at {run.rate:.3g} requests/s "
+        f"(95 % interval {run.low:.1%} to {run.high:.1%})."
     )
+
+
+def _systems(plan: Plan, compared: Placement | None) -> Any:
+    from rich.table import Table
+
+    priced = any(one.price for one in plan.placements)
+    columns = ["mode", "system", "devices", "requests/s", "per device", "95 %"] + ["cost/1M tokens"] * priced
+    table = Table(*columns, title="systems")
+    rows = [(one, one is plan.chosen, one.spec.mode) for one in plan.placements]
+    if compared is not None:
+        rows.append((compared, False, "yours"))
+    for one, chosen, name in rows:
+        rate, cost = one.per_device, one.cost(plan.question.workload.mean_output)
+        row = [name, str(one.spec), str(one.spec.devices), f"{one.goodput.rate:.3g}", f"{rate.rate:.3g}"]
+        row.append(f"{rate.low:.3g} to {rate.high:.3g}")
+        if priced:
+            row.append("" if cost is None else f"{cost:.3g}")
+        table.add_row(*row, style="bold green" if chosen else None)
+    return table
+
+
+def _words(what: Parallel | Pair | Mixed) -> str:
+    if isinstance(what, Pair):
+        return f"prefill {what.whole_prefill}, decode {what.whole_decode}, {what.stages} node(s)"
+    return str(what)

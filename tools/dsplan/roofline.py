@@ -11,6 +11,7 @@ serving software, not on the device: :data:`STACKS` names what is known of them.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -161,28 +162,39 @@ class RooflineInstance:
         host_s = slow * (self.stack.step_s + self.stack.sequence_s * count) / self.stages
         return max(kernels_s, slow * self._layers * self.stack.layer_s) + host_s
 
+    def _reading_s(self, tokens: float, squares: float) -> float:
+        """Attention of a layer over prompts, or over chunks with end^2 - start^2 for their squares."""
+        s, each = self.shape, squares / tokens
+        kv = max(s.kv_heads / self.tp, 1)
+        fitted = self._kernels()["context"]
+        return float(kernels.context_s(fitted, self.device, tokens / each, each, s.heads / self.tp, kv, s.head_dim))
+
+    def _making_s(self, batch: float, context: float) -> float:
+        """Attention of a layer over one token for each sequence."""
+        s, fitted = self.shape, self._kernels()["generation"]
+        kv = max(s.kv_heads / self.tp, 1)
+        each = context / batch
+        return float(kernels.generation_s(fitted, self.device, batch, each, s.heads / self.tp, kv, s.head_dim))
+
     def prefill_stage_s(self, tokens: int, squares: int, count: int) -> float:
         """Kernels of the last stage (the output matrix is its), which is the slowest."""
-        s = self.shape
-        each = squares / tokens
-        kv = max(s.kv_heads / self.tp, 1)
-        attention = kernels.context_s(
-            self._kernels()["context"], self.device, tokens / each, each, s.heads / self.tp, kv, s.head_dim
-        )
-        total = self._layers * (self.layer_dense_s(tokens) + float(attention)) + self._output_s(count)
-        send = self._send_s(tokens) if self.stages > 1 else 0.0
-        return self._software_s(total, count) + send
+        return self.mixed_stage_s(tokens, squares, count, 0, 0)
+
+    def mixed_stage_s(self, tokens: float, squares: float, count: int, batch: int, context: float) -> float:
+        """All rows go through the matrices together."""
+        rows = math.ceil(tokens) + batch
+        layer = self.layer_dense_s(rows)
+        layer += self._reading_s(tokens, squares) if tokens else 0.0
+        layer += self._making_s(batch, context) if batch else 0.0
+        send = self._send_s(rows) if self.stages > 1 else 0.0
+        return self._software_s(self._layers * layer + self._output_s(count + batch), count + batch) + send
 
     def decode_step_s(self, batch: int, tokens: int) -> float:
         """``stages`` micro-batches go round; a token for each sequence takes all of them."""
-        s, micro = self.shape, -(-batch // self.stages)
-        kv = max(s.kv_heads / self.tp, 1)
-        attention = kernels.generation_s(
-            self._kernels()["generation"], self.device, micro, tokens / batch, s.heads / self.tp, kv, s.head_dim
-        )
-        dense = self._layers * self.layer_dense_s(micro) + self._output_s(micro)
+        micro = -(-batch // self.stages)
+        layer = self.layer_dense_s(micro) + self._making_s(micro, tokens / batch * micro)
         send = self._send_s(micro) if self.stages > 1 else 0.0
-        return self.stages * (self._software_s(dense + self._layers * float(attention), batch) + send)
+        return self.stages * (self._software_s(self._layers * layer + self._output_s(micro), batch) + send)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,11 +57,27 @@ class Pair:
         return Parallel(self.decode.tp, self.decode.pp * self.stages)
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Mixed:
+    """A colocated instance: its parallelism, and the tokens of a step."""
+
+    parallel: Parallel
+    budget: int
+
+    @property
+    def devices(self) -> int:
+        """Devices of the instance."""
+        return self.parallel.devices
+
+    def __str__(self) -> str:
+        return f"{self.parallel}, {self.budget} tokens a step"
+
+
 @dataclass(frozen=True, slots=True)
 class Tried:
     """A candidate and its goodput; ``exact`` is false where a bound alone ruled it out."""
 
-    what: Parallel | Pair
+    what: Parallel | Pair | Mixed
     rate: float
     exact: bool = True
 
@@ -95,7 +111,7 @@ def space(node_limit: int, devices_per_node: int) -> list[Parallel]:
     return [Parallel(tp, pp) for tp in range(1, devices_per_node + 1) for pp in range(1, every // tp + 1)]
 
 
-def unbounded(what: Parallel | Pair) -> float:
+def unbounded(what: Parallel | Pair | Mixed) -> float:
     """Infinite."""
     return math.inf
 
@@ -106,36 +122,54 @@ def algorithm1(
     decode_goodput: Callable[[Parallel], float],
     prefill_bound: Callable[[Parallel], float] = unbounded,
     decode_bound: Callable[[Parallel], float] = unbounded,
+    *,
+    decodes: Iterable[Parallel] | None = None,
+    reaches: tuple[Callable[[Parallel, float], bool], Callable[[Parallel, float], bool]] | None = None,
 ) -> High:
-    """The best prefill and the best decode, each on its own; bounds as in :func:`algorithm2`."""
+    """The best prefill and the best decode, each on its own; bounds as in :func:`algorithm2`. ``decodes``: the
+    candidates for decode, where its devices are others. ``reaches``: as for :func:`pruned`, of each phase."""
     each = list(candidates)
-    prefill = _pruned(each, prefill_goodput, (prefill_bound,))
-    decode = _pruned(each, decode_goodput, (decode_bound,))
-    return High(_best(prefill), _best(decode), prefill, decode)
+    others = each if decodes is None else list(decodes)
+    ahead, behind = (None, None) if reaches is None else reaches
+    prefill = pruned(each, prefill_goodput, (prefill_bound,), ahead)
+    decode = pruned(others, decode_goodput, (decode_bound,), behind)
+    return High(best_of(prefill), best_of(decode), prefill, decode)
 
 
 def algorithm2(
     pairs: Iterable[Pair],
     joint_goodput: Callable[[Pair], float],
     bounds: Sequence[Callable[[Pair], float]] = (unbounded,),
+    reaches: Callable[[Pair, float], bool] | None = None,
 ) -> Low:
     """The best pair. ``bounds``, the cheapest first, must never be below ``joint_goodput``: a pair whose bound per
-    device does not exceed the best goodput so far is not simulated, and the best is as good as without."""
-    tried = _pruned(list(pairs), joint_goodput, bounds)
-    return Low(_best(tried), tried)
+    device does not exceed the best goodput so far is not simulated, and the best is as good as without.
+    ``reaches``: as for :func:`pruned`."""
+    tried = pruned(list(pairs), joint_goodput, bounds, reaches)
+    return Low(best_of(tried), tried)
 
 
-What = TypeVar("What", Parallel, Pair)
+What = TypeVar("What", Parallel, Pair, Mixed)
 
 
-def _pruned(
-    each: Sequence[What], exact: Callable[[What], float], bounds: Sequence[Callable[[What], float]]
+def pruned(
+    each: Sequence[What],
+    exact: Callable[[What], float],
+    bounds: Sequence[Callable[[What], float]],
+    reaches: Callable[[What, float], bool] | None = None,
 ) -> tuple[Tried, ...]:
-    """Try the most promising first, and no more once the first bound rules out all the rest."""
+    """Try the most promising first, and only those that bounds do not rule out.
+
+    ``reaches``: whether a candidate does well at a rate; who does not do well at a rate that ties with the best is
+    ruled out too, as goodput is the highest such rate.
+    """
     tried: list[Tried] = []
     best = 0.0
     for one in sorted(each, key=lambda what: -bounds[0](what) / what.devices):
-        ruled_out = next((most for most in (bound(one) for bound in bounds) if most <= best * one.devices), None)
+        tie = best * one.devices
+        ruled_out = next((most for most in (bound(one) for bound in bounds) if most <= tie), None)
+        if ruled_out is None and best and reaches is not None and not reaches(one, tie):
+            ruled_out = tie
         if ruled_out is None:
             tried.append(Tried(one, exact(one)))
             best = max(best, tried[-1].per_device)
@@ -154,7 +188,7 @@ def pairs_of(node_limit: int, devices_per_node: int, allowed: Callable[[Parallel
     return found
 
 
-def _best(tried: Iterable[Tried]) -> Tried | None:
+def best_of(tried: Iterable[Tried]) -> Tried | None:
     """The most goodput per device; of equals the first, as in the paper's strict comparison."""
     best: Tried | None = None
     for one in tried:
@@ -185,6 +219,24 @@ def fill(prefills: Sequence[Tried], decodes: Sequence[Tried], devices: int) -> t
                 score = (min(n * one.rate, m * other.rate), -used)
                 if score > best:
                     best, chosen = score, (one, n, other, m)
+    return chosen
+
+
+def fill_kinds(
+    prefills: Sequence[Tried], decodes: Sequence[Tried], each: int
+) -> tuple[Tried, int, Tried, int] | None:
+    """As :func:`fill`, for ``each`` devices of two kinds, one for each phase."""
+    best, chosen = (0.0, 0), None
+    for one in prefills:
+        for other in decodes:
+            most = each // one.what.devices, each // other.what.devices
+            rate = min(most[0] * one.rate, most[1] * other.rate)
+            if rate == 0.0:
+                continue
+            n, m = min(most[0], replicas(rate, one.rate)), min(most[1], replicas(rate, other.rate))
+            score = rate, -(n * one.what.devices + m * other.what.devices)
+            if score > best:
+                best, chosen = score, (one, n, other, m)
     return chosen
 
 

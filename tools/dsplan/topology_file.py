@@ -6,24 +6,29 @@ from typing import Any
 
 import yaml
 
+from dsplan.devices import Device
 from dsplan.errors import PlanInput
 from dsplan.latency import saturating_tokens
 from dsplan.memory import BLOCK_TOKENS, memory
-from dsplan.planner import MAX_BATCH, Group, Placement, Plan
+from dsplan.oracles import MAX_BATCH
+from dsplan.placement import Group, Placement, Plan, Spec
+from dsplan.shapes import ModelShape
 
 
-def document(plan: Plan) -> dict[str, Any]:
-    """The file's content. Raises :class:`PlanInput` where an instance spans nodes, which no topology can say."""
-    question, chosen = plan.question, plan.chosen
+def document(plan: Plan, one: Placement | None = None) -> dict[str, Any]:
+    """The file's content, of the chosen placement or ``one``.
+
+    Raises :class:`PlanInput` where an instance spans nodes, which no topology can say.
+    """
+    question, spec = plan.question, (one or plan.chosen).spec
     per_node = question.devices_per_node
-    if max(chosen.prefill.parallel.devices, chosen.decode.parallel.devices) > per_node:
+    if max(spec.prefill.parallel.devices, spec.decode.parallel.devices) > per_node:
         raise PlanInput(
             f"an instance of this placement spans nodes of {per_node} devices, a topology has each on one",
             remedy="plan with --nodes 1, or for nodes with more devices",
         )
-    places = _places(chosen, per_node)
-    prefill = question.latency.instance(chosen.prefill.parallel.tp, chosen.prefill.parallel.pp)
-    used = {device.partition("/")[0] for group in places.values() for one in group for device in one}
+    places = _places(spec, per_node, apart=question.decode_hardware is not None)
+    used = {device.partition("/")[0] for group in places.values() for each in group for device in each}
     kind = "cpu" if question.device.name == "cpu" else "cuda"
     return {
         "model": {
@@ -35,7 +40,8 @@ def document(plan: Plan) -> dict[str, Any]:
             "tpot_ms": round(question.slo.tpot_s * 1e3, 3),
             "attainment": question.slo.attainment,
         },
-        "mode": "disaggregated",
+        "mode": spec.mode,
+        **({"conditional": {"threshold_tokens": spec.threshold}} if spec.mode == "conditional" else {}),
         "nodes": [
             {
                 "name": name,
@@ -44,15 +50,24 @@ def document(plan: Plan) -> dict[str, Any]:
             }
             for name in sorted(used, key=lambda name: int(name[1:]))
         ],
-        "prefill": {
-            **_group(plan, chosen.prefill, [[_device(d, kind) for d in one] for one in places["prefill"]]),
-            "max_batch_tokens": saturating_tokens(prefill),
-        },
-        "decode": {
-            **_group(plan, chosen.decode, [[_device(d, kind) for d in one] for one in places["decode"]]),
-            "max_batch": MAX_BATCH * chosen.decode.parallel.pp,
-        },
+        **_groups(plan, spec, places, kind),
     }
+
+
+def _groups(plan: Plan, spec: Spec, places: dict[str, list[list[str]]], kind: str) -> dict[str, Any]:
+    named = {name: [[_device(d, kind) for d in one] for one in each] for name, each in places.items()}
+    question, found = plan.question, {}
+    if spec.prefill.replicas:
+        one = spec.prefill.parallel
+        lm = saturating_tokens(question.latency.instance(one.tp, one.pp))
+        group = _group(question.shape, question.device, spec.prefill, named["prefill"])
+        found["prefill"] = {**group, "max_batch_tokens": lm}
+    device = question.kinds[spec.kind].device
+    group = _group(question.shape, device, spec.decode, named["decode"])
+    found["decode"] = {**group, "max_batch": MAX_BATCH * spec.decode.parallel.pp}
+    if spec.budget:
+        found["decode"]["max_batch_tokens"] = spec.budget
+    return found
 
 
 def _device(place: str, kind: str) -> str:
@@ -60,9 +75,9 @@ def _device(place: str, kind: str) -> str:
     return f"{node}/{kind}:{number}"
 
 
-def _group(plan: Plan, group: Group, place: list[list[str]]) -> dict[str, Any]:
+def _group(shape: ModelShape, device: Device, group: Group, place: list[list[str]]) -> dict[str, Any]:
     one = group.parallel
-    tokens = memory(plan.question.shape, plan.question.device, one.tp, one.pp).kv_tokens
+    tokens = memory(shape, device, one.tp, one.pp).kv_tokens
     return {
         "replicas": group.replicas,
         "tp": one.tp,
@@ -72,33 +87,42 @@ def _group(plan: Plan, group: Group, place: list[list[str]]) -> dict[str, Any]:
     }
 
 
-def _places(chosen: Placement, per_node: int) -> dict[str, list[list[str]]]:
-    """Each instance on one node. Pairs of the low algorithm stay together; else the largest come first."""
-    wanted = [("prefill", chosen.prefill), ("decode", chosen.decode)]
-    if chosen.algorithm == "low":
-        order = [pair for _ in range(chosen.prefill.replicas) for pair in wanted]
+def _places(spec: Spec, per_node: int, *, apart: bool) -> dict[str, list[list[str]]]:
+    """Each instance on one node. Pairs of the low algorithm stay together; else the largest come first. ``apart``:
+    the phases have nodes of their own."""
+    wanted = [("prefill", spec.prefill), ("decode", spec.decode)]
+    if spec.algorithm == "low":
+        order = [pair for _ in range(spec.decode.replicas) for pair in wanted]
+        # where a replica of prefill was left out
+        for _ in range(spec.decode.replicas - spec.prefill.replicas):
+            order.remove(wanted[0])
     else:
         order = [one for one in wanted for _ in range(one[1].replicas)]
-        order.sort(key=lambda one: -one[1].parallel.devices)
-    together = sum(group.parallel.devices for _, group in wanted) if chosen.algorithm == "low" else 0
-    taken: list[int] = []
+        order.sort(key=lambda one: (apart and one[0], -one[1].parallel.devices))
+    together = sum(group.parallel.devices for _, group in wanted) if spec.algorithm == "low" else 0
+    taken: list[tuple[str, int]] = []
     found: dict[str, list[list[str]]] = {"prefill": [], "decode": []}
     for role, group in order:
         room = together if role == "prefill" and together else group.parallel.devices
-        node = next((n for n, used in enumerate(taken) if used + room <= per_node), len(taken))
+        free = (
+            n for n, (kind, used) in enumerate(taken) if used + room <= per_node and (not apart or kind == role)
+        )
+        node = next(free, len(taken))
         if node == len(taken):
-            taken.append(0)
-        first = taken[node]
+            taken.append((role, 0))
+        first = taken[node][1]
         found[role].append([f"n{node}/{first + i}" for i in range(group.parallel.devices)])
-        taken[node] += group.parallel.devices
+        taken[node] = taken[node][0], first + group.parallel.devices
     return found
 
 
-def text(plan: Plan) -> str:
+def text(plan: Plan, one: Placement | None = None) -> str:
     """The file."""
+    placed = one or plan.chosen
+    names = " and ".join(dict.fromkeys(kind.device.name for kind in plan.question.kinds))
     head = (
-        f"# Planned for {plan.question.workload.name}: {plan.chosen.goodput.rate:.3g} requests/s on "
-        f"{plan.chosen.devices} devices of {plan.question.device.name}.\n"
+        f"# Planned for {plan.question.workload.name}: {placed.goodput.rate:.3g} requests/s on "
+        f"{placed.spec.devices} devices of {names}.\n"
         "# Hosts are loopback addresses; put real ones in their place.\n"
     )
-    return head + yaml.safe_dump(document(plan), sort_keys=False, default_flow_style=None, width=116)
+    return head + yaml.safe_dump(document(plan, one), sort_keys=False, default_flow_style=None, width=116)

@@ -1,0 +1,291 @@
+"""Whole plans: the paper's setting, modes, two kinds of devices, prices, what is written, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from dsctl.plan import command
+from dsplan import pareto, report
+from dsplan.confirm import agreed, checked, confirm, confirmations
+from dsplan.devices import find_device
+from dsplan.errors import PlanInput, ProfileMismatch, UnreachableSlo
+from dsplan.given import read
+from dsplan.goodput import Slo, make_workload
+from dsplan.linear import distserve_latency
+from dsplan.oracles import Oracles
+from dsplan.placement import Group, Plan, Spec
+from dsplan.planner import BUDGETS, Planner
+from dsplan.profile import Profile, Subject
+from dsplan.question import Hardware, Question
+from dsplan.queueing import serve
+from dsplan.reasons import verdict
+from dsplan.roofline import RooflineLatency
+from dsplan.search import Mixed, Parallel, algorithm1, algorithm2, best_of, pairs_of, pruned, unbounded
+from dsplan.shapes import find_model
+from dsplan.topology_file import text
+from dstopology.load import load
+
+A100 = find_device("a100-80g")
+
+
+def question(**changes: object) -> Question:
+    base = Question(
+        shape=find_model("OPT-13B"),
+        device=A100,
+        latency=distserve_latency("OPT-13B", "a100-80g"),
+        nodes=1,
+        devices_per_node=3,
+        workload=make_workload("sharegpt", 2000),
+        slo=Slo(0.25, 0.1),
+        modes=("disaggregated",),
+    )
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return Planner(question()).run()
+
+
+def test_three_devices_for_13b_serve_about_what_the_papers_system_did(plan: Plan) -> None:
+    """Its goodput on three devices was 2.3 a device, in runs of 300 requests; longer ones fill KV memory."""
+    chosen, spec = plan.chosen, plan.chosen.spec
+    assert spec.devices <= 3
+    assert spec.prefill.devices + spec.decode.devices == spec.devices
+    assert chosen.goodput.low <= chosen.goodput.rate <= chosen.goodput.high
+    assert 0.7 < chosen.per_device.rate < 2.6
+    assert 0 < plan.strict.rate < chosen.goodput.rate
+
+
+@pytest.mark.parametrize(
+    ("rate", "measured"), [(0.25, 1.0), (0.5, 1.0), (1.0, 0.9967), (1.5, 0.9967), (2.0, 0.9367)]
+)
+def test_attainment_of_the_papers_system_up_to_its_knee(rate: float, measured: float) -> None:
+    """What the DistServe paper measured: OPT-13B on ShareGPT, prefill TP 2, decode TP 1, 300 requests; rate a
+    device.
+
+    Beyond the knee the approximation is lower than what was measured (0.75 against 0.85 at 2.5).
+    """
+    oracles = Oracles(question())
+    link = A100.node_bytes_per_s
+    prefill, decode = [oracles.prefill_unit(Parallel(2, 1), link)], [oracles.decode_unit(Parallel(1, 1))]
+    shares = []
+    for seed in range(8):
+        drawn = make_workload("sharegpt", 300, seed).requests
+        served = serve([(at / (3 * rate), prompt, output) for at, prompt, output in drawn], prefill, decode)
+        good = [t <= 0.25 and p <= 0.1 for t, p in zip(served.ttft_s, served.tpot_s, strict=True)]
+        shares.append(sum(good) / len(good))
+    assert sum(shares) / len(shares) == pytest.approx(measured, abs=0.035)
+
+
+@pytest.mark.parametrize("slo", [Slo(0.25, 0.1), Slo(0.6, 0.024)])
+def test_pruning_never_changes_the_answer(slo: Slo) -> None:
+    planner = Planner(question(devices_per_node=4, workload=make_workload("fixed:200,20", 1000), slo=slo))
+    oracles, allowed = planner.oracles, sorted(planner.allowed[0])
+    high, low = planner._search_high(), planner._search_low()
+    all_high = algorithm1(allowed, oracles.prefill_rate, oracles.decode_rate)
+    all_low = algorithm2(pairs_of(1, 4, planner.allowed[0].__contains__), oracles.pair_rate)
+    mixed, _ = planner._colocated()
+    all_mixed = pruned([Mixed(one, b) for one in allowed for b in BUDGETS], oracles.mixed_rate, (unbounded,))
+    found = high.prefill, high.decode, low.best, best_of(mixed)
+    wanted = all_high.prefill, all_high.decode, all_low.best, best_of(all_mixed)
+    for one, other in zip(found, wanted, strict=True):
+        assert one is not None
+        assert other is not None
+        assert one.per_device == pytest.approx(other.per_device, rel=0.01)
+    assert any(not one.exact for one in low.tried)
+
+
+def test_a_plan_is_json(plan: Plan) -> None:
+    found = json.loads(json.dumps(report.data(plan)))
+    assert set(found["prefill"]) == {"tp", "pp", "replicas"}
+    for key in ("decode", "mode", "goodput_per_device", "interval", "search_seconds", "candidates", "oracle"):
+        assert key in found
+
+
+def test_the_topology_loads_and_has_the_placement(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "t.yaml"
+    path.write_text(text(plan))
+    topology = load(path, {"DS_HOME": str(tmp_path), "DS_RUN_DIR": str(tmp_path)})
+    spec = plan.chosen.spec
+    assert len(topology.role("prefill")) == spec.prefill.replicas
+    assert {one.tp for one in topology.role("decode")} == {spec.decode.parallel.tp}
+    assert topology.slo.ttft_s == pytest.approx(0.25)
+    used = [device for one in topology.instances for device in one.devices]
+    assert len(used) == len(set(used)) == spec.devices
+
+
+@pytest.fixture(scope="module")
+def modes() -> tuple[Planner, Plan]:
+    planner = Planner(question(devices_per_node=4, modes=("disaggregated", "colocated", "conditional")))
+    return planner, planner.run()
+
+
+def test_all_modes_are_compared_and_the_best_is_chosen(modes: tuple[Planner, Plan]) -> None:
+    _, plan = modes
+    assert {one.spec.mode for one in plan.placements} == {"disaggregated", "colocated", "conditional"}
+    assert plan.chosen.worth >= max(one.worth for one in plan.placements) * 0.95
+    disaggregated = [one for one in plan.placements if one.spec.mode == "disaggregated"]
+    plan = dataclasses.replace(plan, chosen=disaggregated[0])
+    assert verdict(plan).startswith("Disaggregate")
+    colocated = next(one for one in plan.placements if one.spec.mode == "colocated")
+    plan = dataclasses.replace(plan, chosen=colocated, placements=[colocated, disaggregated[0]])
+    assert verdict(plan).startswith("Do not disaggregate")
+    assert f"{colocated.worth / disaggregated[0].worth - 1:.0%} more goodput a device" in verdict(plan)
+
+
+def test_every_mode_is_written_as_a_topology_and_read_back(modes: tuple[Planner, Plan], tmp_path: Path) -> None:
+    planner, plan = modes
+    for number, one in enumerate(plan.placements):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text(plan, one))
+        again = read(path, planner)
+        same = ("mode", "budget", "threshold", "prefill", "decode")
+        assert [getattr(again, name) for name in same] == [getattr(one.spec, name) for name in same]
+
+
+def test_the_pareto_front_holds_nobody_who_is_beaten(modes: tuple[Planner, Plan]) -> None:
+    planner, plan = modes
+    _, each = pareto.points(planner.oracles, plan)
+    front = [one for one in each if one.best]
+    assert front
+    for one in each:
+        beaten = [o for o in front if all(a <= b for a, b in zip(o.measures, one.measures, strict=True))]
+        assert one.best or beaten
+
+
+def test_two_kinds_of_devices_each_have_their_phase(tmp_path: Path) -> None:
+    shape, other = find_model("OPT-13B"), find_device("h100")
+    kinds = [Hardware(device, RooflineLatency(shape, device)) for device in (other, A100)]
+    prices = {"h100": 4.0, "a100-80g": 2.0}
+    asked = question(device=other, latency=kinds[0].latency, decode_hardware=kinds[1], devices_per_node=1)
+    asked = dataclasses.replace(asked, prices=prices, workload=make_workload("humaneval", 1000))
+    plan = Planner(asked).run()
+    (split,) = plan.placements
+    assert split.spec.algorithm == "high"
+    assert split.price == split.spec.prefill.devices * 4.0 + split.spec.decode.devices * 2.0
+    cost = split.cost(100.0)
+    assert cost == pytest.approx(split.price / 3600 / (split.goodput.rate * 100) * 1e6)
+    path = tmp_path / "t.yaml"
+    path.write_text(text(plan, split))
+    assert {one.node for one in load(path, {"DS_HOME": str(tmp_path), "DS_RUN_DIR": str(tmp_path)}).instances} == {
+        "n0",
+        "n1",
+    }
+
+
+def test_the_simulator_finds_the_highest_rate_that_attains() -> None:
+    planner = Planner(question(devices_per_node=2, algorithm="low"))
+    planner.allowed = [{one for one in planner.allowed[0] if one.pp == 1}]
+    plan = planner.run()
+    assert confirm(plan, 60, plan.chosen.goodput.rate / 2).attainment >= 0.9
+    optimistic = dataclasses.replace(plan.chosen.goodput, rate=plan.chosen.goodput.rate * 2)
+    plan.chosen = dataclasses.replace(plan.chosen, goodput=optimistic)
+    runs = confirmations(plan, 50)
+    found = agreed(plan, runs)
+    assert len(runs) > 1
+    assert found.attainment >= 0.9 > runs[0].attainment
+    assert all(one.rate <= found.rate for one in runs if one.attainment >= 0.9)
+
+
+def test_what_no_topology_can_say_is_not_simulated_but_noted(plan: Plan) -> None:
+    spec = Spec("high", Group(Parallel(4, 1), 1), Group(Parallel(1, 1), 1))
+    plan = dataclasses.replace(plan, chosen=dataclasses.replace(plan.chosen, spec=spec), notes=[])
+    assert checked(plan, 10) == []
+    assert "an instance of this placement spans nodes" in plan.notes[0]
+
+
+def test_a_wanted_rate_is_met_by_enough_replicas() -> None:
+    plan = Planner(question(devices_per_node=8, algorithm="high", rate=12.0)).run()
+    assert plan.chosen.goodput.rate >= 12.0 * 0.97
+
+
+@pytest.mark.parametrize(
+    ("slo", "words"),
+    [(Slo(0.005, 0.1), "a TTFT of 5 ms cannot be had"), (Slo(0.25, 0.001), "a TPOT of 1 ms cannot be had")],
+)
+def test_an_objective_out_of_reach_is_named_with_the_best(slo: Slo, words: str) -> None:
+    with pytest.raises(UnreachableSlo, match=words) as caught:
+        Planner(question(slo=slo)).run()
+    assert "the best is" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"nodes": 0}, "nodes 0 is absurd"),
+        ({"devices_per_node": 1000}, "devices per node 1000"),
+        ({"slo": Slo(float("nan"), 0.1)}, "TTFT objective"),
+        ({"slo": Slo(0.1, 0.1, 1.5)}, "attainment 1.5"),
+        ({"rate": -1.0}, "rate -1"),
+        ({"prices": {"h100": -2.0}}, "price of h100 -2"),
+        (
+            {"algorithm": "low", "decode_hardware": Hardware(A100, distserve_latency("OPT-13B", "a100-80g"))},
+            "algorithm low keeps both phases in one node",
+        ),
+    ],
+)
+def test_absurd_numbers_are_refused(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(PlanInput, match=words):
+        Planner(question(**changes))
+
+
+ARGUMENTS = [
+    "--model",
+    "OPT-13B",
+    "--devices-per-node",
+    "2",
+    "--algorithm",
+    "low",
+    "--workload",
+    "fixed:200,20",
+    "--no-check",
+]
+
+
+def test_the_command_writes_json_a_topology_and_a_report(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path, page = tmp_path / "t.yaml", tmp_path / "r.html"
+    arguments = [*ARGUMENTS, "--mode", "disaggregated", "--price", "2", "--json", "--write", str(path)]
+    result = CliRunner().invoke(command, [*arguments, "--report", str(page)], catch_exceptions=False)
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert (found["prefill"]["replicas"], found["decode"]["replicas"], found["devices"]) == (1, 1, 2)
+    assert found["cost_per_million_tokens"] > 0
+    assert yaml.safe_load(path.read_text())["prefill"]["tp"] == found["prefill"]["tp"]
+    html = page.read_text()
+    assert html.count("<svg") == html.count("</svg>") == 2
+    assert "src=" not in html
+    again = CliRunner().invoke(
+        command, [*ARGUMENTS, "--mode", "disaggregated", "--compare", str(path)], catch_exceptions=False
+    )
+    assert "yours" in again.output
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--price", "cheap"], "is not understood"),
+        (["--price", "h100=2"], "names h100, which is not planned for"),
+        (["--network", "0.0001"], "network_bytes_per_s"),
+        (["--compare", "/nowhere.yaml"], "cannot be read"),
+        (["--device", "h900"], "device h900 is not known"),
+        (["--workload", "/nowhere.csv"], "/nowhere.csv"),
+    ],
+)
+def test_bad_options_are_refused_with_a_sentence(option: list[str], words: str) -> None:
+    result = CliRunner().invoke(command, [*ARGUMENTS, *option])
+    assert words in str(result.exception)
+
+
+def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    Profile(Subject("machine", "smollm2", "fingerprint", "float32", 1)).save(path)
+    result = CliRunner().invoke(command, [*ARGUMENTS, "--profile", str(path)])
+    assert isinstance(result.exception, ProfileMismatch)
