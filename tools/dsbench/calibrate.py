@@ -24,6 +24,7 @@ from dsbench.started import started
 from dsclient import AsyncClient
 from dsctl.asking import Target, find_target
 from dsctl.profile import TP, profile_of, wanted_by
+from dsplan.profile import check_topology
 from dsplan.profile import load as load_profile
 from dsplan.profiling import MOST_TOKENS, Effort
 from dssim.model import layout_of
@@ -134,6 +135,7 @@ def run(
     console: Console,
 ) -> Iterator[Compared]:
     """One topology: start, probe, then each rate predicted and measured."""
+    check_topology(profile, topology)
     with started(topology.path, console):
         target = find_target(topology.path, None, None)
         found = _probe(topology, profile, target, console)

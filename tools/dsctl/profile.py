@@ -205,6 +205,8 @@ def _show(profile: Profile, path: Path) -> None:
             known = [f"{row[key]:.4g}" if key in row else "" for key in _COLUMNS]
             told = [f"{errors['mean']:.1%}", f"{errors['p90']:.1%}"] if errors else ["", ""]
             table.add_row(name.replace("_large", f", {fit['large_batch']} and more"), *known, *told)
+        if mixed := fit["errors"].get("mixed"):
+            table.add_row("both in a step", *[""] * 4, f"{mixed['mean']:.1%}", f"{mixed['p90']:.1%}")
         console.print(table)
         console.print(f"Lm: prompts of {fit['saturating_tokens']} tokens saturate it")
     console.print(f"errors are of points that the fit had not seen; written to {path}", soft_wrap=True)
