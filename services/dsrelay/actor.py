@@ -226,5 +226,7 @@ async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> 
             stack.callback(authenticator.stop)
         _routes(topology, config, routes)
         staging = Segment.create(relay.staging, slots, config.slot_nbytes)
+        if config.sources:
+            staging.warm()
         stack.pop_all()
     return RelayActor(RelayState(config), routes, staging, authenticator)
