@@ -1,7 +1,8 @@
 """The engine of one instance of a topology: loaded, identified, and run off the event loop.
 
 Steps run in one thread and KV copies in another, each in the order in which they were asked for, so that a copy
-neither waits for a step nor overtakes a copy that was asked for before it.
+neither waits for a step nor overtakes a copy that was asked for before it. The other ranks of an instance hear of a
+step when it is asked for, and need not wait for the end of those before it.
 """
 
 from __future__ import annotations
@@ -9,33 +10,35 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 from dsengine.config import EngineConfig
 from dsengine.model import load_shape
-from dsengine.runner import Engine
+from dsengine.runner import Engine, StepItem
 from dsengine.sampler import Sampled
 from dsengine.store import resolve
 from dskv.layout import KvLayout
 from dskv.memory import RankPools
-from dskv.segment import Segment
-from dskv.shards import KvShard, shards
+from dskv.segment import SegmentCache
+from dskv.shards import KvShard, copies, shards
 from dstopology.resolved import Instance, Topology
 from dstopology.wiring import model_identity
 from dswire.errors import DsError, ErrorInfo, OutOfMemory, StartFailed
 from dswire.messages.worker import Capacity, Logprobs, ModelIdentity
 
 T = TypeVar("T")
-ItemT = TypeVar("ItemT")
 
 
 class RunningInstance:
     """Engine, pool and the two threads."""
 
-    def __init__(self, engine: Engine, model: ModelIdentity) -> None:
+    def __init__(self, engine: Engine, model: ModelIdentity, instance: Instance) -> None:
         self.engine = engine
         self.model = model
+        self._instance = instance
+        self._mapped = SegmentCache()
         self._steps = ThreadPoolExecutor(1, thread_name_prefix="step")
         self._copies = ThreadPoolExecutor(1, thread_name_prefix="copy")
 
@@ -48,50 +51,71 @@ class RunningInstance:
     @classmethod
     def _load(cls, topology: Topology, instance: Instance) -> RunningInstance:
         model_dir = resolve(topology.model.path)
-        device = instance.devices[0]
-        config = EngineConfig(
-            model_dir=model_dir,
-            dtype=topology.model.dtype,
-            device="cpu" if device.startswith("cpu") else device,
-            block_size=instance.block_size,
-            num_blocks=instance.kv_blocks or _blocks(topology, instance, model_dir),
-            segment=instance.segment,
-            threads=instance.threads,
-            max_model_len=topology.model.max_model_len,
-        )
-        return cls(Engine(config), model_identity(topology, model_dir))
+        shape = load_shape(model_dir)
+        layout = KvLayout(shape.layers, shape.kv_heads, shape.head_dim, instance.block_size, topology.model.dtype)
+        blocks = instance.kv_blocks or _blocks(instance, layout)
+        configs = [
+            EngineConfig(
+                model_dir=model_dir,
+                dtype=topology.model.dtype,
+                device="cpu" if device.startswith("cpu") else device,
+                block_size=instance.block_size,
+                num_blocks=blocks,
+                segment=segment,
+                threads=instance.threads,
+                max_model_len=topology.model.max_model_len,
+            )
+            for device, segment in zip(instance.devices, rank_segments(instance), strict=True)
+        ]
+        if len(configs) == 1:
+            engine = Engine(configs[0])
+        else:
+            from dsengine.ranks import RankedEngine
 
-    @property
-    def segment(self) -> Segment:
-        """The pool as others of the host map it."""
-        segment = self.engine.pool.segment
-        if segment is None:
-            raise StartFailed("the KV pool of this device cannot be handed over yet", remedy="place it on cpu:N")
-        return segment
+            engine = RankedEngine(instance.name, configs, instance.tp, instance.pp)
+        return cls(engine, model_identity(topology, model_dir), instance)
 
     @property
     def shards(self) -> tuple[KvShard, ...]:
-        """The pools of all ranks."""
-        return shards(self.engine.pool.layout, 1, 1, [str(self.segment.path)])
+        """The pools of all ranks, as others of the host map them."""
+        if self.engine.pool.segment is None:
+            raise StartFailed("the KV pool of this device cannot be handed over yet", remedy="place it on cpu:N")
+        segments = list(map(str, rank_segments(self._instance)))
+        return shards(self.engine.layout, self._instance.tp, self._instance.pp, segments)
 
-    @property
+    @cached_property
     def pools(self) -> RankPools:
         """The same, mapped into this process."""
-        return RankPools.of(self.engine.pool.layout, self.segment)
+        segment = self.engine.pool.segment
+        if segment is not None and len(self.shards) == 1:
+            return RankPools.of(self.engine.layout, segment)
+        blocks = self.engine.pool.num_blocks
+        return RankPools.map(self.engine.layout, self.shards, blocks, self._mapped, writable=True)
 
     @property
     def capacity(self) -> Capacity:
         """The pool as the router is told."""
-        return Capacity(self.engine.pool.num_blocks, self.engine.pool.layout)
+        return Capacity(self.engine.pool.num_blocks, self.engine.layout)
 
     @property
     def stages(self) -> int:
         """Steps that may be under way at once."""
-        return 1
+        return self._instance.pp
 
-    async def step(self, run: Callable[[], T]) -> T:
-        """Run in the step thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._steps, run)
+    async def step(self, batch: Sequence[StepItem]) -> list[Sampled | ErrorInfo | None]:
+        """A step; when it fails as a whole, its items run alone, so that one bad sequence fails alone.
+
+        Does not return when the ranks are lost: the process is about to end, and what it held is tried elsewhere.
+        """
+        try:
+            end = self.engine.launch(batch)
+            return list(await asyncio.get_running_loop().run_in_executor(self._steps, end))
+        except DsError as error:
+            if self.engine.lost is not None:
+                await asyncio.Future()
+            if len(batch) == 1:
+                return [error.info()]
+        return [(await self.step([item]))[0] for item in batch]
 
     async def copy(self, run: Callable[[], T]) -> T:
         """Run in the copy thread."""
@@ -99,33 +123,37 @@ class RunningInstance:
 
     def close(self) -> None:
         """End the threads after what they are at, and give the memory back."""
-        self._steps.shutdown()
+        lost = self.engine.lost is not None
+        # a step may wait for ranks that are gone, for longer than this process is to live
+        self._steps.shutdown(wait=not lost)
         self._copies.shutdown()
-        self.engine.close()
+        self._mapped.close()
+        if lost:
+            self.engine.abandon()
+        else:
+            self.engine.close()
 
 
-def _blocks(topology: Topology, instance: Instance, model_dir: Path) -> int:
-    shape = load_shape(model_dir)
-    layout = KvLayout(shape.layers, shape.kv_heads, shape.head_dim, instance.block_size, topology.model.dtype)
-    blocks = instance.kv_memory_nbytes // layout.block_nbytes
+def rank_segments(instance: Instance) -> list[Path | None]:
+    """The file of each rank's pool; None for pools on a GPU."""
+    path = instance.segment
+    if len(instance.devices) == 1:
+        paths = [path]
+    else:
+        paths = [path.with_suffix(f".{rank}{path.suffix}") for rank in range(len(instance.devices))]
+    pairs = zip(instance.devices, paths, strict=True)
+    return [path if device.startswith("cpu") else None for device, path in pairs]
+
+
+def _blocks(instance: Instance, layout: KvLayout) -> int:
+    block = layout.block_nbytes * copies(layout.kv_heads, instance.tp)
+    blocks = instance.kv_memory_nbytes // block
     if blocks < 1:
         raise OutOfMemory(
-            f"{instance.name}: kv.memory is {instance.kv_memory_nbytes} bytes, a block takes {layout.block_nbytes}",
+            f"{instance.name}: kv.memory is {instance.kv_memory_nbytes} bytes, a block takes {block}",
             remedy="raise kv.memory in the topology",
         )
     return blocks
-
-
-def run_each(
-    run: Callable[[Sequence[ItemT]], list[Sampled | None]], batch: Sequence[ItemT]
-) -> list[Sampled | ErrorInfo | None]:
-    """Run a step; when it fails as a whole, run its items alone, so that one bad sequence fails alone."""
-    try:
-        return list(run(batch))
-    except DsError as error:
-        if len(batch) == 1:
-            return [error.info()]
-        return [run_each(run, [item])[0] for item in batch]
 
 
 def logprobs(sampled: Sampled) -> Logprobs | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from typing import Any
 
-from dsengine.instance import RunningInstance, logprobs, run_each
+from dsengine.instance import RunningInstance, logprobs
 from dsengine.runner import StepItem
 from dsengine.sampler import SamplerState
 from dskv.handle import KvKey
@@ -15,7 +16,7 @@ from dssched.steps import ForgetSequence, Made, RunStep, StartSequence, Stepped
 from dstopology.resolved import Instance, Topology
 from dstopology.wiring import relay_route, router_route
 from dswire.actor import Actor, Route
-from dswire.errors import ErrorInfo, from_info
+from dswire.errors import DsError, ErrorInfo, from_info
 from dswire.links import ROUTER, End, Ready
 from dswire.messages import worker
 
@@ -34,6 +35,8 @@ class InstanceActor(Actor):
 
     def started(self) -> None:
         """Say hello; the router's welcome makes us ready."""
+        loop = asyncio.get_running_loop()
+        self._running.engine.watch(lambda error: loop.call_soon_threadsafe(self._ranks_lost, error))
         self.wake()
 
     def stopping(self) -> None:
@@ -41,8 +44,8 @@ class InstanceActor(Actor):
         self.send(ROUTER, worker.WorkerBye())
 
     def abandon(self) -> None:
-        """The pool's file would outlive us."""
-        self._running.segment.unlink()
+        """The files of pools would outlive us."""
+        self._running.engine.abandon()
 
     def closed(self) -> None:
         """Give threads and memory back."""
@@ -67,14 +70,18 @@ class InstanceActor(Actor):
             case _:
                 super().perform(action)
 
+    def _ranks_lost(self, error: DsError) -> None:
+        """The instance ends; the router tries elsewhere at once."""
+        self.send(ROUTER, worker.WorkerBye())
+        self.finish(error)
+
     async def _step(self, step: RunStep) -> Stepped:
-        engine = self._running.engine
         items = [
             StepItem(run.tokens, run.start, run.blocks, self._samplers[run.key] if run.draws else None)
             for run in step.runs
         ]
         began = self.now()
-        results = await self._running.step(lambda: run_each(engine.step, items))
+        results = await self._running.step(items)
         made: list[Made] = []
         failed: list[tuple[KvKey, ErrorInfo]] = []
         for run, result in zip(step.runs, results, strict=True):

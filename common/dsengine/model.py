@@ -74,7 +74,7 @@ def load_model(
         if isinstance(shape, Architecture):
             if (native := _native(shape, config, device, part)) is not None:
                 return native
-            _log.info("%s is served by the lean decoder", shape.name)
+            _log.info("%s is served by the lean decoder%s", shape.name, "" if part.whole else f", {part}")
             return _lean(shape, config, device, part, peers or Alone())
         return _foreign(shape, config, device, part)
     except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -94,9 +94,9 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def _native(arch: Architecture, config: EngineConfig, device: torch.device, part: Part) -> NativeDecoder | None:
     """The model on the compiled kernels; None, and the reason in the log, where they cannot serve it."""
-    if not config.kernels or device.type != "cpu":
+    if not config.kernels or device.type != "cpu" or not part.whole:
         return None
-    reason = "int8 weights" if config.quantization else "ranks" if not part.whole else obstacle(arch)
+    reason = "int8 weights" if config.quantization else obstacle(arch)
     if reason is not None:
         _log.info("%s goes without compiled kernels: they have no %s", arch.name, reason)
         return None

@@ -25,6 +25,9 @@ class Part:
     pp: int = 1
     rank: int = 0
 
+    def __str__(self) -> str:
+        return f"rank {self.rank} of tp {self.tp} and pp {self.pp}"
+
     @property
     def stage(self) -> int:
         """Counts from 0, where tokens come in."""
@@ -90,7 +93,7 @@ def drawing_rank(tp: int, pp: int) -> int:
 
 
 class Peers(Protocol):
-    """The other ranks. Each call meets the same one of them; raises ``RuntimeError`` when one is gone."""
+    """The other ranks. Each call meets the same call of them, and raises ``RuntimeError`` when one is gone."""
 
     def add(self, x: Tensor) -> Tensor:
         """The sum of all places' ``x``."""

@@ -27,7 +27,7 @@ from dsengine.sampler import Sampled, SamplerState, sample
 from dsengine.span import Span
 from dskv.layout import KvLayout
 from dskv.shards import shards
-from dswire.errors import EngineFailed, OutOfMemory, UnsupportedModel
+from dswire.errors import DsError, EngineFailed, OutOfMemory, UnsupportedModel
 from dswire.messages.client import Sampling
 
 
@@ -48,7 +48,7 @@ class Engine:
         Raises :class:`~dswire.errors.ModelNotFound`, :class:`UnsupportedModel`, :class:`OutOfMemory` or, for a
         device that is not there, :class:`EngineFailed`.
         """
-        self._device = _device(config.device)
+        self._device = device_of(config.device)
         torch.set_num_threads(config.threads)
         shape = load_shape(config.model_dir)
         if config.max_model_len > shape.max_positions:
@@ -122,6 +122,19 @@ class Engine:
                 remedy="lower the batch limits or kv.memory in the topology",
             ) from error
 
+    @property
+    def lost(self) -> DsError | None:
+        """Why no step will ever succeed again; None while all is well."""
+        return None
+
+    def watch(self, on_lost: Callable[[DsError], object]) -> None:
+        """Call ``on_lost``, in any thread and at most once, when no step will ever succeed again."""
+
+    def abandon(self) -> None:
+        """Remove what would outlive this process. Never blocks."""
+        if self.pool.segment is not None:
+            self.pool.segment.unlink()
+
     def close(self) -> None:
         """Give the memory back and remove the pool's file. Doing it twice is harmless."""
         if isinstance(self._model, NativeDecoder):
@@ -162,7 +175,8 @@ class Engine:
             raise EngineFailed(f"a block outside the pool of {pool.num_blocks} came")
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device. Raises :class:`EngineFailed` for a GPU that is not there."""
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise EngineFailed(f"device {name} is not there: this process sees {torch.cuda.device_count()} GPUs")

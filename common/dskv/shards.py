@@ -69,3 +69,8 @@ def head_ranges(kv_heads: int, tp: int) -> tuple[tuple[int, int], ...]:
         f"{kv_heads} KV heads cannot be shared by tp {tp}",
         remedy=f"choose a tp that divides {kv_heads}, or a multiple of it",
     )
+
+
+def copies(kv_heads: int, tp: int) -> int:
+    """How many of ``tp`` ranks hold each KV head."""
+    return max(1, tp // kv_heads)

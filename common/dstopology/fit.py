@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dskv.shards import copies
 from dstopology.endpoints import is_local
 from dstopology.modelfacts import ModelFacts
 from dstopology.placement import WorkerRole
@@ -25,21 +26,32 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def check_shape(facts: ModelFacts, groups: Mapping[WorkerRole, GroupSection], problems: Problems) -> None:
-    """Tell of a tp that does not divide the heads, and of a pp larger than the number of layers."""
+    """Tell of a tp that cannot share the heads out, and of a pp larger than the number of layers."""
     for role, group in groups.items():
-        for what, count in (("attention heads", facts.heads), ("KV heads", facts.kv_heads)):
-            if count % group.tp:
-                reason = f"the model's {count} {what} cannot be divided by tp {group.tp}"
-                problems.add((role, "tp"), reason, f"choose a tp that divides {facts.heads} and {facts.kv_heads}")
+        if facts.heads % group.tp:
+            reason = f"the model's {facts.heads} attention heads cannot be divided by tp {group.tp}"
+            problems.add((role, "tp"), reason, f"choose a tp that divides {facts.heads}")
+        elif facts.kv_heads % group.tp and group.tp % facts.kv_heads:
+            reason = f"the model's {facts.kv_heads} KV heads can neither be divided by tp {group.tp} nor be held by"
+            remedy = (
+                f"choose a tp that divides {facts.heads}, and that divides {facts.kv_heads} or is a multiple of it"
+            )
+            problems.add((role, "tp"), f"{reason} equally many ranks each", remedy)
         if facts.layers < group.pp:
             reason = f"the model has {facts.layers} layers, too few for {group.pp} stages"
             problems.add((role, "pp"), reason, f"choose a pp of at most {facts.layers}")
 
 
+def block_nbytes(instance: Instance, facts: ModelFacts, dtype: str) -> int:
+    """Bytes of one KV block over all ranks of an instance, some of which may hold the same heads."""
+    return facts.kv_layout(instance.block_size, dtype).block_nbytes * copies(facts.kv_heads, instance.tp)
+
+
 def pool_nbytes(instance: Instance, facts: ModelFacts, dtype: str) -> int:
-    """Bytes of the KV pool of an instance."""
-    block = facts.kv_layout(instance.block_size, dtype).block_nbytes
-    return instance.kv_memory_nbytes if instance.kv_blocks is None else instance.kv_blocks * block
+    """Bytes of the KV pools of an instance."""
+    if instance.kv_blocks is None:
+        return instance.kv_memory_nbytes
+    return instance.kv_blocks * block_nbytes(instance, facts, dtype)
 
 
 def pool_tokens(instance: Instance, facts: ModelFacts | None, dtype: str) -> int | None:
@@ -48,8 +60,7 @@ def pool_tokens(instance: Instance, facts: ModelFacts | None, dtype: str) -> int
         return instance.kv_blocks * instance.block_size
     if facts is None:
         return None
-    block = facts.kv_layout(instance.block_size, dtype).block_nbytes
-    return instance.kv_memory_nbytes // block * instance.block_size
+    return instance.kv_memory_nbytes // block_nbytes(instance, facts, dtype) * instance.block_size
 
 
 def model_len(

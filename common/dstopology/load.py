@@ -83,12 +83,6 @@ def check_servable(topology: Topology) -> None:
     lines = source.read(topology.path).problems.lines
     problems = Problems(str(topology.path))
     problems.lines = lines
-    for role in ("prefill", "decode"):
-        for what in ("tp", "pp"):
-            degree = max((getattr(instance, what) for instance in topology.role(role)), default=1)
-            if degree > 1:
-                reason = f"this release serves {what} 1 only, not {degree}"
-                problems.add((role, what), reason, "write 1, and have more replicas instead")
     if topology.gateway is not None:
         reason = "this release has no HTTP gateway"
         problems.add(("gateway",), reason, "remove the key; clients use the SDK (dsclient) or dsctl")

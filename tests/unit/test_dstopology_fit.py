@@ -43,13 +43,20 @@ def test_a_model_that_cannot_be_understood_is_left_to_the_engine(desk: Desk, con
 
 
 def test_heads_and_layers_must_be_divisible(desk: Desk) -> None:
-    found = desk.problems("model: tiny\nprefill: {tp: 4}\ndecode:\n  tp: 3\n  pp: 3\n")
+    found = desk.problems("model: tiny\nprefill: {tp: 8}\ndecode:\n  tp: 3\n  pp: 3\n")
     assert found == [
-        "2: prefill.tp: the model's 2 KV heads cannot be divided by tp 4",
+        "2: prefill.tp: the model's 4 attention heads cannot be divided by tp 8",
         "4: decode.tp: the model's 4 attention heads cannot be divided by tp 3",
-        "4: decode.tp: the model's 2 KV heads cannot be divided by tp 3",
         "5: decode.pp: the model has 2 layers, too few for 3 stages",
     ]
+    desk.model("odd", num_attention_heads=12, num_key_value_heads=4)
+    told = "the model's 4 KV heads can neither be divided by tp 6 nor be held by equally many ranks each"
+    assert desk.problems("model: odd\nprefill: {tp: 6}\n") == [f"2: prefill.tp: {told}"]
+
+
+def test_kv_heads_that_several_ranks_hold_take_their_room(desk: Desk) -> None:
+    once, twice = (desk.load(f"model: tiny\nkv: {{memory: 100KiB}}\ndecode: {{tp: {tp}}}\n") for tp in (2, 4))
+    assert (once.model.max_model_len, twice.model.max_model_len) == (400, 192)
 
 
 def test_the_length_is_what_model_and_pools_take(desk: Desk) -> None:

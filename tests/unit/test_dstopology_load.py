@@ -242,19 +242,11 @@ def test_socket_paths_must_fit_the_kernel(desk: Desk) -> None:
     assert desk.problems("model: m\n", DS_RUN_DIR="/tmp/" + "x" * 80) == []
 
 
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("model: m\nprefill: {pp: 2}\n", "2: prefill.pp: this release serves pp 1 only, not 2"),
-        ("model: m\ndecode:\n  tp: 2\n", "3: decode.tp: this release serves tp 1 only, not 2"),
-        ("model: m\ngateway: 127.0.0.1:8000\n", "2: gateway: this release has no HTTP gateway"),
-    ],
-)
-def test_what_this_release_cannot_serve_is_valid_but_refused(desk: Desk, text: str, wanted: str) -> None:
-    topology = desk.load(text)
+def test_what_this_release_cannot_serve_is_valid_but_refused(desk: Desk) -> None:
+    topology = desk.load("model: m\ngateway: 127.0.0.1:8000\n")
     with pytest.raises(TopologyError) as caught:
         check_servable(topology)
-    assert caught.value.message.startswith(f"{topology.path}:{wanted}")
+    assert caught.value.message.startswith(f"{topology.path}:2: gateway: this release has no HTTP gateway")
     assert caught.value.remedy
 
 

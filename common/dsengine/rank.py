@@ -1,0 +1,115 @@
+"""``python -m dsengine.rank``: one rank of an instance, the child of the instance's process.
+
+It runs the steps that it is told, in order, and ends when its standard input does: so it never outlives the
+instance's process, however that ends, nor leaves the file of its pool behind. It ends by itself, with a report,
+when a step fails: the ranks have then lost each other.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import IO, NoReturn
+
+import msgspec
+
+from dsengine.rank_orders import RankStep, Report, Start, encode, read, start_of
+from dsobserve.logging import configure
+from dswire.errors import DsError, EngineFailed
+from dswire.process import EXIT_BUG
+
+_log = logging.getLogger(__name__)
+
+
+class _Rank:
+    """The rank of this process."""
+
+    def __init__(self, start: Start, orders: IO[bytes], reports: IO[bytes]) -> None:
+        self._start = start
+        self._orders = orders
+        self._reports = reports
+        self._segment: Path | None = None
+        #: never longer than the number of steps that an instance has under way
+        self._steps: SimpleQueue[RankStep] = SimpleQueue()
+
+    def run(self) -> NoReturn:
+        """Load, then run steps until the instance's process is gone."""
+        Thread(target=self._listen, name="orders", daemon=True).start()
+        status = EXIT_BUG
+        try:
+            self._serve()
+        except DsError as error:
+            _log.error("%s; %s", error, error.remedy)
+            self._report(Report("failed", error.info()))
+            status = error.exit_code
+        except Exception as error:  # noqa: BLE001 - process boundary: a bug is logged whole and ends the process
+            _log.exception("unexpected error")
+            self._report(Report("failed", EngineFailed(f"{self._start.name}: {error!r}").info()))
+        self._leave(status)
+
+    def _serve(self) -> None:
+        import torch
+
+        from dsengine.parallel import Part
+        from dsengine.rank_group import GroupPeers, PeerGone
+        from dsengine.runner import Engine, device_of
+
+        start = self._start
+        part = Part(start.tp, start.pp, start.rank)
+        torch.set_num_threads(start.config.threads)
+        device = device_of(start.config.device)
+        self._report(Report("joining"))
+        try:
+            peers = GroupPeers(part, device, Path(start.rendezvous))
+            engine = Engine(start.config, part, peers)
+            self._segment = start.config.segment
+            self._report(Report("ready"))
+            while True:
+                step = self._steps.get()
+                engine.forward([span.span() for span in step.spans], step.picked)
+        except PeerGone as error:
+            raise EngineFailed(str(error)) from error
+
+    def _listen(self) -> None:
+        decoder = msgspec.msgpack.Decoder(RankStep)
+        while (frame := read(self._orders)) is not None:
+            self._steps.put(decoder.decode(frame))
+        self._leave(0)
+
+    def _report(self, report: Report) -> None:
+        try:
+            self._reports.write(encode(report))
+            self._reports.flush()
+        except BrokenPipeError:
+            # the instance's process is gone, and so are we in a moment
+            return
+
+    def _leave(self, status: int) -> NoReturn:
+        """End now: the other thread may be within a step that nobody will ever complete."""
+        if self._segment is not None:
+            self._segment.unlink(missing_ok=True)
+        logging.shutdown()
+        os._exit(status)
+
+
+def main() -> NoReturn:
+    """Be the rank that the first frame on standard input tells."""
+    # an interrupt at a terminal reaches every process there; the instance's tells us when it is time
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    reports = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not look like a report
+    frame = read(sys.stdin.buffer)
+    if frame is None:
+        os._exit(0)
+    start = start_of(frame)
+    configure(f"{start.name}.{start.rank}")
+    _Rank(start, sys.stdin.buffer, reports).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The other ranks of an instance by torch.distributed: Gloo between CPUs, NCCL between GPUs.
+
+All ranks are on one host and talk over its loopback interface or, GPUs, directly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+
+from dsengine.parallel import Part
+
+#: longest wait of a rank for another, in seconds: for all to have joined, and within a step
+PATIENCE_S = 120.0
+
+
+class PeerGone(RuntimeError):
+    """A rank does not answer: the step, and every later one, is lost."""
+
+
+class GroupPeers:
+    """A rank's connections to the others."""
+
+    def __init__(self, part: Part, device: torch.device, rendezvous: Path) -> None:
+        """Join the others at ``rendezvous``, a file that none of them needs to make.
+
+        Raises :class:`PeerGone` when they do not all come.
+        """
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
+        ranks = part.tp * part.pp
+        cuda = device.type == "cuda"
+        if cuda:
+            torch.cuda.set_device(device)
+        with _meeting():
+            dist.init_process_group(
+                "nccl" if cuda else "gloo",
+                store=torch._C._distributed_c10d.FileStore(str(rendezvous), ranks),
+                rank=part.rank,
+                world_size=ranks,
+                timeout=timedelta(seconds=PATIENCE_S),
+            )
+            # every rank must make every group, in the same order
+            stages = [dist.new_group(range(part.tp * stage, part.tp * (stage + 1))) for stage in range(part.pp)]
+        self._stage = stages[part.stage]
+        self._part = part
+        self._device = device
+        #: what the next stage has not yet taken, with its buffer; as many as there are steps under way
+        self._sent: deque[tuple[dist.Work | None, Tensor]] = deque()
+
+    def add(self, x: Tensor) -> Tensor:
+        """The sum of all places' ``x``, made in float32 between CPUs."""
+        if self._part.tp == 1:
+            return x
+        total = x.float() if self._device.type == "cpu" else x.contiguous()
+        with _meeting():
+            dist.all_reduce(total, group=self._stage)
+        return total.to(x.dtype)
+
+    def gather(self, x: Tensor, widths: tuple[int, ...]) -> Tensor | None:
+        """All places' ``x`` ``[n, widths[place]]`` side by side, at place 0; None elsewhere."""
+        if self._part.tp == 1:
+            return x
+        widest, place = max(widths), self._part.place
+        padded = functional.pad(x, (0, widest - x.shape[1])).contiguous()
+        parts = None if place else [torch.empty_like(padded) for _ in widths]
+        if len(x):
+            with _meeting():
+                dist.gather(padded, parts, dst=self._part.rank - place, group=self._stage)
+        if parts is None:
+            return None
+        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], 1)
+
+    def send(self, x: Tensor) -> None:
+        """Give ``x`` to the same place of the next stage."""
+        x = x.contiguous()
+        with _meeting():
+            while len(self._sent) >= self._part.pp:
+                work, _ = self._sent.popleft()
+                if work is not None:
+                    work.wait()
+            self._sent.append((dist.isend(x, self._part.rank + self._part.tp), x))
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """What the same place of the stage before gives."""
+        x = torch.empty(shape, dtype=dtype, device=self._device)
+        with _meeting():
+            dist.recv(x, self._part.rank - self._part.tp)
+        return x
+
+    def close(self) -> None:
+        """Part with the others; only between steps."""
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _meeting() -> Iterator[None]:
+    """torch.distributed says ``RuntimeError`` for whatever goes wrong between the ranks."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        told = str(error).partition(". This is typically")[0]
+        raise PeerGone(f"a rank of the instance does not answer: {told}") from error
