@@ -86,7 +86,7 @@ def seen(topology: Topology, path: Path) -> Seen:
     # as close as one client can ask: a prompt of 64 tokens takes 75 ms, or 98 ms beside others
     prompts = [Arrival(0.5 + 0.1 * number, SINGLES[0][0], 1) for number in range(20)]
     both = answers(topology, path, [*decoding, *prompts])
-    return Seen(alone, together, both[len(decoding) :], both[: len(decoding)])
+    return Seen(1, alone, together, both[len(decoding) :], both[: len(decoding)])
 
 
 def test_the_probe_finds_the_costs_of_a_known_system(topology: Topology, tmp_path: Path) -> None:

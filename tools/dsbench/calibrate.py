@@ -155,9 +155,11 @@ def run(
 
 
 def _probe(topology: Topology, profile: Path, target: Target, console: Console) -> Constants:
+    decoding = len(topology.role("decode"))
+
     async def ask() -> Constants:
         async with AsyncClient(target.address, keys=target.keys) as client:
-            seen = await probe(client, console.print, apart=topology.mode == "disaggregated")
+            seen = await probe(client, console.print, decoding=decoding, apart=topology.mode == "disaggregated")
         return constants(seen, linear_times(str(profile), TP), layout_of(topology))
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

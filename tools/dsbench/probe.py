@@ -40,6 +40,8 @@ LIMIT_S = 180.0
 class Seen:
     """Answers of a probe."""
 
+    #: instances that the batches were spread over
+    decoding: int
     #: by prompt tokens
     alone: dict[int, list[Completion]]
     together: list[Completion]
@@ -60,19 +62,22 @@ class Constants:
     beside: dict[str, float]
 
 
-async def probe(client: AsyncClient, tell: Callable[[str], None], *, apart: bool) -> Seen:
-    """Ask. ``apart``: prefill and decode are instances of their own. Raises what requests raise."""
+async def probe(client: AsyncClient, tell: Callable[[str], None], *, decoding: int, apart: bool) -> Seen:
+    """Ask. ``decoding``: instances that decode, which all get a whole batch. Raises what requests raise.
+
+    ``apart``: prefill and decode are instances of their own.
+    """
     asking = _Asking(client, Random(0))
     async with asyncio.timeout(LIMIT_S):
         tell("one request at a time")
         await asking.ask(SHORT, OUTPUT)
         alone = {length: [await asking.ask(length, OUTPUT) for _ in range(count)] for length, count in SINGLES}
-        tell(f"{TOGETHER} requests at once")
-        together = await asking.many([(SHORT, output) for output in OUTPUTS])
+        tell(f"{TOGETHER * decoding} requests at once")
+        together = await asking.many([(SHORT, output) for output in OUTPUTS for _ in range(decoding)])
         if not apart:
-            return Seen(alone, together, [], [])
+            return Seen(decoding, alone, together, [], [])
         tell("both phases at once")
-        return Seen(alone, together, *await asking.both())
+        return Seen(decoding, alone, together, *await asking.both(decoding))
 
 
 @dataclass
@@ -87,9 +92,10 @@ class _Asking:
     async def many(self, lengths: Sequence[tuple[int, int]]) -> list[Completion]:
         return list(await asyncio.gather(*(self.ask(prompt, output) for prompt, output in lengths)))
 
-    async def both(self) -> tuple[list[Completion], list[Completion]]:
+    async def both(self, decoding: int) -> tuple[list[Completion], list[Completion]]:
         """Prompts one after the other while sequences decode, until those end."""
-        watched = asyncio.ensure_future(self.many([(SHORT, output) for output in OUTPUTS_BESIDE]))
+        decoded = [(SHORT, output) for output in OUTPUTS_BESIDE for _ in range(decoding)]
+        watched = asyncio.create_task(self.many(decoded))
         reading = []
         while not watched.done():
             # a prompt without an answer keeps to its prefill instance
@@ -111,7 +117,7 @@ def constants(seen: Seen, times: StepTimes, layout: KvLayout) -> Constants:
         ways = [median(getattr(one.ledger, stage) for one in answers) for answers in (short, long)]
         # a slope that is lost in the noise of messages is as good as none
         transfer[name] = (nbytes[1] - nbytes[0]) / (ways[1] - ways[0]) if ways[1] - ways[0] > 1e-5 else 0.0
-    base_ms, sequence_ms = _decode_overhead(short, seen.together, times)
+    base_ms, sequence_ms = _decode_overhead(short, seen, times)
     read_ms = median((one.ledger.prefill_s - times.prefill_s([one.usage.prompt_tokens])) * 1e3 for one in short)
     overhead = {
         "prefill": {"base_ms": read_ms},
@@ -120,20 +126,21 @@ def constants(seen: Seen, times: StepTimes, layout: KvLayout) -> Constants:
     return Constants(transfer, overhead, _beside(seen, times))
 
 
-def _decode_overhead(
-    short: Sequence[Completion], together: Sequence[Completion], times: StepTimes
-) -> tuple[float, float]:
+def _decode_overhead(short: Sequence[Completion], seen: Seen, times: StepTimes) -> tuple[float, float]:
     """Milliseconds of a step, and of each sequence in it, beyond the engine's."""
     one_ms = median(step_s(one) - times.decode_s([_context(one)]) for one in short) * 1e3
-    contexts = [_context(one) for one in together]
-    batch_ms = (_batch_step_s(together) - times.decode_s(contexts)) * 1e3
-    each_ms = (batch_ms - one_ms) / (len(together) - 1)
+    whole_s, engine_s = _batch_step_s(seen.together, seen.decoding, times)
+    each_ms = ((whole_s - engine_s) * 1e3 - one_ms) / (TOGETHER - 1)
     return one_ms - each_ms, each_ms
 
 
-def _batch_step_s(together: Sequence[Completion]) -> float:
-    """Of all but the first, which saw the whole batch from their first step to their last."""
-    return median(map(step_s, together[1:]))
+def _batch_step_s(answers: Sequence[Completion], decoding: int, times: StepTimes) -> tuple[float, float]:
+    """A step of a whole batch as it was, and as the engine alone does it.
+
+    Of all but the first on each instance, which saw the whole batch from their first step to their last.
+    """
+    contexts = [_context(one) for one in answers[::decoding]]
+    return median(map(step_s, answers[decoding:])), times.decode_s(contexts)
 
 
 def step_s(one: Completion) -> float:
@@ -155,6 +162,6 @@ def _beside(seen: Seen, times: StepTimes) -> dict[str, float]:
         one.ledger.prefill_s for one in alone
     )
     # of other contexts than those alone
-    made = _batch_step_s(seen.decoding_beside) / times.decode_s([_context(one) for one in seen.decoding_beside])
-    made /= _batch_step_s(seen.together) / times.decode_s([_context(one) for one in seen.together])
-    return {"prefill": max(read, 1.0), "decode": max(made, 1.0)}
+    made, engine = _batch_step_s(seen.decoding_beside, seen.decoding, times)
+    usual, usual_engine = _batch_step_s(seen.together, seen.decoding, times)
+    return {"prefill": max(read, 1.0), "decode": max(made / engine / (usual / usual_engine), 1.0)}
