@@ -237,6 +237,7 @@ class Resolver:
             lease_s=section.lease_s,
             transfer_timeout_s=section.transfer_timeout_s,
             transports=cast("tuple[Transport, ...]", section.transports),
+            verify=section.verify,
         )
 
     def _check_transports(self, instances: Sequence[Instance]) -> bool:

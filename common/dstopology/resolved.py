@@ -126,6 +126,8 @@ class Relay:
     transfer_timeout_s: float
     #: in order of preference
     transports: tuple[Transport, ...]
+    #: checksums of all KV
+    verify: bool
 
 
 @dataclass(frozen=True, slots=True)

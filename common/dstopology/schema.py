@@ -206,6 +206,7 @@ class RelaySection:
         "allowed ways for KV: shm within a node, tcp between nodes",
         ("shm", "tcp"),
     )
+    verify: bool = key(Flag(), "sum all KV where it is made and where it arrives, and compare", True)
     port: int = key(Number(1, 65_535), "TCP port of the first relay; each further one has the next port", 7100)
 
 

@@ -76,7 +76,8 @@ class DecodeActor(InstanceActor):
         return CopyEnded(self.now(), handle.key, action.chunk, action.last, error)
 
     def _receive(self, handle: KvHandle, blocks: tuple[int, ...]) -> Receiver:
-        return Receiver(handle, self._running.pools, blocks)
+        welcome = self.machine.links.staging
+        return Receiver(handle, self._running.pools, blocks, summed=welcome is None or welcome.verify)
 
 
 def _error_of(run: Callable[[], None]) -> ErrorInfo | None:

@@ -31,7 +31,9 @@ class PrefillActor(InstanceActor):
                 super().perform(action)
 
     async def _seal(self, action: Seal) -> Sealed:
-        checksum = await self._running.copy(lambda: self._running.pools.checksum(action.blocks))
+        welcome, checksum = self.machine.links.staging, 0
+        if welcome is None or welcome.verify:
+            checksum = await self._running.copy(lambda: self._running.pools.checksum(action.blocks))
         return Sealed(self.now(), action.key, checksum)
 
     async def _stage(self, action: StageChunk) -> Staged | None:

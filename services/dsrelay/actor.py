@@ -189,6 +189,7 @@ def configure(topology: Topology, name: str) -> RelayConfig:
         sources=sources,
         direct="decode" in _roles(topology, relay.node) and topology.transport(relay.node, relay.node) == "shm",
         prove=True,
+        verify=relay.verify,
     )
 
 

@@ -62,6 +62,8 @@ class RelayConfig:
     direct: bool
     #: try every path with a small transfer
     prove: bool = False
+    #: workers are told to sum KV
+    verify: bool = True
 
 
 class RelayState:
@@ -299,7 +301,13 @@ class RelayState:
         config = self.config
         slots = config.sending_slots + config.receiving_slots
         welcome = kv.KvWelcome(
-            config.name, config.incarnation, config.lease_s, config.staging, slots, config.slot_nbytes
+            config.name,
+            config.incarnation,
+            config.lease_s,
+            config.staging,
+            slots,
+            config.slot_nbytes,
+            config.verify,
         )
         self._out.append(Send(peer, welcome))
         if hello.pool is not None and config.direct and config.prove:

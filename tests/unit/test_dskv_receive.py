@@ -85,6 +85,24 @@ def test_a_flipped_bit_is_told(source: Segment, pool: Segment, handle: KvHandle)
         receiver.verify()
 
 
+@pytest.mark.parametrize("path", ["direct", "staged"])
+def test_without_sums_all_must_come_and_none_is_compared(
+    source: Segment, pool: Segment, handle: KvHandle, path: str
+) -> None:
+    unsummed = msgspec.structs.replace(handle, checksum=0)
+    receiver = Receiver(unsummed, alone(pool), OWN, summed=False)
+    with pytest.raises(TransferFailed, match="0 of 5 blocks"):
+        receiver.verify()
+    if path == "direct":
+        receiver.copy_direct(alone(source))
+    else:
+        slot = memoryview(bytearray(5 * SIZE))
+        stage(alone(source), unsummed, Chunk(0, 0, 5), slot)
+        receiver.take(Chunk(0, 0, 5), slot)
+    receiver.verify()
+    assert_arrived(source, pool)
+
+
 def test_missing_blocks_are_told(source: Segment, pool: Segment, handle: KvHandle) -> None:
     receiver = Receiver(handle, alone(pool), OWN)
     slot = memoryview(bytearray(2 * SIZE))

@@ -135,6 +135,8 @@ class KvWelcome(msgspec.Struct, frozen=True, tag=True):
     staging: str
     slots: int
     slot_nbytes: int
+    #: KV is summed where it is made and where it arrives
+    verify: bool = True
 
 
 class KvRefused(msgspec.Struct, frozen=True, tag=True):
