@@ -188,6 +188,13 @@ def test_a_profile_is_measured_and_goes_on_where_it_stood(
     assert again.samples[1][:5] == measured.samples[1]
     assert [one.spans for one in again.samples[1]] == grid(128, 128, 256)
 
+    # two ranks, of which the other is a process of its own
+    assert main.run([*arguments, "--tp", "2", "--json"]) == 0
+    assert set(json.loads(capfd.readouterr().out)["tp"]) == {"1", "2"}
+    assert {tp: len(samples) for tp, samples in load(path).samples.items()} == dict.fromkeys(
+        (1, 2), len(again.samples[1])
+    )
+
     assert main.run([*arguments, "--dtype", "bfloat16"]) == ProfileMismatch("").exit_code
     assert "dtype float32, not bfloat16" in capfd.readouterr().err
     assert main.run([*arguments, "-f", "t.yaml"]) == BadInput("").exit_code

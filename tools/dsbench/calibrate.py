@@ -23,12 +23,12 @@ from dsbench.serve import Measurement, measure
 from dsbench.started import started
 from dsclient import AsyncClient
 from dsctl.asking import Target, find_target
-from dsctl.profile import TP, profile_of, wanted_by
+from dsctl.profile import profile_of, wanted_by
 from dsplan.profile import check_topology
 from dsplan.profile import load as load_profile
 from dsplan.profiling import MOST_TOKENS, Effort
 from dssim.model import layout_of
-from dssim.times import linear_times
+from dssim.times import LinearTimes, linear_times
 from dssim.wish import METAVAR, Wish, make
 from dstopology.load import load
 from dstopology.resolved import Slo, Topology
@@ -160,12 +160,19 @@ def _probe(topology: Topology, profile: Path, target: Target, console: Console) 
     async def ask() -> Constants:
         async with AsyncClient(target.address, keys=target.keys) as client:
             seen = await probe(client, console.print, decoding=decoding, apart=topology.mode == "disaggregated")
-        return constants(seen, linear_times(str(profile), TP), layout_of(topology))
+        return constants(seen, _alone(topology, profile), layout_of(topology))
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         found = runner.run(ask())
     console.print(f"beyond the engine: {json.dumps(_rounded(found))}", soft_wrap=True)
     return found
+
+
+def _alone(topology: Topology, profile: Path) -> LinearTimes:
+    """Times of the engine alone: of the instances that read prompts, and of those that decode."""
+    decode = linear_times(str(profile), topology.role("decode")[0].tp)
+    reading = topology.role("prefill") or topology.role("decode")
+    return replace(decode, prefill=linear_times(str(profile), reading[0].tp).prefill)
 
 
 def _rounded(found: Constants) -> dict[str, object]:

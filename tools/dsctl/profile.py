@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from dsplan.profile import Profile, Subject
     from dsplan.profiling import Effort
 
-#: TP that can be measured in one process
-TP = 1
-
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -31,6 +28,7 @@ class Wanted:
     threads: int
     max_model_len: int
     max_batch: int
+    tps: tuple[int, ...]
 
 
 @click.command()
@@ -38,6 +36,9 @@ class Wanted:
 @click.option("--model", help="As model.path in a topology, instead of one.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="With --model.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of a rank; with --model.")
+@click.option(
+    "--tp", type=click.IntRange(1), multiple=True, help="Ranks of an instance; default the topology's, or 1."
+)
 @click.option("--max-model-len", type=click.IntRange(16), default=2048, show_default=True, help="With --model.")
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="The file; default profile-MODEL-DTYPE-THREADSt.json."
@@ -53,6 +54,7 @@ def command(
     model: str | None,
     dtype: str,
     threads: int,
+    tp: tuple[int, ...],
     max_model_len: int,
     out: Path | None,
     again: bool,
@@ -68,13 +70,14 @@ def command(
     \b
     dsctl profile -f topology.yaml
     dsctl profile --model smollm2-135m-instruct --dtype float32 --threads 2 -o two.json
+    dsctl profile --model smollm2-135m-instruct --tp 1 --tp 2
     """
     from rich.console import Console
 
     from dsbench import host
     from dsplan.profiling import Effort
 
-    wanted = _wanted(file, model, Wanted(model or "", dtype, threads, max_model_len, 128))
+    wanted = _wanted(file, model, Wanted(model or "", dtype, threads, max_model_len, 128, tp))
     console = Console(stderr=True)
     host.warn(console)
     path, profile = profile_of(wanted, out, again, Effort(point_seconds), most_tokens, console)
@@ -91,8 +94,9 @@ def _wanted(file: Path | None, model: str | None, given: Wanted) -> Wanted:
     if model is not None and file is not None:
         raise BadInput("--file and --model exclude each other", remedy="give one of the two")
     if model is not None:
-        return given
-    return wanted_by(load(find(file)))
+        return replace(given, tps=given.tps or (1,))
+    wanted = wanted_by(load(find(file)))
+    return replace(wanted, tps=given.tps or wanted.tps)
 
 
 def wanted_by(topology: Any) -> Wanted:
@@ -106,7 +110,9 @@ def wanted_by(topology: Any) -> Wanted:
             remedy="give both the same, or measure each with --model and --threads",
         )
     most = max(one.max_batch for one in topology.instances)
-    return Wanted(topology.model.path, topology.model.dtype, threads.pop(), topology.model.max_model_len, most)
+    tps = tuple(sorted({one.tp for one in topology.instances}))
+    model = topology.model
+    return Wanted(model.path, model.dtype, threads.pop(), model.max_model_len, most, tps)
 
 
 def profile_of(
@@ -122,13 +128,14 @@ def profile_of(
     profile = profiles.Profile(subject)
     if path.exists() and not again:
         profile = profiles.load(path)
-        profiles.check(path, profile.subject, _fields(subject))
+        profiles.check(path, profile.subject, asdict(subject))
     steps = grid(wanted.max_model_len, wanted.max_batch, most_tokens)
-    missing = [spans for spans in steps if profile.find(TP, spans) is None]
-    if missing:
-        _measure(profile, path, model_dir, wanted, missing, effort, console)
-    profile.fits[TP] = profile_fit.fit(profile.samples[TP])
-    profile.fits[TP]["saturating_tokens"] = _saturating(profile, path)
+    for tp in wanted.tps:
+        missing = [spans for spans in steps if profile.find(tp, spans) is None]
+        if missing:
+            _measure(profile, path, model_dir, wanted, tp, missing, effort, console)
+        profile.fits[tp] = profile_fit.fit(profile.samples[tp])
+        profile.fits[tp]["saturating_tokens"] = _saturating(profile, path, tp)
     profile.save(path)
     return path, profile
 
@@ -147,17 +154,12 @@ def _subject(wanted: Wanted) -> tuple[Path, Subject]:
     return model_dir, Subject(machine, model_name(wanted.model), fingerprint, wanted.dtype, wanted.threads)
 
 
-def _fields(subject: Subject) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(subject)
-
-
 def _measure(
     profile: Profile,
     path: Path,
     model_dir: Path,
     wanted: Wanted,
+    tp: int,
     steps: list[tuple[tuple[int, int], ...]],
     effort: Effort,
     console: Console,
@@ -167,27 +169,29 @@ def _measure(
     from dsplan.profiling import make_engine, measure
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    samples = profile.samples.setdefault(TP, [])
+    samples = profile.samples.setdefault(tp, [])
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("loading", total=len(steps))
-        engine = make_engine(model_dir, wanted.dtype, wanted.threads, wanted.max_model_len, steps)
+        engine = make_engine(model_dir, wanted.dtype, wanted.threads, tp, wanted.max_model_len, steps)
         try:
             for sample in measure(engine, steps, effort):
                 samples.append(sample)
                 profile.save(path)
                 tokens = sum(count for _, count in sample.spans)
-                progress.update(task, advance=1, description=f"{len(sample.spans)} sequences, {tokens} tokens")
+                progress.update(
+                    task, advance=1, description=f"tp {tp}: {len(sample.spans)} sequences, {tokens} tokens"
+                )
         finally:
             engine.close()
 
 
-def _saturating(profile: Profile, path: Path) -> int:
+def _saturating(profile: Profile, path: Path, tp: int) -> int:
     """Lm: the shortest prompt that doubling would hardly make cheaper a token."""
     from dsplan.latency import saturating_tokens
     from dsplan.profile import ProfileInstance
     from dssim.times import times_of
 
-    return saturating_tokens(ProfileInstance(times_of(str(path), TP, profile.fits[TP])))
+    return saturating_tokens(ProfileInstance(times_of(str(path), tp, profile.fits[tp])))
 
 
 def _show(profile: Profile, path: Path) -> None:

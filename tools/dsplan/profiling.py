@@ -1,7 +1,8 @@
 """Measures steps of the real engine over a grid: prompts, batches of prompts, chunks, decode batches by context.
 
-In this process and nothing else in it. Sequences lie in blocks as after a while of serving, not one after the
-other. A point is warmed up once and repeated; its figure is the median.
+In this process and, with TP, those of the other ranks. Sequences lie in blocks as after a while of serving, not one
+after the other. A point is warmed up once and repeated; its figure is the median. Pipelines are not measured: their
+stages are taken for even parts.
 """
 
 from __future__ import annotations
@@ -68,23 +69,25 @@ def _room(spans: Spans) -> int:
     return sum(-(-(start + tokens) // BLOCK) * BLOCK for start, tokens in spans)
 
 
-def make_engine(model_dir: Path, dtype: str, threads: int, max_model_len: int, steps: list[Spans]) -> Engine:
-    """An engine whose pool holds each of the steps. Raises what the engine raises."""
+def make_engine(
+    model_dir: Path, dtype: str, threads: int, tp: int, max_model_len: int, steps: list[Spans]
+) -> Engine:
+    """An engine whose pool holds each of the steps, on ``tp`` ranks. Raises what the engine raises."""
     from dsengine.config import EngineConfig
+    from dsengine.ranks import RankedEngine
     from dsengine.runner import Engine
 
-    engine = Engine(
-        EngineConfig(
-            model_dir=model_dir,
-            dtype=dtype,
-            device="cpu",
-            block_size=BLOCK,
-            num_blocks=max(_room(spans) for spans in steps) // BLOCK,
-            segment=None,
-            threads=threads,
-            max_model_len=max_model_len,
-        )
+    config = EngineConfig(
+        model_dir=model_dir,
+        dtype=dtype,
+        device="cpu",
+        block_size=BLOCK,
+        num_blocks=max(_room(spans) for spans in steps) // BLOCK,
+        segment=None,
+        threads=threads,
+        max_model_len=max_model_len,
     )
+    engine = Engine(config) if tp == 1 else RankedEngine("profile", [config] * tp, tp, 1)
     pool = engine.pool
     ctypes.memset(pool.base, FILL, pool.num_blocks * pool.layout.block_nbytes)
     return engine
