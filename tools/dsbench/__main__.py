@@ -42,7 +42,9 @@ def main() -> None:
     try:
         cli()
     except DsError as error:
-        click.secho(str(error), fg="red", err=True)
+        click.echo(click.style(f"error[{error.code}]: ", fg="red", bold=True) + error.message, err=True)
+        if error.remedy:
+            click.echo(click.style("remedy: ", bold=True) + error.remedy, err=True)
         sys.exit(error.exit_code)
 
 
