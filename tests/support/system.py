@@ -112,6 +112,12 @@ class System:
         running.process.wait(STOP_LIMIT_S)
         os.close(running.report)
 
+    def end_of(self, name: str) -> int:
+        """The exit status of a process that ends by itself."""
+        running = self._running.pop(name)
+        os.close(running.report)
+        return running.process.wait(STOP_LIMIT_S)
+
     def pid(self, name: str) -> int:
         """Of a process that runs."""
         return self._running[name].process.pid

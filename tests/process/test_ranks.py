@@ -1,0 +1,122 @@
+"""Instances of several ranks: they answer as one rank does, and a rank that dies takes its instance down cleanly.
+
+Prefill runs in two stages, decode on two shares of every layer: KV that is handed over is shared out anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsclient import AsyncClient
+from dsengine.ranks import RankedEngine
+from dsengine.runner import Engine
+from dswire.errors import EngineFailed
+from support.system import System, running_system
+from support.tiny_llama import engine_config, generate, make_model, prompt_of
+from support.tokenizers_here import byte_level, save
+
+pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(240)]
+
+TOPOLOGY = """
+model: {{path: {model}, dtype: float32, max_model_len: 256}}
+router: {{frontend: "tcp://127.0.0.1:{{port}}"}}
+kv: {{memory: 8MiB}}
+prefill: {{pp: 2}}
+decode: {{tp: 2}}
+"""
+TOKENS = 60
+PROMPTS = [prompt_of(length) for length in (1, 17, 33, 60, 5, 90)]
+#: for a process to be gone, in seconds
+END_LIMIT_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a vocabulary that two ranks cannot halve."""
+    path = save(tmp_path_factory.mktemp("model"), byte_level())
+    return make_model(path, vocab_size=301, num_hidden_layers=3, max_position_embeddings=256)
+
+
+@pytest.fixture(scope="module")
+def wanted(model: Path) -> list[list[int]]:
+    engine = Engine(engine_config(model))
+    made = generate(engine, PROMPTS, TOKENS)
+    engine.close()
+    return made
+
+
+@pytest.fixture(scope="module")
+def system(model: Path) -> Iterator[System]:
+    with running_system(TOPOLOGY.format(model=model)) as running:
+        yield running
+
+
+async def _ask(client: AsyncClient, prompt: Sequence[int]) -> list[int]:
+    made = await client.generate(prompt_ids=prompt, temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+    return list(made.choices[0].token_ids)
+
+
+def _other_ranks(system: System, name: str) -> list[int]:
+    threads = Path(f"/proc/{system.pid(name)}/task").iterdir()
+    return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+
+
+async def _gone(pid: int) -> None:
+    """Wait until a process, not necessarily a child, is no more."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    ended = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().add_reader(descriptor, ended.set_result, None)
+    await asyncio.wait_for(ended, END_LIMIT_S)
+    asyncio.get_running_loop().remove_reader(descriptor)
+    os.close(descriptor)
+
+
+def _pools(system: System, name: str) -> list[str]:
+    return sorted(path.name for path in system.topology.shm_dir.glob(f"ds-{system.topology.digest}-{name}.*"))
+
+
+async def test_a_rank_that_dies_costs_no_request(system: System, wanted: list[list[int]]) -> None:
+    async with AsyncClient(system.address) as client:
+        assert await asyncio.gather(*(_ask(client, prompt) for prompt in PROMPTS)) == wanted
+        stream = client.stream(prompt_ids=PROMPTS[0], temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+        got = list((await anext(stream)).token_ids)
+        asked = [asyncio.create_task(_ask(client, prompt)) for prompt in PROMPTS]
+        (other,) = _other_ranks(system, "decode-0")
+        os.kill(other, signal.SIGKILL)
+        await _gone(system.pid("decode-0"))
+        assert system.end_of("decode-0") == EngineFailed.exit_code
+        assert "killed by SIGKILL" in system.log("decode-0").read_text()
+        assert _pools(system, "decode-0") == []
+        await asyncio.to_thread(system.start, "decode-0")
+        async for piece in stream:
+            got += piece.token_ids
+        assert got == wanted[0]
+        assert await asyncio.gather(*asked) == wanted
+
+
+async def test_no_rank_outlives_its_instance(system: System) -> None:
+    (other,) = _other_ranks(system, "prefill-0")
+    assert len(_pools(system, "prefill-0")) == 2
+    system.kill("prefill-0")
+    await _gone(other)
+    (left,) = _pools(system, "prefill-0")
+    assert left.endswith("-prefill-0.1.kv")  # its own, which the next one of its name would replace
+    (system.topology.shm_dir / left).unlink()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device that is not there")
+def test_a_rank_that_cannot_load_tells_why(model: Path) -> None:
+    here = engine_config(model)
+    with pytest.raises(EngineFailed, match="device cuda:0 is not there"):
+        RankedEngine("prefill-0", [dataclasses.replace(here, device="cuda:0"), here], 1, 2)
