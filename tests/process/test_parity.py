@@ -1,8 +1,10 @@
-"""The whole path gives the tokens that ``transformers`` gives, over both transports, whatever runs beside.
+"""The whole path gives the tokens that ``transformers`` gives: in every mode, over both transports, whatever runs
+beside.
 
 ``generate`` of transformers makes a token at a time and is slow, so by default it answers every fifth prompt, and
 for the others one forward pass over prompt and answer shows that each token of ours is the one it would have
-chosen. Over TCP every third prompt is asked. ``DS_FULL_PARITY=1`` lets ``generate`` answer all, over both.
+chosen. Where decode instances read prompts every third one is asked. ``DS_FULL_PARITY=1`` lets ``generate`` answer
+all, everywhere.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from dsclient import AsyncClient, Completion
+from dsclient import AsyncClient, Choice, Completion
 from dsengine.store import resolve
 from support.prompts import CHATS, LENGTHS, human_eval, long_text
 from support.system import System, running_system
@@ -28,14 +30,26 @@ IDLE_LIMIT_S = 60.0
 FULL = bool(os.environ.get("DS_FULL_PARITY"))
 
 TOPOLOGIES = {
-    "shm": """
+    "disaggregated": """
 model: {path: smollm2-135m-instruct, dtype: float32, max_model_len: 4096}
 router: {frontend: "tcp://127.0.0.1:{port}"}
 kv: {memory: 1GiB}
 """,
-    "tcp": """
+    # in small pieces: prompts are read over many steps, beside others that decode
+    "colocated": """
 model: {path: smollm2-135m-instruct, dtype: float32, max_model_len: 4096}
+mode: colocated
 router: {frontend: "tcp://127.0.0.1:{port}"}
+decode: {max_batch_tokens: 96}
+kv: {memory: 1GiB}
+""",
+    # the KV of what decode does not read itself goes over TCP
+    "conditional": """
+model: {path: smollm2-135m-instruct, dtype: float32, max_model_len: 4096}
+mode: conditional
+conditional: {threshold_tokens: 32}
+router: {frontend: "tcp://127.0.0.1:{port}"}
+prefill: {max_batch_tokens: 256}
 relay: {staging: 64MiB, port: {port}}
 force_transport: tcp
 kv: {memory: 1GiB}
@@ -114,7 +128,7 @@ async def _ask(client: AsyncClient, arguments: dict[str, Any], **sampling: Any) 
     arguments = dict(arguments)
     messages = arguments.pop("messages", None)
     if messages is not None:
-        return await client.chat(messages, **sampling)
+        return await client.chat(messages, **arguments, **sampling)
     return await client.generate(**arguments, **sampling)
 
 
@@ -140,7 +154,7 @@ async def _compare(
     await asyncio.to_thread(system.await_idle, IDLE_LIMIT_S)
 
 
-@pytest.mark.parametrize("system", ["shm"], indirect=True)
+@pytest.mark.parametrize("system", ["disaggregated"], indirect=True)
 async def test_greedy_equals_transformers(
     system: System,
     reference: Reference,
@@ -151,7 +165,7 @@ async def test_greedy_equals_transformers(
     await _compare(system, reference, questions, expected)
 
 
-@pytest.mark.parametrize("system", ["shm"], indirect=True)
+@pytest.mark.parametrize("system", ["disaggregated"], indirect=True)
 async def test_text_is_the_decoded_tokens(
     system: System, reference: Reference, questions: list[tuple[dict[str, Any], list[int]]]
 ) -> None:
@@ -161,7 +175,7 @@ async def test_text_is_the_decoded_tokens(
         assert choice.text == reference.tokenizer.decode(choice.token_ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("system", ["shm"], indirect=True)
+@pytest.mark.parametrize("system", ["disaggregated"], indirect=True)
 async def test_seeded_sampling_does_not_depend_on_the_batch(
     system: System, questions: list[tuple[dict[str, Any], list[int]]]
 ) -> None:
@@ -183,8 +197,8 @@ async def test_seeded_sampling_does_not_depend_on_the_batch(
     assert len({answer.choices[0].token_ids for answer in alone}) > 1
 
 
-@pytest.mark.parametrize("system", ["tcp"], indirect=True)
-async def test_greedy_equals_transformers_over_tcp(
+@pytest.mark.parametrize("system", ["colocated", "conditional"], indirect=True)
+async def test_greedy_equals_transformers_where_decode_reads_prompts(
     system: System,
     reference: Reference,
     questions: list[tuple[dict[str, Any], list[int]]],
@@ -192,3 +206,54 @@ async def test_greedy_equals_transformers_over_tcp(
 ) -> None:
     step = 1 if FULL else 3
     await _compare(system, reference, questions[::step], expected[::step])
+
+
+def _varied(ids: list[int]) -> list[dict[str, Any]]:
+    """Prompts that begin alike, every way to draw, and every way to end."""
+    greedy = {"temperature": 0.0, "logprobs": 2}
+    drawn = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "presence_penalty": 0.4, "logprobs": 2}
+    return [
+        {"prompt_ids": ids[:600], "max_tokens": 12, **greedy},
+        {"prompt_ids": [*ids[:580], *ids[700:730]], "max_tokens": 12, **drawn},
+        {"prompt_ids": ids[:64], "max_tokens": 16, "n": 2, **drawn},
+        {"prompt_ids": ids[:20], "max_tokens": 1, **greedy},
+        {"prompt": "The capital of France is", "max_tokens": 24, "stop": (".",), **greedy},
+        {"messages": [{"role": "user", "content": "What is 7 times 6?"}], "max_tokens": 40, **greedy},
+    ]
+
+
+@pytest.fixture(scope="module")
+def told() -> list[Completion]:
+    """What the first mode that was asked has said, for the others to say the same."""
+    return []
+
+
+@pytest.mark.parametrize("system", TOPOLOGIES, indirect=True)
+async def test_every_mode_says_the_same_twice(
+    system: System, questions: list[tuple[dict[str, Any], list[int]]], told: list[Completion]
+) -> None:
+    """Tokens, log-probabilities and ends; the second time by KV that was kept."""
+    varied: list[tuple[dict[str, Any], list[int]]] = [
+        (one, []) for one in _varied(max((ids for _, ids in questions), key=len))
+    ]
+    first = await _ask_all(system, varied)
+    second = await _ask_all(system, varied)
+    assert {choice.finish_reason for one in first for choice in one.choices} == {"stop", "length"}
+    told[:] = told or first
+    for answers in (first, second):
+        for one, wanted in zip(answers, told, strict=True):
+            assert one.usage == wanted.usage
+            assert one.ledger.retries == 0
+            for mine, theirs in zip(one.choices, wanted.choices, strict=True):
+                assert (mine.token_ids, mine.text) == (theirs.token_ids, theirs.text)
+                assert mine.finish_reason == theirs.finish_reason
+                assert _logprobs(mine) == pytest.approx(_logprobs(theirs), abs=1e-4)
+    await asyncio.to_thread(system.await_idle, IDLE_LIMIT_S)
+    with system.client() as client:
+        cached = sum(one.cached_tokens for one in client.status().workers)
+    # at least all but the last blocks of the long prompts
+    assert cached > 2 * 560
+
+
+def _logprobs(choice: Choice) -> list[float]:
+    return [value for one in choice.logprobs for value in (one.logprob, *(logprob for _, _, logprob in one.top))]
