@@ -271,6 +271,8 @@ class DecodeState(InstanceState):
                 return []
             victim = idle.pop()
             self._out.append(Send(ROUTER, worker.Preempted(victim.key)))
+            if victim.life.phase is Phase.RUNNING:
+                self.pool.remember(victim.known_tokens, victim.blocks)
             self._drop(victim, now, "preempted")
         return idle
 

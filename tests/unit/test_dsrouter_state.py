@@ -32,7 +32,15 @@ FOUR = Sampling(max_tokens=4)
 class Desk:
     """One machine under a clock of its own, validated after every event."""
 
-    def __init__(self, *, max_prefill_queue: int = 8, retries: int = 2, blocks: int = 16) -> None:
+    def __init__(
+        self,
+        *,
+        max_prefill_queue: int = 8,
+        retries: int = 2,
+        blocks: int = 16,
+        mode: str = "disaggregated",
+        threshold_tokens: int = 0,
+    ) -> None:
         config = RouterConfig(
             name="router-0",
             incarnation="1",
@@ -47,6 +55,8 @@ class Desk:
             client_lease_s=6.0,
             worker_lease_s=5.0,
             retries=retries,
+            mode=mode,
+            threshold_tokens=threshold_tokens,
         )
         # an early clock: a time of zero is a time like any other
         self.now = 0.0
@@ -118,6 +128,60 @@ def test_from_submit_to_finish(desk: Desk) -> None:
     assert [(one.number, one.usage) for one in ends] == [(5, client.Usage(6, 4))]
     # its worker has ended it by itself
     assert desk.told("decode-0", worker.Abort) == []
+
+
+def test_a_decode_instance_reads_the_prompt_and_goes_on() -> None:
+    desk = Desk(mode="colocated").join("decode-0")
+    desk.submit()
+    key = only(desk.told("decode-0", worker.PrefillWork)).key
+    desk.now += 0.5
+    desk.say("decode-0", worker.PrefillDone(key, 7, 0.1, 0.3))
+    assert desk.told(CLIENT, client.Output) == [client.Output("r", 1, 0, (7,), "<7>")]
+    assert desk.told("decode-0", worker.Abort) == []
+    assert desk.state.workers.role("decode")[0].tokens == 7
+    stages = worker.DecodeStages(0.0, 0.0, 0.0, 0.0)
+    for position, token in enumerate((8, 9, 10), start=1):
+        reason = "length" if position == 3 else ""
+        made = worker.TokenMade(key, position, token, None, reason, stages if position == 1 else None)
+        desk.say("decode-0", worker.StepDone((made,)))
+    (end,) = desk.told(CLIENT, client.Finished)
+    assert (end.ledger.prefill_queue_s, end.ledger.prefill_s, end.ledger.ttft_s) == (0.1, 0.3, 0.5)
+    assert desk.state.workers.role("decode")[0].sequences == {}
+
+
+def test_a_first_token_that_is_the_last_ends_it_where_the_prompt_was_read() -> None:
+    desk = Desk(mode="colocated").join("decode-0")
+    desk.submit(sampling=Sampling(max_tokens=1))
+    key = only(desk.told("decode-0", worker.PrefillWork)).key
+    desk.say("decode-0", worker.PrefillDone(key, 7, 0.0, 0.0, None, "length"))
+    assert len(desk.told(CLIENT, client.Finished)) == 1
+    assert desk.state.workers.role("decode")[0].sequences == {}
+
+
+def test_short_prompts_stay_away_from_prefill_until_there_is_enough_to_read() -> None:
+    desk = Desk(mode="conditional", threshold_tokens=10).join("prefill-0", "decode-0")
+    desk.submit("a", 6)
+    first = only(desk.told("decode-0", worker.PrefillWork)).key
+    desk.submit("long", 10)
+    assert len(desk.told("prefill-0", worker.PrefillWork)) == 1
+    desk.submit("b", 6)
+    assert len(desk.told("decode-0", worker.PrefillWork)) == 1
+    # twelve tokens are to be read there already
+    desk.submit("c", 6)
+    assert len(desk.told("prefill-0", worker.PrefillWork)) == 1
+    desk.say("decode-0", worker.PrefillDone(first, 7, 0.0, 0.0))
+    desk.submit("d", 6)
+    assert len(desk.told("decode-0", worker.PrefillWork)) == 1
+
+
+def test_what_gave_way_while_its_prompt_was_read_costs_no_retry() -> None:
+    desk = Desk(mode="colocated", retries=0).join("decode-0")
+    desk.submit()
+    key = only(desk.told("decode-0", worker.PrefillWork)).key
+    desk.say("decode-0", worker.Preempted(key))
+    again = only(desk.told("decode-0", worker.PrefillWork))
+    assert again.key.epoch > key.epoch
+    assert desk.told(CLIENT, client.Failed) == []
 
 
 def test_text_is_tokenised_first(desk: Desk) -> None:

@@ -101,8 +101,11 @@ def tree(topology: Topology, live: Live) -> Tree:
     root.add(_line("files", str(topology.run_dir), f"{topology.shm_dir}/ds-{topology.digest}-*"))
     for node in topology.nodes:
         _add_node(root, topology, node, live)
-    ways = root.add(_line("KV hand-off"))
-    for line in _handoff_lines(list(handoffs(topology))):
+    if topology.mode == "conditional":
+        root.add(_line("short prompts", f"of fewer than {topology.threshold_tokens} tokens, are read by decode"))
+    pairs = list(handoffs(topology))
+    ways = root.add(_line("KV hand-off", "" if pairs else "none, decode instances read the prompts"))
+    for line in _handoff_lines(pairs):
         ways.add(line)
     return root
 
@@ -180,10 +183,9 @@ def _add_rank(branch: Tree, instance: Instance, rank: int, live: Live) -> None:
     if rank:
         return
     pool = f"{instance.kv_blocks} blocks" if instance.kv_blocks else shown(instance.kv_memory_nbytes)
-    here.add(_line("KV", pool, f"{instance.block_size} tokens a block", style=""))
-    batch = f"batches of {instance.max_batch} sequences"
-    if instance.role == "prefill":
-        batch += f" or {instance.max_batch_tokens} tokens"
+    kept = "" if instance.prefix_cache else "nothing is kept"
+    here.add(_line("KV", pool, f"{instance.block_size} tokens a block", kept, style=""))
+    batch = f"batches of {instance.max_batch} sequences or {instance.max_batch_tokens} tokens"
     here.add(_line("limits", batch, f"{instance.max_queue} waiting", style=""))
 
 
