@@ -275,16 +275,19 @@ class PrefillState(InstanceState):
     def _relay_joined(self, now: float) -> None:
         for one in self.sequences.values():
             if one.handle is not None:
-                self._offer(one, one.handle, now)
+                self._offer(one, one.handle, now, again=True)
 
     _relay_lost = _relay_joined
 
-    def _offer(self, one: _Sequence, handle: KvHandle, now: float) -> None:
-        """Offer, for the first time or again; while no relay is there it only begins to run out of patience."""
+    def _offer(self, one: _Sequence, handle: KvHandle, now: float, *, again: bool = False) -> None:
+        """Offer, for the first time or again; while no relay is there it only begins to run out of patience.
+
+        Whoever wants what is offered again will say so; else it goes as soon as it would have gone.
+        """
         joined = self.links.relay.joined
         self._offers.set(handle.key, now + (self._lease_s if joined else self._patience_s))
         if joined:
-            self._out.append(Send(RELAY, kv.KvOffer(handle)))
+            self._out.append(Send(RELAY, kv.KvOffer(handle, self._patience_s if again else None)))
             if one.withdrawn:
                 self._out.append(Send(RELAY, kv.KvWithdraw(handle.key)))
 

@@ -72,8 +72,8 @@ class Ledger:
 
     # owners
 
-    def offer(self, now: float, owner: str, handle: KvHandle) -> None:
-        """Take an offer of the worker ``owner``; the same offer again renews its lease."""
+    def offer(self, now: float, owner: str, handle: KvHandle, lease_s: float | None = None) -> None:
+        """Take an offer of the worker ``owner``, for a lease or for ``lease_s``; the same again changes nothing."""
         known = self.handles.get(handle.key)
         try:
             self._check(owner, handle, known)
@@ -82,12 +82,12 @@ class Ledger:
             self._out.append(Send(WORKER + owner, kv.KvRelease(handle.key, "lost")))
             return
         if known is not None and known.handle == handle:
-            known.extend(now)
-            self._leases.set(handle.key, known.deadline)
             return
         if known is not None:
             self._forget(now, known, TransferFailed(f"{handle.key} was offered anew by {owner}"))
         self.handles[handle.key] = made = OfferedHandle(handle, now, self._lease_s)
+        if lease_s is not None:
+            made.deadline = now + min(max(lease_s, 0.0), self._lease_s)
         self._leases.set(handle.key, made.deadline)
         early = self.early.pop(handle.key, None)
         if early is not None:

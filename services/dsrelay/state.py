@@ -168,8 +168,8 @@ class RelayState:
         match message:
             case kv.KvPong():
                 pass
-            case kv.KvOffer(handle=handle):
-                self.ledger.offer(now, peer.removeprefix(WORKER), handle)
+            case kv.KvOffer(handle=handle, lease_s=lease_s):
+                self.ledger.offer(now, peer.removeprefix(WORKER), handle, lease_s)
             case kv.KvWithdraw(key=key):
                 result = self.ledger.withdraw(now, peer.removeprefix(WORKER), key)
                 self._out.append(Send(peer, kv.KvCancelled(key, result)))

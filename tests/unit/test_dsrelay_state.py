@@ -278,8 +278,18 @@ def test_the_same_owner_again_keeps_its_handles_and_may_offer_them_again(offered
     offered.pass_time(LEASE_S - 1, alive=("prefill-0",))
     offered.join("prefill-0")
     assert offered.say(PREFILL, kv.KvOffer(HANDLE)) == []
-    offered.pass_time(LEASE_S - 1, alive=("prefill-0",))
     assert offered.state.ledger.counts() == {"ready": 1}
+    offered.pass_time(1.0, alive=("prefill-0",))
+    assert released(offered) == ["expired"], "nobody has said that it wants it"
+
+
+def test_an_offer_may_have_less_than_a_lease_left(desk: Desk) -> None:
+    desk.say(PREFILL, kv.KvOffer(HANDLE, 5.0))
+    desk.say(PREFILL, kv.KvOffer(make_handle("r2/0"), 1e9))
+    desk.pass_time(5.0, alive=("prefill-0", "decode-0"))
+    assert released(desk) == ["expired"]
+    desk.pass_time(LEASE_S - 5.0, alive=("prefill-0", "decode-0"))
+    assert released(desk) == ["expired"]
 
 
 def test_a_reader_that_says_hello_again_has_forgotten_what_it_read(pulling: Desk) -> None:

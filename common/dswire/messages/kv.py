@@ -59,6 +59,8 @@ class KvOffer(msgspec.Struct, frozen=True, tag=True):
     """Prefill: this KV is ready; the blocks stay until ``KvRelease``."""
 
     handle: KvHandle
+    #: an offer that was known to another relay, or before a silence: what it has left unless somebody wants it
+    lease_s: float | None = None
 
 
 class KvWithdraw(msgspec.Struct, frozen=True, tag=True):
