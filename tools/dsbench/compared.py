@@ -56,7 +56,7 @@ def show(console: Console, rows: Sequence[Compared], slo: Slo) -> None:
     )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for heading in ("system", "rate", "requests", "attainment", *(figure[0] for figure in _FIGURES)):
-        table.add_column(heading, justify="left" if heading == "system" else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading == "system" else "right")
     for row in rows:
         table.add_row(row.system, f"{row.rate:.2f}", str(row.measured.requests), _attainment(row), *_cells(row))
     console.print(table)

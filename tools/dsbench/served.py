@@ -128,10 +128,11 @@ def show(console: Console, served: Served, slo: Slo) -> None:
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("ms", *(f"p{percent}" for percent in PERCENTILES)):
+    for heading in ("ms", "TTFT", "TPOT", "total"):
         table.add_column(heading, justify="left" if heading == "ms" else "right", no_wrap=True)
-    for name, times in (("TTFT", served.ttft_s), ("TPOT", served.tpot_s), ("total", served.total_s)):
-        table.add_row(name, *(_cell(one) for one in times.values()))
+    for percent in PERCENTILES:
+        row = (times.get(percent) for times in (served.ttft_s, served.tpot_s, served.total_s))
+        table.add_row(f"p{percent}", *("" if one is None else _cell(one) for one in row))
     console.print(table)
     console.print(
         f"offered {served.offered_per_s:.2f}, served {served.requests_per_s:.2f} requests/s, "
@@ -151,8 +152,13 @@ def _percent(one: Estimate) -> str:
 
 
 def _cell(one: Estimate) -> str:
-    ends = [f"{end * 1e3:.1f}" if math.isfinite(end) else "?" for end in (one.low, one.high)]
-    return f"{one.value * 1e3:.1f} ({ends[0]} to {ends[1]})"
+    low, high = (_digits(end * 1e3) if math.isfinite(end) else "?" for end in (one.low, one.high))
+    return f"{_digits(one.value * 1e3)} ({low} to {high})"
+
+
+def _digits(value_ms: float) -> str:
+    """Three digits at least, and no more behind the point than tell something."""
+    return f"{value_ms:.0f}" if value_ms >= 100 else f"{value_ms:.1f}"
 
 
 def write_log(path: Path, arrivals: Sequence[Arrival], records: Iterable[Record]) -> None:
