@@ -21,7 +21,7 @@ from support.system import System, free_port, running_system
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(180)]
 
 PROMPT = "The capital of France is"
-TIMEOUT_S = 20.0
+TIMEOUT_S = 30.0
 IDLE_LIMIT_S = 60.0
 #: a process that cannot join has said so by then
 REFUSED_LIMIT_S = 90.0

@@ -40,7 +40,7 @@ class WireClient:
         """Send whatever."""
         self._socket.send("", list(frames))
 
-    async def expect(self, kind: type[MessageT], limit_s: float = 20.0) -> MessageT:
+    async def expect(self, kind: type[MessageT], limit_s: float = 60.0) -> MessageT:
         """The next message of that kind; others before it are skipped."""
         async with asyncio.timeout(limit_s):
             while True:

@@ -37,7 +37,7 @@ async def router() -> AsyncIterator[ScriptedRouter]:
 
 @pytest.fixture
 async def client(router: ScriptedRouter) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(router.address, timeout_s=5) as one:
+    async with AsyncClient(router.address, timeout_s=30) as one:
         yield one
 
 

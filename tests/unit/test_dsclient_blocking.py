@@ -25,7 +25,7 @@ async def router() -> AsyncIterator[ScriptedRouter]:
 
 @pytest.fixture
 async def client(router: ScriptedRouter) -> AsyncIterator[Client]:
-    one = Client(router.address, timeout_s=5)
+    one = Client(router.address, timeout_s=30)
     yield one
     await asyncio.to_thread(one.close)
 
@@ -115,7 +115,7 @@ async def test_close_ends_calls_of_other_threads_and_says_bye(router: ScriptedRo
         await asyncio.to_thread(client.close)
         for call in calls:
             with pytest.raises(Cancelled, match="closed"):
-                call.result(timeout=5)
+                call.result(timeout=30)
     await router.expect(ClientBye)
     client.close()
     with pytest.raises(InvalidRequest, match="closed"):
@@ -151,5 +151,5 @@ def test_an_interrupt_cancels_the_request() -> None:
     address, thread = asyncio.run(start())
     with Client(address) as client, pytest.raises(KeyboardInterrupt):
         client.generate("hi", request_id="r")
-    thread.join(10)
+    thread.join(60)
     assert found == [Cancel("r")]
