@@ -200,19 +200,15 @@ def test_failures_that_make_no_sense_are_refused(desk: Desk, texts: list[str], w
         parse(texts, system(desk, TOPOLOGIES["1p1d"]).topology)
 
 
-@pytest.mark.parametrize(
-    ("requests", "within"),
-    [(5_000, 0.05), pytest.param(100_000, 0.01, marks=[pytest.mark.slow, pytest.mark.timeout(600)])],
-)
-def test_the_mean_wait_of_a_single_server_is_that_of_m_d_1(desk: Desk, requests: int, within: float) -> None:
+def test_the_mean_wait_of_a_single_server_is_that_of_m_d_1(desk: Desk) -> None:
     rate, step_s = 50.0, 0.01
     text = "prefill: {max_batch: 1}\nkv: {blocks: 64}\nrouter: {max_requests: 100000}"
     one = system(desk, text, LinearTimes(Linear(step_s), Linear(0.1)), INSTANT, validate=False)
-    run = one.run(arrivals(gaps("poisson", rate, Random(1)), fixed(1, 1), requests))
+    run = one.run(arrivals(gaps("poisson", rate, Random(1)), fixed(1, 1), 5_000))
     assert all(not record.error for record in run.records)
-    mean_s = sum(record.ttft_s for record in run.records) / requests
+    mean_s = sum(record.ttft_s for record in run.records) / 5_000
     # DistServe (OSDI 2024), section 3.1, equation 1: D + R D^2 / (2 (1 - R D))
-    assert mean_s == pytest.approx(step_s + rate * step_s**2 / (2 * (1 - rate * step_s)), rel=within)
+    assert mean_s == pytest.approx(step_s + rate * step_s**2 / (2 * (1 - rate * step_s)), rel=0.05)
 
 
 def test_steps_follow_each_other_through_the_stages(desk: Desk) -> None:

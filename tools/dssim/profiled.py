@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dssim.express.run import run
 from dssim.kernel import Kernel
 from dssim.model import layout_of
+from dssim.records import Run
 from dssim.system import System
 from dssim.times import Chunk, StepTimes, beside, linear_times, transfer_times
+from dssim.workload import Arrival
 from dstopology.resolved import Instance, Topology
 
 
@@ -29,6 +32,14 @@ def system_of(topology: Topology, profile: str, **options: Any) -> System:
     )
     node.kernel = system.kernel
     return system
+
+
+def express(topology: Topology, profile: str, arrivals: Sequence[Arrival]) -> Run | None:
+    """The run of that system, compiled; None where that cannot be (:mod:`dssim.express.run`)."""
+    if beside(profile):
+        return None
+    layout, transfers = layout_of(topology), transfer_times(profile)
+    return run(topology, layout, lambda instance: linear_times(profile, instance.tp), transfers, arrivals)
 
 
 @dataclass

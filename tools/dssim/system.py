@@ -98,8 +98,7 @@ class System:
         kernel, client = self.kernel, self.client
         client.on_end = on_end
         began, began_cpu = time.perf_counter(), time.process_time()
-        self._until(lambda: all(one.ready for one in self.processes.values()))
-        begun_s = kernel.now
+        begun_s = self.begin()
         for failure in failures:
             kernel.at(begun_s + failure.at_s, self._kill, failure)
         client.submit_all(arrivals)
@@ -109,6 +108,11 @@ class System:
         self._until(lambda: not self.held())
         wall_s, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
         return Run(tuple(client.records), ended_s, begun_s, wall_s, cpu_s, kernel.steps, self.seen, self.held())
+
+    def begin(self) -> float:
+        """Let the processes find each other; the time at which they have."""
+        self._until(lambda: all(one.ready for one in self.processes.values()))
+        return self.kernel.now
 
     def held(self) -> dict[str, int]:
         """Whatever a process keeps for some request: name of the thing -> how many, zeros left out."""

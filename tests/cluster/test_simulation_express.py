@@ -1,0 +1,99 @@
+"""The compiled simulation against the machines: the same records, to the last bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from dskv.layout import KvLayout
+from dssim.express.build import library
+from dssim.express.run import run
+from dssim.system import System
+from dssim.times import INSTANT, FlatTransfer, Linear, LinearTimes
+from dssim.workload import Arrival, arrivals, fixed, gaps, histogram
+from dstopology.resolved import Topology
+from support.topologies import Desk
+
+LAYOUT = KvLayout(2, 2, 4, 16, "float16")
+TIMES = LinearTimes(Linear(0.02, 1e-4, 1e-8), Linear(0.01, 1e-6, 0.0, 1e-4), Linear(0.012, 2e-6, 0.0, 5e-5), 20)
+#: seals and copies that queue, and no two of the ways equally long
+SLOW = FlatTransfer(0.0013, 0.0021, 2e6, 3e6)
+
+TOPOLOGIES = {
+    "1p1d": "kv: {blocks: 1500}",
+    "3p2d": "kv: {blocks: 1500}\nprefill: 3\ndecode: 2",
+    "prefill waits for blocks": "prefill: {kv: {blocks: 120}}\ndecode: {kv: {blocks: 1500}}",
+    "short of queue": "kv: {blocks: 1500}\nrouter: {max_requests: 20}\n"
+    "prefill: {max_queue: 2}\ndecode: {max_queue: 3, max_batch: 4}",
+    "chunks": "kv: {blocks: 1500}\nprefill: {max_batch_tokens: 64, max_batch: 3}\ndecode: 2",
+    "colocated": "mode: colocated\nkv: {blocks: 1500}\ndecode: {replicas: 2, max_batch_tokens: 100}",
+    "prompts first": "mode: colocated\nkv: {blocks: 1500}\ndecode: {replicas: 2, prefill_priority: true}",
+    "conditional": "mode: conditional\nconditional: {threshold_tokens: 150}\nkv: {blocks: 1500}",
+    "pipelines": "kv: {blocks: 1500}\nprefill: {pp: 2, max_batch_tokens: 128}\ndecode: {pp: 3}",
+    "colocated pipelines": "mode: colocated\nkv: {blocks: 1500}\ndecode: {pp: 2, max_batch_tokens: 100}",
+}
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    if library() is None:
+        pytest.skip("no C++ compiler")
+    return Desk(tmp_path)
+
+
+def load(desk: Desk, text: str) -> Topology:
+    return desk.load("model: {path: nowhere, dtype: float16}\n" + text)
+
+
+def bursts(count: int, seed: int) -> list[Arrival]:
+    random = Random(seed)
+    return arrivals(gaps("gamma", 30.0, random, 3.0), histogram("humaneval", random), count)
+
+
+@pytest.mark.parametrize("transfers", [FlatTransfer(), SLOW], ids=["quick", "slow"])
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_records_are_those_of_the_machines(desk: Desk, name: str, transfers: FlatTransfer) -> None:
+    topology, asked = load(desk, TOPOLOGIES[name]), bursts(60, len(name))
+    fast = run(topology, LAYOUT, lambda instance: TIMES, transfers, asked)
+    slow = System(topology, LAYOUT, lambda instance: TIMES, transfers).run(asked)
+    assert fast is not None
+    assert fast.records == slow.records
+    assert fast.seen.busy_s == slow.seen.busy_s
+    assert (fast.begun_s, fast.simulated_s) == (slow.begun_s, slow.simulated_s)
+
+
+def test_events_of_one_time_keep_their_order(desk: Desk) -> None:
+    topology, asked = load(desk, "kv: {blocks: 1500}\nprefill: 2\ndecode: 2"), [Arrival(0.0, 16, 5)] * 20
+    times = LinearTimes(Linear(1.0), Linear(0.125))
+    fast = run(topology, LAYOUT, lambda instance: times, INSTANT, asked)
+    assert fast is not None
+    assert fast.records == System(topology, LAYOUT, lambda instance: times, INSTANT).run(asked).records
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        ("kv: {blocks: 128}", arrivals(gaps("constant", 1000.0, Random(0)), fixed(16, 300), 16)),
+        ("kv: {blocks: 1500}", [Arrival(0.0, 600, 2, (1, 2))]),
+        ("kv: {blocks: 64}", [Arrival(0.0, 1000, 25)]),
+        ("kv: {blocks: 64}\nforce_transport: tcp", [Arrival(0.0, 10, 2)]),
+        ("kv: {blocks: 64}\nrouter: {max_deadline_s: 1}", [Arrival(0.0, 10, 900)]),
+    ],
+    ids=["short of blocks", "prompts alike", "no room", "tcp", "deadline"],
+)
+def test_what_is_out_of_the_ordinary_is_left_to_the_machines(desk: Desk, text: str, asked: list[Arrival]) -> None:
+    assert run(load(desk, text), LAYOUT, lambda instance: TIMES, FlatTransfer(), asked) is None
+
+
+def test_the_mean_wait_of_a_hundred_thousand_is_that_of_m_d_1(desk: Desk) -> None:
+    rate, step_s, requests = 50.0, 0.01, 100_000
+    topology = load(desk, "prefill: {max_batch: 1}\nkv: {blocks: 64}\nrouter: {max_requests: 100000}")
+    times = LinearTimes(Linear(step_s), Linear(0.1))
+    asked = arrivals(gaps("poisson", rate, Random(1)), fixed(1, 1), requests)
+    found = run(topology, LAYOUT, lambda instance: times, INSTANT, asked)
+    assert found is not None
+    mean_s = sum(record.ttft_s for record in found.records) / requests
+    # DistServe (OSDI 2024), section 3.1, equation 1: D + R D^2 / (2 (1 - R D))
+    assert mean_s == pytest.approx(step_s + rate * step_s**2 / (2 * (1 - rate * step_s)), rel=0.01)

@@ -1,0 +1,150 @@
+"""Simulation without messages, compiled: a hundred times as fast as the machines, and with the same results.
+
+It is for systems in which nothing out of the ordinary happens: :func:`run` says None for what it cannot do, and the
+machines are to be asked then. It tells what became of requests and how busy instances were, but of nothing inside.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Sequence
+
+from dskv.layout import KvLayout
+from dssim.express.build import library
+from dssim.express.structs import (
+    LEDGER,
+    ArrivalStruct,
+    InstanceStruct,
+    LinearStruct,
+    ResultStruct,
+    SettingsStruct,
+)
+from dssim.records import Observations, Record, Run
+from dssim.system import System
+from dssim.times import FlatTransfer, Linear, LinearTimes, StepTimes, TransferTimes
+from dssim.workload import Arrival
+from dstopology.resolved import Instance, Topology
+from dswire.messages.client import Ledger
+
+_ENDLESS = 2**62
+
+
+def run(
+    topology: Topology,
+    layout: KvLayout,
+    times: Callable[[Instance], StepTimes],
+    transfers: TransferTimes,
+    arrivals: Sequence[Arrival],
+) -> Run | None:
+    """The run that :class:`System` would make of the same arguments, but for what was seen inside.
+
+    None where something in them is beyond it, where KV blocks ran short or a request took longer than any may, and
+    where there is no C++ compiler.
+    """
+    instances = (*topology.role("prefill"), *topology.role("decode"))
+    linear = [one for one in map(times, instances) if isinstance(one, LinearTimes)]
+    if len(linear) < len(instances) or not isinstance(transfers, FlatTransfer):
+        return None
+    simulate = library() if _ordinary(topology, layout, arrivals) else None
+    if simulate is None:
+        return None
+    began, began_cpu = time.perf_counter(), time.process_time()
+    begun_s = System(topology, layout, times, transfers).begin()
+    settings = _settings(topology, layout, transfers, len(arrivals), begun_s)
+    each = _instances(topology, layout, instances, transfers, linear)
+    wanted = (ArrivalStruct * len(arrivals))()
+    for number, one in enumerate(arrivals):
+        wanted[number] = ArrivalStruct(one.at_s, one.prompt_tokens, one.output_tokens)
+    results = (ResultStruct * len(arrivals))()
+    busy, happenings = (ctypes.c_double * len(each))(), ctypes.c_int64()
+    if simulate(ctypes.byref(settings), each, wanted, results, busy, ctypes.byref(happenings)):
+        return None
+    records = _records(arrivals, results, begun_s)
+    ended_s = max((one.at_s + one.total_s for one in records), default=0.0)
+    seen = Observations(busy_s={one.name: s for one, s in zip(instances, busy, strict=True) if s})
+    wall_s, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
+    return Run(records, ended_s, begun_s, wall_s, cpu_s, happenings.value, seen, {})
+
+
+def _ordinary(topology: Topology, layout: KvLayout, arrivals: Sequence[Arrival]) -> bool:
+    """Whether all KV stays in its node, no two prompts are alike, and every request has room by itself."""
+    nodes = {one.node for one in topology.instances}
+    if topology.relays and (len(nodes) > 1 or topology.transport(*nodes, *nodes) != "shm"):
+        return False
+    blocks = min(_blocks(one, layout) for one in topology.instances)
+    room = min(topology.model.max_model_len, blocks * layout.block_size)
+    return all(not one.hashes and one.prompt_tokens + one.output_tokens <= room for one in arrivals)
+
+
+def _blocks(instance: Instance, layout: KvLayout) -> int:
+    return instance.kv_blocks or instance.kv_memory_nbytes // layout.block_nbytes
+
+
+def _settings(
+    topology: Topology, layout: KvLayout, transfers: FlatTransfer, requests: int, begun_s: float
+) -> SettingsStruct:
+    prefills, decodes = topology.role("prefill"), topology.role("decode")
+    below = {"disaggregated": 0, "colocated": _ENDLESS, "conditional": topology.threshold_tokens}
+    return SettingsStruct(
+        prefills=len(prefills),
+        decodes=len(decodes),
+        requests=requests,
+        max_requests=topology.router.max_requests,
+        prefill_queue=min((one.max_queue for one in prefills), default=1),
+        decode_queue=min(one.max_queue for one in decodes),
+        local_below=below[topology.mode],
+        threshold_limits=topology.mode == "conditional",
+        block_size=layout.block_size,
+        block_nbytes=layout.block_nbytes,
+        begun_s=begun_s,
+        client_s=transfers.message_s(False),
+        relay_s=transfers.message_s(True),
+        max_deadline_s=topology.router.max_deadline_s,
+    )
+
+
+def _instances(
+    topology: Topology,
+    layout: KvLayout,
+    instances: Sequence[Instance],
+    transfers: FlatTransfer,
+    times: Sequence[LinearTimes],
+) -> ctypes.Array[InstanceStruct]:
+    ranks = {name: place for place, name in enumerate(sorted(one.name for one in instances))}
+    made = (InstanceStruct * len(instances))()
+    for struct, one, its in zip(made, instances, times, strict=True):
+        large = its.decode_large
+        struct.blocks, struct.rank, struct.stages = _blocks(one, layout), ranks[one.name], one.pp
+        struct.max_batch, struct.max_batch_tokens = one.max_batch, one.max_batch_tokens
+        struct.prefill_priority = one.prefill_priority
+        struct.router_s = transfers.message_s(one.node == topology.router.node)
+        struct.seal_bytes_per_s = transfers.seal_bytes_per_s
+        struct.copy_bytes_per_s = transfers.copy_bytes_per_s
+        struct.prefill, struct.decode = _linear(its.prefill), _linear(its.decode)
+        struct.decode_large = _linear(large or its.decode)
+        struct.large_batch = its.large_batch if large is not None else _ENDLESS
+    return made
+
+
+def _linear(one: Linear) -> LinearStruct:
+    return LinearStruct(one.base_s, one.per_token_s, one.per_square_s, one.per_sequence_s)
+
+
+def _records(
+    arrivals: Sequence[Arrival], results: ctypes.Array[ResultStruct], begun_s: float
+) -> tuple[Record, ...]:
+    made: list[Record | None] = [None] * len(arrivals)
+    for number, (asked, one) in enumerate(zip(arrivals, results, strict=True)):
+        refused = one.first_s < 0
+        made[one.order] = Record(
+            number=number,
+            at_s=one.at_s - begun_s,
+            prompt_tokens=asked.prompt_tokens,
+            output_tokens=0 if refused else asked.output_tokens,
+            first_s=None if refused else one.first_s,
+            total_s=one.total_s,
+            error="overloaded" if refused else "",
+            ledger=None if refused else Ledger(**dict(zip(LEDGER, one.stages, strict=True))),
+        )
+    return tuple(one for one in made if one is not None)

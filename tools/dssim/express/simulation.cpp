@@ -1,0 +1,76 @@
+// A simulated system without its messages: the same waits, steps and copies at the same times as in system.py, where
+// every process runs its real machine. What the machines do is written down here a second time, and tests hold the
+// two against each other. What is not: pools that run short, deadlines, failures, KV between nodes, KV that prompts
+// share; a run that comes upon one of the first two says so and is worth nothing.
+//
+// Order: events of one time happen in the order in which they were scheduled, as in kernel.py, and every handler
+// schedules in the order of the machine's actions.
+
+#include "router.h"
+
+namespace express {
+
+struct Simulation : Router {
+    int64_t happenings = 0;
+
+    void run() {
+        for (int64_t i = 0; i < set.requests; i++) requests[i].prompt = arrivals[i].prompt, requests[i].output = arrivals[i].output;
+        if (set.requests) at(set.begun_s + arrivals[0].at_s, SUBMIT, 0);
+        while (ended < set.requests && outcome == DONE && !heap.empty()) {
+            Event event = heap.top();
+            heap.pop();
+            now = event.at;
+            happenings += 1;
+            happen(event);
+        }
+    }
+
+    void happen(const Event &event) {
+        int64_t who = event.who;
+        if (event.kind == STEP_END) return who < set.prefills ? prefill_step_end(int(who)) : decode_step_end(int(who));
+        if (event.kind == STEPPED) return stepped(int(who));
+        Request &r = requests[who];
+        switch (event.kind) {
+        case SUBMIT: return submit(who);
+        case ARRIVE: return arrive(who);
+        case WORK: return work(who);
+        case PREFILLED: return prefilled(who);
+        case SEALED:
+            at(now + set.relay_s, OFFERED, who);
+            at(now + instances[r.prefill].set.router_s, KV_SEALED, who);
+            return next_steps(r.prefill);
+        case KV_SEALED: unplaced.push_back(who); return pump();
+        case OFFERED:
+        case PULL:
+            (event.kind == PULL ? r.asked : r.offered) = true;
+            if (r.asked && r.offered) at(now + set.relay_s, GRANT, who);
+            return;
+        case GRANT: return granted(r, who);
+        case COPIED: return copied(r, who);
+        case PULLED: return at(now + set.relay_s, RELEASE, who);
+        case RELEASE: instances[r.prefill].free += blocks_for(r.prompt); return next_steps(r.prefill);
+        default: return;
+        }
+    }
+};
+}
+
+extern "C" int64_t simulate(const Settings *set, const InstanceSettings *each, const Arrival *arrivals, Result *results,
+                            double *busy_s, int64_t *happenings) {
+    express::Simulation one;
+    one.set = *set, one.arrivals = arrivals, one.results = results, one.now = set->begun_s;
+    one.requests.resize(size_t(set->requests));
+    one.seen.resize(size_t(set->requests));
+    for (int64_t i = 0; i < set->prefills + set->decodes; i++) {
+        express::Instance made;
+        made.set = each[i];
+        made.free = each[i].blocks;
+        made.stage_free.assign(size_t(each[i].stages), 0.0);
+        one.instances.push_back(std::move(made));
+        one.told.emplace_back();
+    }
+    one.run();
+    for (size_t i = 0; i < one.instances.size(); i++) busy_s[i] = one.instances[i].busy;
+    *happenings = one.happenings;
+    return one.outcome;
+}

@@ -1,0 +1,42 @@
+// What passes between Python and the compiled simulation; fields as in structs.py, in that order.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+struct Linear {
+    double base, per_token, per_square, per_sequence;
+};
+
+struct InstanceSettings {
+    int64_t blocks, max_batch, max_batch_tokens, stages, prefill_priority;
+    // place in the order of names
+    int64_t rank;
+    double router_s, seal_bytes_per_s, copy_bytes_per_s;
+    Linear prefill, decode, decode_large;
+    int64_t large_batch;
+};
+
+struct Settings {
+    int64_t prefills, decodes, requests, max_requests, prefill_queue, decode_queue;
+    // prompts below are read by decode instances; with threshold_limits only while they have less than that to read
+    int64_t local_below, threshold_limits, block_size, block_nbytes;
+    double begun_s, client_s, relay_s, max_deadline_s;
+};
+
+struct Arrival {
+    double at_s;
+    int64_t prompt, output;
+};
+
+struct Result {
+    // seconds since the submission; first_s below 0: refused
+    double at_s, first_s, total_s;
+    // as in the ledger: router queue, prefill queue, prefill, its wire, placement, wait, transfer, queue, first step,
+    // its wire, decode; then what the ledger calls ttft_s and total_s
+    double stages[13];
+    // place in the order of ends
+    int64_t order;
+};
+}
