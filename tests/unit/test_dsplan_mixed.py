@@ -84,6 +84,16 @@ def test_every_request_is_read_and_made(drawn: list[tuple[float, int, int]]) -> 
 
 
 LINEAR = distserve_latency("OPT-13B", "a100-80g").instance(2, 1)
+
+
+def test_the_steady_state_by_hand() -> None:
+    requests: list[Request] = [(0.0, 100, 11)] * 10
+    # 105.5 tokens are held on average, so ten run; one of them ends each step, and one prompt is read: 110 rows
+    assert capacity.steady_rate(unit(kv_tokens=1056), requests) == pytest.approx(1 / 0.110)
+    # a budget of 60 rows: 50 of the 100 tokens that are needed
+    assert capacity.steady_rate(unit(60, kv_tokens=1056), requests) == pytest.approx(0.52 / 0.060, rel=0.1)
+
+
 INSTANCES: dict[str, Instance] = {
     "linear": LINEAR,
     "linear pp 2": distserve_latency("OPT-13B", "a100-80g").instance(1, 2),

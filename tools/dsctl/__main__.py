@@ -32,6 +32,7 @@ COMMANDS = {
     "profile": ("dsctl.profile:command", "Measure how long a model's steps take on this machine."),
     "plan": ("dsctl.plan:command", "Find the placement with the most goodput per device."),
     "latency": ("dsctl.latency:command", "Show how long the planner takes steps to be, and check that."),
+    "study": ("dsctl.study:command", "Rerun the DistServe paper's studies."),
     "simulate": ("dsctl.simulate:command", "Tell how a topology would do under a workload."),
     "keys": ("dsctl.keys:command", "Make the keys of encrypted sockets, and say who may connect."),
 }

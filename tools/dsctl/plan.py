@@ -114,7 +114,7 @@ def command(
         drawable()
     requests = make_workload(workload, seed=seed, arrival=arrival, cv=cv)
     question = _question(wanted, requests, _slo(slo, attainment))
-    with _progress(quiet=as_json) as tell:
+    with progress(quiet=as_json) as tell:
         planner = Planner(question, tell)
         spec = _given(planner, compare)
         plan = planner.run()
@@ -227,7 +227,7 @@ def _slo(text: str, attainment: float) -> Slo:
 
 
 @contextmanager
-def _progress(*, quiet: bool) -> Iterator[Progress]:
+def progress(*, quiet: bool) -> Iterator[Progress]:
     """A bar on a terminal's standard error."""
     from dsplan.planner import silent
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dsplan.latency import Instance
+from dsplan.mixed import LEAST_CHUNK, MixedUnit
 from dsplan.queueing import UNLIMITED, DecodeUnit, PrefillUnit, Request
 from dssched.batching import prefill_batch
 
@@ -40,6 +41,31 @@ def decode_rate(unit: DecodeUnit, requests: Sequence[Request]) -> float:
     sizes = {most} | {1 << power for power in range(most.bit_length())}
     pace = max(batch / unit.instance.decode_step_s(batch, int(batch * context)) for batch in sizes)
     return pace * len(requests) / steps
+
+
+def steady_rate(unit: MixedUnit, requests: Sequence[Request]) -> float:
+    """Requests a second of a colocated replica that reads as many as it ends, at the best batch that KV allows.
+
+    Every step makes a token for ``batch`` sequences, ``batch / (output - 1)`` of which end, and reads as many
+    prompts in what is left of its budget.
+    """
+    count = len(requests)
+    prompt = sum(prompt for _, prompt, _ in requests) / count
+    squares = sum(prompt * prompt for _, prompt, _ in requests) / count
+    steps = sum(output - 1 for _, _, output in requests) / count
+    if steps == 0:
+        return mixed_rate(unit.instance, requests)
+    context = sum((output - 1) * (prompt + output / 2) for _, prompt, output in requests) / (steps * count)
+    most = max(1, min(unit.max_batch, int(unit.kv_tokens / context)))
+    stages, best = unit.instance.stages, 0.0
+    for batch in {most} | {1 << power for power in range(most.bit_length())}:
+        room = max(unit.budget - batch / stages, LEAST_CHUNK)
+        ended = min(batch / steps, stages * room / prompt)
+        stage_s = unit.instance.mixed_stage_s(
+            ended * prompt / stages, ended * squares / stages, 1, -(-batch // stages), batch * context / stages
+        )
+        best = max(best, ended / (stages * stage_s))
+    return best
 
 
 #: requests of the one step of :func:`mixed_rate`

@@ -84,7 +84,10 @@ class Oracles:
         """What the system can do without end."""
         decode = spec.decode
         if spec.mode == "colocated":
-            return self.mixed_cap(Mixed(decode.parallel, spec.budget), spec.kind) * decode.replicas
+            # the same product as in goodput, to the last bit
+            few = min(decode.replicas, MOST_FOLLOWED)
+            cap = self.mixed_cap(Mixed(decode.parallel, spec.budget), spec.kind) * few
+            return cap * (decode.replicas / few if decode.replicas > few else 1.0)
         behind = self.decode_cap(decode.parallel) * decode.replicas
         if spec.mode == "conditional":
             return behind
@@ -123,14 +126,15 @@ class Oracles:
         return self._once(("decode cap", one), lambda: capacity.decode_rate(self.decode_unit(one), requests))
 
     def mixed_cap(self, one: Mixed, kind: int = -1) -> float:
-        """No colocated instance does: it has to read every prompt, and to make every token."""
+        """No colocated instance does: it has to read every prompt, and to make every token, in steady state."""
 
         def find() -> float:
             requests = self.question.workload.requests[:LEAST_REQUESTS]
             unit = self.mixed_unit(one.parallel, one.budget, kind)
-            return SLACK * min(capacity.mixed_rate(unit.instance, requests), capacity.decode_rate(unit, requests))
+            bounds = capacity.mixed_rate(unit.instance, requests), capacity.decode_rate(unit, requests)
+            return min(*bounds, capacity.steady_rate(unit, requests))
 
-        return self._once(("mixed cap", one.parallel, kind), find)
+        return self._once(("mixed cap", one, kind), find)
 
     def pair_cap(self, pair: Pair) -> float:
         """Nothing is served faster than either phase can without end."""

@@ -8,6 +8,9 @@ from dsplan.goodput import NONE, Counts, Goodput
 from dsplan.question import Question
 from dsplan.search import High, Low, Parallel, Tried
 
+#: tokens of a step that hold any prompt whole
+WHOLE = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -50,7 +53,8 @@ class Spec:
 
     def __str__(self) -> str:
         if self.mode == "colocated":
-            return f"{self.decode} colocated, {self.budget} tokens a step"
+            step = "whole prompts" if self.budget >= WHOLE else f"{self.budget} tokens"
+            return f"{self.decode} colocated, {step} a step"
         words = f"prefill {self.prefill}, decode {self.decode}"
         return words if self.mode == "disaggregated" else f"{words}, prompts below {self.threshold} at decode"
 

@@ -290,7 +290,9 @@ class Planner:
         found: Goodput = oracles.goodput(spec)
         beyond = oracles.attained(spec, max(found.rate, 0.01) * 1.1)
         saturated = ""
-        if spec.mode == "disaggregated" and found.rate >= oracles.cap(spec):
+        if spec.mode == "colocated" and found.rate >= oracles.cap(spec):
+            saturated = "both phases together"
+        elif spec.mode == "disaggregated" and found.rate >= oracles.cap(spec):
             ahead = oracles.prefill_cap(spec.prefill.parallel) * spec.prefill.replicas
             behind = oracles.decode_cap(spec.decode.parallel) * spec.decode.replicas
             saturated = "prefill" if ahead < behind else "decode"

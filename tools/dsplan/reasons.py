@@ -10,6 +10,7 @@ EQUAL = 0.03
 _WHY = {
     "prefill": "compute: its stages are never idle",
     "decode": "KV memory: the pool or the batch is full, at a pace below the TPOT objective",
+    "both phases together": "compute and KV memory: steps are as full as their budget and the pool allow",
 }
 
 
