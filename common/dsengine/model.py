@@ -72,10 +72,11 @@ def load_model(
     """
     try:
         if isinstance(shape, Architecture):
-            if (native := _native(shape, config, device, part)) is not None:
+            peers = peers or Alone()
+            if (native := _native(shape, config, device, part, peers)) is not None:
                 return native
             _log.info("%s is served by the lean decoder%s", shape.name, "" if part.whole else f", {part}")
-            return _lean(shape, config, device, part, peers or Alone())
+            return _lean(shape, config, device, part, peers)
         return _foreign(shape, config, device, part)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -92,11 +93,13 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _native(arch: Architecture, config: EngineConfig, device: torch.device, part: Part) -> NativeDecoder | None:
+def _native(
+    arch: Architecture, config: EngineConfig, device: torch.device, part: Part, peers: Peers
+) -> NativeDecoder | None:
     """The model on the compiled kernels; None, and the reason in the log, where they cannot serve it."""
-    if not config.kernels or device.type != "cpu" or not part.whole:
+    if not config.kernels or device.type != "cpu":
         return None
-    reason = "int8 weights" if config.quantization else obstacle(arch)
+    reason = "int8 weights" if config.quantization else "shares of layers" if part.tp > 1 else obstacle(arch)
     if reason is not None:
         _log.info("%s goes without compiled kernels: they have no %s", arch.name, reason)
         return None
@@ -107,9 +110,9 @@ def _native(arch: Architecture, config: EngineConfig, device: torch.device, part
             "%s goes without compiled kernels, several times slower: %s; %s", arch.name, error, error.remedy
         )
         return None
-    _log.info("%s is served by compiled kernels", arch.name)
-    checkpoint = Checkpoint(config.model_dir, DTYPES[config.dtype], device)
-    return NativeDecoder(Parts(arch, checkpoint, RawLinear), kernels, config.max_model_len, config.threads)
+    _log.info("%s is served by compiled kernels%s", arch.name, "" if part.whole else f", {part}")
+    parts = Parts(arch, Checkpoint(config.model_dir, DTYPES[config.dtype], device), RawLinear, part)
+    return NativeDecoder(parts, kernels, config.max_model_len, config.threads, peers)
 
 
 def _lean(arch: Architecture, config: EngineConfig, device: torch.device, part: Part, peers: Peers) -> Decoder:

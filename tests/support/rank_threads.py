@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dsengine.parallel import Part, drawing_rank
 from dsengine.runner import Engine, StepItem
+from dsengine.sampler import Sampled
+from dsengine.span import Span
 from support.tiny_llama import engine_config
 
 #: a rank that hears nothing for this long, in seconds, fails its test
@@ -69,10 +71,25 @@ class ThreadedEngine(Engine):
             if not part.draws
         ]
         self._told: list[Future[Tensor | None]] = []
+        #: steps that the others know of and we have not begun
+        self._launched = 0
         own = parts[drawing_rank(tp, pp)]
         super().__init__(config, own, QueuePeers(own, board))
 
-    def _tell(self, batch: Sequence[StepItem], picked: Sequence[int]) -> None:
+    def forward(self, spans: Sequence[Span], picked: Sequence[int]) -> Tensor | None:
+        """Also without a launch before it."""
+        if not self._launched:
+            self._tell(spans, picked)
+        else:
+            self._launched -= 1
+        return super().forward(spans, picked)
+
+    def launch(self, batch: Sequence[StepItem]) -> Callable[[], list[Sampled | None]]:
+        """Tell the others at once."""
+        self._launched += 1
+        return super().launch(batch)
+
+    def _tell(self, batch: Sequence[Span], picked: Sequence[int]) -> None:
         self._told += [thread.submit(engine.forward, batch, picked) for engine, thread in self._others]
 
     def close(self) -> None:

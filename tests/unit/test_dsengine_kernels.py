@@ -17,6 +17,7 @@ from torch import Tensor
 from dsengine.families import load_architecture
 from dsengine.native import build, library, structs
 from dsengine.native.decoder import NativeDecoder, RawLinear, obstacle
+from dsengine.parallel import Alone
 from dsengine.parts import Parts
 from dsengine.pool import DTYPES, KvPool
 from dsengine.runner import Engine
@@ -40,13 +41,15 @@ class Bare:
         arch = load_architecture(model_dir)
         assert obstacle(arch) is None
         parts = Parts(arch, Checkpoint(model_dir, DTYPES[dtype], CPU), RawLinear)
-        self.decoder = NativeDecoder(parts, library.library(dtype), LONGEST, threads)
+        self.decoder = NativeDecoder(parts, library.library(dtype), LONGEST, threads, Alone())
         self.pool = KvPool(KvLayout(arch.layers, arch.kv_heads, arch.head_dim, block_size, dtype), BLOCKS, CPU)
 
     def logits(self, *spans: Span) -> Tensor:
         """Of the last row of each span; a copy."""
         ends = torch.tensor([len(span.tokens) for span in spans]).cumsum(0) - 1
-        return self.decoder.forward(spans, ends.tolist(), self.pool).clone()
+        logits = self.decoder.forward(spans, ends.tolist(), self.pool)
+        assert logits is not None
+        return logits.clone()
 
 
 def span(tokens: Sequence[int], start: int = 0, first_block: int = 0, end: int | None = None) -> Span:

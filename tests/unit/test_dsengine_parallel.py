@@ -8,12 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dsengine.native.decoder import NativeDecoder
 from dsengine.parallel import Part
 from dsengine.runner import Engine, StepItem
+from dsengine.span import Span
 from dswire.errors import UnsupportedModel
 from support.rank_threads import ThreadedEngine
 from support.tiny_families import make_family
 from support.tiny_llama import GREEDY, engine_config, generate, make_model, prompt_of
+from support.whole_logits import logits_of
 
 #: twelve heads, an inner dimension and a vocabulary (211) that three and four do not divide
 TWELVE = {"num_attention_heads": 12, "hidden_size": 48, "intermediate_size": 82, "num_hidden_layers": 5}
@@ -50,6 +53,18 @@ def test_greedy_tokens_do_not_depend_on_the_shares(
     engine.close()
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_stages_on_compiled_kernels_give_the_same_bits(tmp_path: Path, name: str) -> None:
+    path, tokens = make_family(tmp_path, name), prompt_of(40)
+    settings = {"max_model_len": 128, "dtype": "bfloat16"}
+    staged = ThreadedEngine(path, 1, 3, **settings)
+    assert isinstance(staged._model, NativeDecoder)
+    assert torch.equal(
+        logits_of(staged, tokens, 33), logits_of(Engine(engine_config(path, **settings)), tokens, 33)
+    )
+    staged.close()
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_families_can_be_shared_out(tmp_path: Path, name: str) -> None:
     config = make_family(tmp_path, name)
@@ -59,9 +74,8 @@ def test_families_can_be_shared_out(tmp_path: Path, name: str) -> None:
     )
     tokens = prompt_of(40)
     for first, end in ((0, 33), (33, 40)):
-        spans = [StepItem(tokens[first:end], first, [5, 2, 9], None)]
+        spans = [Span(tokens[first:end], first, [5, 2, 9])]
         rows = range(end - first)
-        shared._tell(spans, rows)
         got, want = shared.forward(spans, rows), whole.forward(spans, rows)
         assert got is not None
         assert want is not None

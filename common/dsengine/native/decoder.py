@@ -25,6 +25,7 @@ from dsengine.native.arena import Arena
 from dsengine.native.library import Library, linear, padded
 from dsengine.native.structs import CBatch, CLayer, CLinear, CModel, CNorm, CPool, CShape
 from dsengine.norm import AnyNorm, LayerNorm, RmsNormPlusOne
+from dsengine.parallel import Peers
 from dsengine.parts import Parts
 from dsengine.pool import KvPool
 from dsengine.rope import inverse_frequencies
@@ -66,9 +67,9 @@ def obstacle(arch: Architecture) -> str | None:
 
 
 class NativeDecoder:
-    """One replica on this host's CPU."""
+    """One replica, or one stage of one, on this host's CPU."""
 
-    def __init__(self, parts: Parts, library: Library, max_len: int, threads: int) -> None:
+    def __init__(self, parts: Parts, library: Library, max_len: int, threads: int, peers: Peers) -> None:
         """Take every tensor from ``parts``, which makes :class:`RawLinear`; ``max_len`` positions get a rotation.
 
         Raises :class:`~dswire.errors.UnsupportedModel`, :class:`~dswire.errors.OutOfMemory`.
@@ -79,15 +80,19 @@ class NativeDecoder:
         self._ropes: dict[Rope, tuple[int, int]] = {}
         self._max_len = max_len
         self._vocab = parts.arch.vocab_size
+        self._hidden_size = parts.arch.hidden_size
+        self._part = parts.part
+        self._peers = peers
         self._logits = torch.empty((0, padded(self._vocab)))
         model = self._model(parts)
         parts.finish()
         self._session = library.open(model, threads)
 
-    def forward(self, spans: Sequence[Span], picked: Sequence[int], pool: KvPool) -> Tensor:
+    def forward(self, spans: Sequence[Span], picked: Sequence[int], pool: KvPool) -> Tensor | None:
         """Logits ``[len(picked), vocab_size]`` float32 of the rows ``picked``; writes the KV of all rows.
 
-        Rows count through the tokens of all ``spans`` in order. The result is overwritten by the next call.
+        Rows count through the tokens of all ``spans`` in order. The result is overwritten by the next call; it is
+        None in a stage that is not the last.
         """
         tokens, tables = array("i"), array("i")
         starts, ends, table_starts = array("i"), array("i"), array("i")
@@ -98,11 +103,19 @@ class NativeDecoder:
             table_starts.append(len(tables))
             tables.extend(span.blocks)
         wanted = array("i", picked)
-        logits = self._room(len(wanted))
+        logits = self._room(len(wanted) if self._part.last else 0)
+        between = (len(tokens), self._hidden_size)
+        came = None if self._part.first else self._peers.receive(between, torch.float32)
+        goes = None if self._part.last else torch.empty(between)
         addresses = [part.buffer_info()[0] for part in (tokens, starts, ends, tables, table_starts, wanted)]
-        batch = CBatch(len(spans), len(tokens), len(wanted), 0, *addresses, logits.data_ptr())
+        batch = CBatch(
+            len(spans), len(tokens), len(wanted), 0, *addresses, logits.data_ptr(), _address(came), _address(goes)
+        )
         self._session.forward(batch, CPool(pool.base, pool.layout.block_nbytes, pool.layout.block_size))
-        return logits[:, : self._vocab]
+        if goes is None:
+            return logits[:, : self._vocab]
+        self._peers.send(goes)
+        return None
 
     def close(self) -> None:
         """End the threads. Doing it twice is harmless."""
@@ -116,15 +129,12 @@ class NativeDecoder:
     def _model(self, parts: Parts) -> CModel:
         arch = parts.arch
         rule = arch.plan[0].rule
-        embedding = parts.embedding()
-        positions = parts.positions()
-        self._layers = (CLayer * arch.layers)(*(self._layer(parts, i, plan) for i, plan in enumerate(arch.plan)))
-        self._kept.append(embedding)
+        embedding, positions, head = self._outer(parts)
+        layers = [self._layer(parts, index, arch.plan[index]) for index in parts.layers]
+        self._layers = (CLayer * len(layers))(*layers)
         rotary = next((int(arch.head_dim * plan.rope.fraction) for plan in arch.plan if plan.rope is not None), 0)
-        head = parts.head(embedding if arch.tied else None)
-        assert isinstance(head, RawLinear)
         return CModel(
-            layers=arch.layers,
+            layers=len(layers),
             hidden=arch.hidden_size,
             mlp=arch.mlp.size,
             vocab=arch.vocab_size,
@@ -133,7 +143,7 @@ class NativeDecoder:
             parallel=arch.parallel,
             eps=arch.norm.eps,
             # As in transformers, the scale is rounded to the dtype of the weights before it is used.
-            embedding_scale=torch.tensor(arch.embedding_scale, dtype=embedding.dtype).item(),
+            embedding_scale=torch.tensor(arch.embedding_scale, dtype=parts.checkpoint.dtype).item(),
             logit_softcap=arch.logit_softcap or 0,
             shape=CShape(
                 heads=arch.heads,
@@ -142,12 +152,25 @@ class NativeDecoder:
                 scale=arch.head_dim**-0.5 if rule.scale is None else rule.scale,
                 softcap=rule.softcap or 0,
             ),
-            embedding=embedding.data_ptr(),
+            embedding=_address(embedding),
             position_embedding=None if positions is None else self._floats(positions),
-            final_norm=self._norm(parts.norm(arch.names.final_norm, arch.hidden_size)),
-            head=self._linear(head.weight, head.bias),
+            final_norm=self._norm(parts.norm(arch.names.final_norm, arch.hidden_size) if parts.part.last else None),
+            head=head,
             layer=ctypes.addressof(self._layers),
         )
+
+    def _outer(self, parts: Parts) -> tuple[Tensor | None, Tensor | None, CLinear]:
+        """Embedding and positions, which the first stage has, and the head, which the last has."""
+        part, tied = parts.part, parts.arch.tied
+        embedding = parts.embedding() if part.first or (part.last and tied) else None
+        if embedding is not None:
+            self._kept.append(embedding)
+        positions = parts.positions() if part.first else None
+        if not part.last:
+            return embedding, positions, CLinear()
+        head = parts.head(embedding if tied else None)
+        assert isinstance(head, RawLinear)
+        return embedding, positions, self._linear(head.weight, head.bias)
 
     def _layer(self, parts: Parts, index: int, plan: LayerPlan) -> CLayer:
         arch, names, prefix = parts.arch, parts.arch.names, parts.layer(index)
@@ -226,3 +249,7 @@ class NativeDecoder:
         """The address of ``values`` in float32, kept as long as this object."""
         self._kept.append(values.float().contiguous())
         return self._kept[-1].data_ptr()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

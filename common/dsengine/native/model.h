@@ -43,6 +43,8 @@ struct Batch {
   const int32_t* table_starts; // [sequences]
   const int32_t* picked;       // [logit_rows]: rows whose logits are wanted
   float* logits;               // [logit_rows][padded(vocab)]
+  const float* hidden_in;      // [rows][hidden], from the stage before; null in the first stage
+  float* hidden_out;           // [rows][hidden], for the next stage, in the place of logits; null in the last stage
 };
 
 }  // namespace ds

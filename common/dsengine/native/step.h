@@ -96,13 +96,13 @@ class Step {
 
   void work() {
     clear_blocks();
-    embed();
+    if (b_->hidden_in) take(); else embed();
     for (int layer = 0; layer < m_.layers; ++layer) {
       const Layer& l = m_.layer[layer];
       attention(layer, l);
       mlp(l);
     }
-    logits();
+    if (b_->hidden_out) give(); else logits();
   }
 
   // A block that this step begins and does not fill is cleared: see dsengine/pool.py.
@@ -126,6 +126,21 @@ class Step {
       if (!m_.position_embedding) return;
       const float* position = m_.position_embedding + static_cast<size_t>(positions_[row]) * m_.hidden;
       for (int i = 0; i < m_.hidden; ++i) to[i] += position[i];
+    });
+  }
+
+  // Between the stages of a pipeline rows lie close.
+  void take() {
+    rows(b_->rows, [&](int row) {
+      std::memcpy(hidden_.get() + row * hidden_width_, b_->hidden_in + static_cast<size_t>(row) * m_.hidden,
+                  m_.hidden * sizeof(float));
+    });
+  }
+
+  void give() {
+    rows(b_->rows, [&](int row) {
+      std::memcpy(b_->hidden_out + static_cast<size_t>(row) * m_.hidden, hidden_.get() + row * hidden_width_,
+                  m_.hidden * sizeof(float));
     });
   }
 

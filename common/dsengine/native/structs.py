@@ -99,6 +99,8 @@ class CBatch(Structure):
         ("table_starts", c_void_p),
         ("picked", c_void_p),
         ("logits", c_void_p),
+        ("hidden_in", c_void_p),
+        ("hidden_out", c_void_p),
     )
 
 
