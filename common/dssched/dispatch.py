@@ -16,7 +16,8 @@ from typing import NamedTuple
 class Candidate(NamedTuple):
     """An instance that may be chosen. Ordered by preference: the smallest wins."""
 
-    #: prefill: tokens queued or running there; decode: tokens of context there
+    #: prefill: tokens queued or running there; decode: tokens of context there; and those of the new sequence that
+    #: are not kept there already
     tokens: int
     #: counter value of the last time it was chosen
     last_used: int
@@ -24,7 +25,7 @@ class Candidate(NamedTuple):
 
 
 def reads_locally(mode: str, tokens: int, threshold_tokens: int) -> bool:
-    """Whether the decode instance reads a prompt of ``tokens``."""
+    """Whether the decode instance reads a prompt of which ``tokens`` are not kept there already."""
     return mode == "colocated" or (mode == "conditional" and tokens < threshold_tokens)
 
 

@@ -161,8 +161,9 @@ class InstanceState(ABC):
 
     def _router_hello(self) -> worker.WorkerHello:
         config = self.config
+        capacity = msgspec.structs.replace(config.capacity, keeps=config.prefix_cache)
         return worker.WorkerHello(
-            PROTOCOL, config.name, self.role, config.node, config.incarnation, config.model, config.capacity
+            PROTOCOL, config.name, self.role, config.node, config.incarnation, config.model, capacity
         )
 
     def _relay_hello(self) -> kv.KvHello:

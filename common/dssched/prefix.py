@@ -29,6 +29,30 @@ def digests(tokens: Sequence[int], block_size: int) -> list[bytes]:
     return found
 
 
+class PrefixIndex:
+    """What another process believes a pool to keep: the digests of the blocks that it was last to fill."""
+
+    def __init__(self, blocks: int, block_size: int) -> None:
+        """No more than ``blocks``, the size of that pool."""
+        self.block_size = block_size
+        self._blocks = blocks
+        #: used last at the end
+        self._digests: OrderedDict[bytes, None] = OrderedDict()
+
+    def found(self, chain: Sequence[bytes]) -> int:
+        """Tokens of the longest known beginning of the prompt with these :func:`digests`."""
+        return next((at for at, one in enumerate(chain) if one not in self._digests), len(chain)) * self.block_size
+
+    def note(self, chain: Sequence[bytes]) -> None:
+        """A prompt with these digests was given to the pool."""
+        # as in the pool, the beginning stays for longest
+        for digest in reversed(chain):
+            self._digests[digest] = None
+            self._digests.move_to_end(digest)
+        while len(self._digests) > self._blocks:
+            self._digests.popitem(last=False)
+
+
 class PrefixPool:
     """``blocks`` block numbers of ``block_size`` tokens each."""
 

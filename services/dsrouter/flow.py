@@ -19,6 +19,7 @@ from dsrouter.config import RouterConfig
 from dsrouter.request import Choice, Phase, Request
 from dsrouter.workers import Worker, Workers
 from dssched.dispatch import reads_locally
+from dssched.prefix import PrefixIndex, digests
 from dswire.errors import DsError, ErrorInfo, NoInstance, WorkerLost, from_info
 from dswire.messages import worker
 from dswire.messages.client import Output, TokenLogprob
@@ -88,29 +89,45 @@ class Flow:
         self._queue(request, choice).append(choice.key.sequence)
 
     def _queue(self, request: Request, choice: Choice) -> deque[str]:
-        tokens = len(request.prompt_ids) + len(choice.output_ids)
-        local = reads_locally(self._config.mode, tokens, self._config.threshold_tokens)
-        return self._local if local else self._queued
+        mode, threshold = self._config.mode, self._config.threshold_tokens
+        tokens = _length(request, choice)
+        if mode == "conditional" and tokens >= threshold:
+            unread = self._unread(request, choice)
+            tokens = min((unread(one) for one in self.workers.role("decode")), default=tokens)
+        return self._local if reads_locally(mode, tokens, threshold) else self._queued
+
+    def _unread(self, request: Request, choice: Choice) -> Callable[[Worker], int]:
+        """How many tokens of the choice an instance would have to read."""
+
+        def count(target: Worker) -> int:
+            kept = target.kept
+            found = kept.found(_chain(request, choice, kept)) if kept is not None else 0
+            return _length(request, choice) - found
+
+        return count
 
     def pump(self, now: float) -> None:
         """Send what can be sent."""
         conditional = self._config.mode == "conditional"
         while self._local:
+            sequence = self._local[0]
             most = self._config.threshold_tokens if conditional else inf
-            target = self.workers.choose("decode", self._limits["decode"], most)
+            unread = self._unread(*self.choices[sequence])
+            target = self.workers.choose("decode", self._limits["decode"], unread, most)
             if target is None and not conditional:
                 break
-            sequence = self._local.popleft()
+            self._local.popleft()
             if target is None:
                 # decode instances have enough to read
                 self._queued.append(sequence)
             else:
                 self._send_prefill(now, target, *self.choices[sequence])
         while self._queued:
-            target = self.workers.choose("prefill", self._limits["prefill"])
+            request, choice = self.choices[self._queued[0]]
+            target = self.workers.choose("prefill", self._limits["prefill"], self._unread(request, choice))
             if target is None:
                 break
-            request, choice = self.choices[self._queued.popleft()]
+            self._queued.popleft()
             self._send_prefill(now, target, request, choice)
         while self._unplaced:
             target = self.workers.choose("decode", self._limits["decode"])
@@ -123,10 +140,12 @@ class Flow:
         choice.account.spend("router_queue_s", now)
         choice.life.move(Phase.PREFILLING, now, target.hello.name)
         choice.prefill = target.hello.name
-        tokens = len(request.prompt_ids) + len(choice.output_ids)
-        target.add(choice.key.sequence, tokens)
+        unread = self._unread(request, choice)(target)
+        target.add(choice.key.sequence, unread if target.hello.role == "prefill" else _length(request, choice))
         if target.hello.role == "decode":
-            target.reading[choice.key.sequence] = tokens
+            target.reading[choice.key.sequence] = unread
+        if target.kept is not None:
+            target.kept.note(_chain(request, choice, target.kept))
         work = worker.PrefillWork(choice.key, request.prompt_ids, tuple(choice.output_ids), choice.sampling)
         self._sink.send(target.peer, work)
 
@@ -135,7 +154,7 @@ class Flow:
         choice.account.spend("placement_s", now)
         choice.life.move(Phase.DECODING, now, target.hello.name)
         choice.decode = target.hello.name
-        target.add(choice.key.sequence, len(request.prompt_ids) + len(choice.output_ids))
+        target.add(choice.key.sequence, _length(request, choice))
         work = worker.DecodeWork(choice.handle, request.prompt_ids, tuple(choice.output_ids), choice.sampling)
         self._sink.send(target.peer, work)
 
@@ -176,6 +195,9 @@ class Flow:
             holder = self.workers.get(choice.decode)
             if holder is not None:
                 holder.grow(made.key.sequence)
+                if made.finish_reason and holder.kept is not None and self._config.mode != "disaggregated":
+                    # the next turn of a conversation begins with this one
+                    holder.kept.note(digests((*request.prompt_ids, *choice.output_ids), holder.kept.block_size))
             self._token(now, request, choice, made.token, made.logprobs, made.finish_reason)
 
     def _token(
@@ -275,6 +297,7 @@ class Flow:
             if abort and holder is not None:
                 self._sink.send(holder.peer, worker.Abort(choice.key))
         choice.prefill = choice.decode = choice.handle = None
+        choice.digests.clear()
 
     def _leave(self, name: str | None, choice: Choice) -> None:
         holder = self.workers.get(name)
@@ -287,6 +310,20 @@ class Flow:
         if found is None or found[1].key != key or found[1].life.phase not in phases:
             return None
         return found
+
+
+def _length(request: Request, choice: Choice) -> int:
+    """Tokens of prompt and output so far."""
+    return len(request.prompt_ids) + len(choice.output_ids)
+
+
+def _chain(request: Request, choice: Choice, kept: PrefixIndex) -> list[bytes]:
+    """The digests of what is to be read, short of the last token: that one is computed at any rate."""
+    found = choice.digests.get(kept.block_size)
+    if found is None:
+        tokens = (*request.prompt_ids, *choice.output_ids)
+        found = choice.digests[kept.block_size] = digests(tokens[:-1], kept.block_size)
+    return found
 
 
 def _tell(choice: Choice, token: int, logprobs: Logprobs) -> TokenLogprob:

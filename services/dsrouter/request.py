@@ -82,6 +82,8 @@ class Choice:
     handle: KvHandle | None = None
     output_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
+    #: of prompt and output as this attempt reads them, by block size
+    digests: dict[int, list[bytes]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

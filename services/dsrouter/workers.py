@@ -6,13 +6,14 @@ does not answer within ``PROBE_S`` it is dead and the newcomer takes over, else 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf
 
 from dskv.layout import KvLayout
 from dskv.reshard import difference
 from dssched.dispatch import Candidate, pick
+from dssched.prefix import PrefixIndex
 from dswire.errors import DsError, DuplicateName, ModelMismatch, Refused, VersionMismatch
 from dswire.messages import PROTOCOL
 from dswire.messages.client import WorkerStatus
@@ -41,6 +42,8 @@ class Worker:
     #: those whose prompts a decode instance still reads, with the tokens of each
     reading: dict[str, int] = field(default_factory=dict)
     last_used: int = 0
+    #: the beginnings of prompts that it keeps, as far as we know
+    kept: PrefixIndex | None = None
     #: messages to it since its welcome and from it since its hello; pings and reports do not count
     sent: int = 0
     received: int = 0
@@ -121,6 +124,9 @@ class Workers:
         """Register a worker whose name is free."""
         assert hello.name not in self._up
         worker = Worker(hello, peer, now, now)
+        capacity = hello.capacity
+        if capacity is not None and capacity.keeps:
+            worker.kept = PrefixIndex(capacity.blocks, capacity.layout.block_size)
         self._up[hello.name] = worker
         self._names[peer] = hello.name
         self.lost.pop(hello.name, None)
@@ -136,18 +142,18 @@ class Workers:
         """The refusal of a second process under a live name."""
         return DuplicateName(f"a live {hello.role} worker is already named {hello.name!r}")
 
-    def choose(self, role: str, max_sequences: int, max_reading: float = inf) -> Worker | None:
+    def choose(
+        self, role: str, max_sequences: int, unread: Callable[[Worker], int] = lambda worker: 0, most: float = inf
+    ) -> Worker | None:
         """The worker that gets the next sequence (``dssched.dispatch``), if any has room.
 
-        ``max_reading``: only those that have fewer tokens than that to read.
+        ``unread``: tokens that it would have to read. ``most``: only one that would have fewer than that to read,
+        and has fewer than that to read now.
         """
-        open_to = [
-            one
-            for one in self.role(role)
-            if len(one.sequences) < max_sequences
-            and (max_reading == inf or sum(one.reading.values()) < max_reading)
-        ]
-        name = pick(Candidate(one.tokens, one.last_used, one.hello.name) for one in open_to)
+        open_to = [(one, unread(one)) for one in self.role(role) if len(one.sequences) < max_sequences]
+        if most < inf:
+            open_to = [(one, new) for one, new in open_to if new < most and sum(one.reading.values()) < most]
+        name = pick(Candidate(one.tokens + new, one.last_used, one.hello.name) for one, new in open_to)
         if name is None:
             return None
         self._chosen += 1

@@ -139,7 +139,9 @@ def desk() -> Desk:
 def test_it_says_who_it_is_and_ends_when_refused() -> None:
     desk = Desk()
     desk.feed(Tick(100.0))
-    hello = worker.WorkerHello(PROTOCOL, "decode-0", "decode", "n0", "1", MODEL, worker.Capacity(16, LAYOUT))
+    hello = worker.WorkerHello(
+        PROTOCOL, "decode-0", "decode", "n0", "1", MODEL, worker.Capacity(16, LAYOUT, keeps=True)
+    )
     assert desk.actions == [Send("router", hello)]
     desk.say("router", worker.WorkerWelcome("router-0", "1", 5.0))
     assert desk.actions == [Send("relay", kv.KvHello(PROTOCOL, "decode-0", "1")), Ready()]

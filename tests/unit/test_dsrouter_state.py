@@ -75,12 +75,14 @@ class Desk:
 
     def join(self, *names: str) -> Desk:
         for name in names:
-            capacity = worker.Capacity(self.blocks, LAYOUT)
+            capacity = worker.Capacity(self.blocks, LAYOUT, keeps=True)
             self.say(name, worker.WorkerHello(PROTOCOL, name, ROLES[name], "n0", "1", MODEL, capacity))
         return self
 
-    def submit(self, name: str = "r", tokens: int = 6, sampling: Sampling = FOUR) -> list[Action]:
-        return self.say(CLIENT, Submit(name, prompt_ids=tuple(range(tokens)), sampling=sampling))
+    def submit(
+        self, name: str = "r", tokens: int = 6, sampling: Sampling = FOUR, *, first: int = 0
+    ) -> list[Action]:
+        return self.say(CLIENT, Submit(name, prompt_ids=tuple(range(first, first + tokens)), sampling=sampling))
 
     def did(self, kind: type[ActionT]) -> list[ActionT]:
         return [action for action in self.actions if isinstance(action, kind)]
@@ -162,16 +164,44 @@ def test_short_prompts_stay_away_from_prefill_until_there_is_enough_to_read() ->
     desk = Desk(mode="conditional", threshold_tokens=10).join("prefill-0", "decode-0")
     desk.submit("a", 6)
     first = only(desk.told("decode-0", worker.PrefillWork)).key
-    desk.submit("long", 10)
+    desk.submit("long", 10, first=20)
     assert len(desk.told("prefill-0", worker.PrefillWork)) == 1
-    desk.submit("b", 6)
+    desk.submit("b", 6, first=40)
     assert len(desk.told("decode-0", worker.PrefillWork)) == 1
     # twelve tokens are to be read there already
-    desk.submit("c", 6)
+    desk.submit("c", 6, first=60)
     assert len(desk.told("prefill-0", worker.PrefillWork)) == 1
     desk.say("decode-0", worker.PrefillDone(first, 7, 0.0, 0.0))
-    desk.submit("d", 6)
+    desk.submit("d", 6, first=80)
     assert len(desk.told("decode-0", worker.PrefillWork)) == 1
+
+
+def test_a_prompt_goes_where_its_beginning_is_kept() -> None:
+    desk = Desk().join("prefill-0", "prefill-1")
+    desk.submit("a", 12)
+    first = only(desk.told("prefill-0", worker.PrefillWork)).key
+    desk.say("prefill-0", worker.PrefillDone(first, 7, 0.0, 0.0, None, "length"))
+    for name in "bc":
+        desk.submit(name, 14)
+        assert len(desk.told("prefill-0", worker.PrefillWork)) == 1
+    # eight tokens are kept there, and two times two are queued: others have less to do
+    desk.say(CLIENT, Submit("d", prompt_ids=(9,) * 4, sampling=FOUR))
+    assert len(desk.told("prefill-1", worker.PrefillWork)) == 1
+
+
+def test_a_long_prompt_is_short_where_most_of_it_is_kept() -> None:
+    desk = Desk(mode="conditional", threshold_tokens=10).join("prefill-0", "decode-0", "decode-1")
+    desk.submit("a", 8)
+    key = only(desk.told("decode-0", worker.PrefillWork)).key
+    desk.say("decode-0", worker.PrefillDone(key, 8, 0.0, 0.0))
+    for position in (1, 2, 3):
+        made = worker.TokenMade(key, position, 8 + position, None, "length" if position == 3 else "")
+        desk.say("decode-0", worker.StepDone((made,)))
+    # prompt and answer, all but its last token, fill two blocks; the third is begun
+    desk.submit("b", 17)
+    assert len(desk.told("decode-0", worker.PrefillWork)) == 1
+    desk.say(CLIENT, Submit("c", prompt_ids=(9, *range(1, 17)), sampling=FOUR))
+    assert len(desk.told("prefill-0", worker.PrefillWork)) == 1
 
 
 def test_what_gave_way_while_its_prompt_was_read_costs_no_retry() -> None:

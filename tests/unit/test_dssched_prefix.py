@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from dssched.prefix import PrefixPool, digests
+from dssched.prefix import PrefixIndex, PrefixPool, digests
 
 SIZE = 4
 
@@ -126,3 +126,13 @@ class Sequences(RuleBasedStateMachine):
 
 TestSequences = Sequences.TestCase
 TestSequences.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+
+
+def test_an_index_knows_what_was_noted_last() -> None:
+    index = PrefixIndex(3, SIZE)
+    old, new = digests(range(8), SIZE), digests(range(50, 58), SIZE)
+    index.note(old)
+    assert (index.found(old), index.found(new), index.found([])) == (8, 0, 0)
+    index.note(new)
+    # one block had to go: the end of the older prompt
+    assert (index.found(old), index.found(new)) == (4, 8)

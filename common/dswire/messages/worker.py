@@ -26,6 +26,8 @@ class Capacity(msgspec.Struct, frozen=True):
 
     blocks: int
     layout: KvLayout
+    #: whether blocks are kept for prompts that begin alike
+    keeps: bool = False
 
 
 class Load(msgspec.Struct, frozen=True):
