@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,7 +47,11 @@ class Wanted:
 @click.option("--again", is_flag=True, help="Measure everything anew instead of going on with the file.")
 @click.option("--point-seconds", type=click.FloatRange(0.001), default=0.5, show_default=True, help="Of one point.")
 @click.option(
-    "--most-tokens", type=click.IntRange(64), default=32_768, show_default=True, help="In the KV of a point."
+    "--most-tokens",
+    type=click.IntRange(64),
+    default=32_768,
+    show_default=True,
+    help="In the KV of a point; fewer where memory is short.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the fit as JSON.")
 def command(
@@ -129,7 +134,7 @@ def profile_of(
     if path.exists() and not again:
         profile = profiles.load(path)
         profiles.check(path, profile.subject, asdict(subject))
-    steps = grid(wanted.max_model_len, wanted.max_batch, most_tokens)
+    steps = grid(wanted.max_model_len, wanted.max_batch, min(most_tokens, _room(wanted)))
     for tp in wanted.tps:
         missing = [spans for spans in steps if profile.find(tp, spans) is None]
         if missing:
@@ -138,6 +143,20 @@ def profile_of(
         profile.fits[tp]["saturating_tokens"] = _saturating(profile, path, tp)
     profile.save(path)
     return path, profile
+
+
+def _room(wanted: Wanted) -> int:
+    """Tokens whose KV takes a quarter of the memory that is free here."""
+    from dstopology import modelfacts
+
+    facts = modelfacts.read(wanted.model, os.environ)
+    if facts is None:
+        # the engine knows better how to tell what is wrong with the model
+        return sys.maxsize
+    layout = facts.kv_layout(1, wanted.dtype)
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return free // 4 // layout.block_nbytes
 
 
 def _subject(wanted: Wanted) -> tuple[Path, Subject]:
