@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,17 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from dsbench import compared, predict
+from dsbench import calibrate, compared, predict
 from dsbench.__main__ import cli
 from dsbench.compared import Compared
+from dsbench.load import Progress
 from dsbench.predict import Prediction
-from dsbench.probe import OUTPUT, OUTPUTS, OUTPUTS_BESIDE, SHORT, SINGLES, Seen, constants
+from dsbench.probe import OUTPUT, OUTPUTS, OUTPUTS_BESIDE, SHORT, SINGLES, Constants, Seen, constants
+from dsbench.serve import Measurement
 from dsbench.served import Served, serve_figures
 from dsclient import Completion, Usage
 from dskv.layout import KvLayout
+from dsplan.profile import Profile, Subject
 from dssim.profiled import system_of
 from dssim.records import Record
 from dssim.times import linear_times
@@ -183,3 +187,36 @@ def test_rates_that_are_none_are_refused(topology: Topology, rates: str) -> None
     done = CliRunner().invoke(cli, ["calibrate", "-f", str(topology.path), "--rates", rates])
     assert isinstance(done.exception, BadInput)
     assert "--rates" in str(done.exception)
+
+
+def test_a_system_that_is_as_simulated_is_foretold_at_five_rates(
+    topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "measured.json"
+    measured = Profile(Subject("here", "tiny", "f", topology.model.dtype, topology.instances[0].threads))
+    measured.fits[1] = dict(ENGINE)
+    measured.save(path)
+
+    def real(measurement: Measurement, console: Console) -> tuple[Served, Progress]:
+        # what the command has written for the simulator is what the "real" system is made of
+        records = system_of(topology, str(tmp_path / "measured.t.json")).run(measurement.load.arrivals).records
+        figures = serve_figures(records, measurement.slo, measurement.warmup_s, measurement.offered_per_s, 0.0)
+        return figures, Progress(len(records))
+
+    monkeypatch.setattr(predict, "REQUESTS", 30)
+    monkeypatch.setattr(calibrate, "started", lambda path, console: nullcontext())
+    monkeypatch.setattr(calibrate, "profile_of", lambda *_: (path, measured))
+    monkeypatch.setattr(calibrate, "_probe", lambda *_: Constants(TRANSFER, OVERHEAD, {"decode": 1.1}))
+    monkeypatch.setattr(calibrate, "measure", real)
+    arguments = ["-f", str(topology.path), "--workload", "fixed:40,5", "--duration", "2", "--warmup", "1"]
+    done = CliRunner().invoke(cli, ["calibrate", *arguments, "--goodput", "ttft:150 tpot:50", "--json"])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)
+    assert len(rows) == 5
+    assert all(all(row["within"].values()) for row in rows)
+    assert [row["rate"] for row in rows] == sorted(row["rate"] for row in rows)
+    # the first is below the knee, the last above it
+    assert rows[0]["measured"]["attainment"]["value"] > 0.9 > rows[-1]["measured"]["attainment"]["value"]
+    document = json.loads((tmp_path / "measured.t.json").read_text())
+    assert document["beside"] == {"decode": 1.1}
+    assert document["tp"]["1"]["overhead"] == OVERHEAD
