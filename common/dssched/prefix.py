@@ -86,12 +86,14 @@ class PrefixPool:
         """Blocks that are known, held or not."""
         return len(self._digest_of)
 
-    def known(self, tokens: Sequence[int]) -> list[int]:
-        """The blocks of the longest known beginning of a prompt, short of its last token: that one is computed."""
+    def chain(self, tokens: Sequence[int]) -> list[bytes]:
+        """What to look for on behalf of a prompt, short of its last token: that one is computed at any rate."""
+        return digests(tokens[: len(tokens) - 1], self.block_size) if self.keep else []
+
+    def known(self, chain: Sequence[bytes]) -> list[int]:
+        """The blocks of the longest known beginning of a prompt."""
         found: list[int] = []
-        if not self.keep:
-            return found
-        for digest in digests(tokens[: len(tokens) - 1], self.block_size):
+        for digest in chain:
             block = self._block_of.get(digest)
             if block is None:
                 break

@@ -22,6 +22,8 @@ class Reading:
     done: int = 0
     #: set with the first step
     queue_s: float | None = None
+    #: digests of its blocks, once they were asked for
+    chain: list[bytes] | None = None
 
     @classmethod
     def of(cls, work: PrefillWork, now: float) -> Reading:
@@ -41,7 +43,9 @@ class Reading:
 
     def known(self, pool: PrefixPool) -> list[int]:
         """The blocks in ``pool`` with which it could begin."""
-        return pool.known(self.tokens)
+        if self.chain is None:
+            self.chain = pool.chain(self.tokens)
+        return pool.known(self.chain)
 
     def take(self, pool: PrefixPool, count: int, known: Sequence[int]) -> list[int]:
         """Take ``count`` blocks that begin with ``known``, whose tokens count as read."""

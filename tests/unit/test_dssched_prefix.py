@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -10,6 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from dssched.prefix import PrefixIndex, PrefixPool, digests
 
 SIZE = 4
+
+
+def known(pool: PrefixPool, tokens: Sequence[int]) -> list[int]:
+    return pool.known(pool.chain(tokens))
 
 
 def test_digests_tell_all_that_comes_before() -> None:
@@ -24,13 +30,13 @@ def test_a_prompt_finds_the_blocks_of_another() -> None:
     pool = PrefixPool(8, SIZE, keep=True)
     tokens = list(range(12))
     blocks = pool.take(3)
-    assert pool.known(tokens) == []
+    assert known(pool, tokens) == []
     pool.remember(tokens, blocks)
     # the last token is always computed
-    assert pool.known(tokens) == blocks[:2]
-    assert pool.known([*tokens, 12]) == blocks
-    assert pool.known([*tokens[:5], 77, *tokens[6:]]) == blocks[:1]
-    shared = pool.take(4, pool.known([*tokens, 12]))
+    assert known(pool, tokens) == blocks[:2]
+    assert known(pool, [*tokens, 12]) == blocks
+    assert known(pool, [*tokens[:5], 77, *tokens[6:]]) == blocks[:1]
+    shared = pool.take(4, known(pool, [*tokens, 12]))
     assert shared[:3] == blocks
     assert (pool.held, pool.free) == (4, 4)
     pool.give(blocks)
@@ -47,9 +53,9 @@ def test_what_was_unused_for_longest_makes_room_and_ends_go_before_beginnings() 
         pool.remember(tokens, blocks)
         pool.give(blocks)
     pool.take(1)
-    assert [len(pool.known([*tokens, 0])) for tokens in (old, new)] == [1, 2]
+    assert [len(known(pool, [*tokens, 0])) for tokens in (old, new)] == [1, 2]
     pool.take(2)
-    assert [len(pool.known([*tokens, 0])) for tokens in (old, new)] == [0, 1]
+    assert [len(known(pool, [*tokens, 0])) for tokens in (old, new)] == [0, 1]
 
 
 def test_known_blocks_that_nobody_holds_cost_what_is_free() -> None:
@@ -57,7 +63,7 @@ def test_known_blocks_that_nobody_holds_cost_what_is_free() -> None:
     tokens = list(range(9))
     blocks = pool.take(3)
     pool.remember(tokens, blocks)
-    held = pool.known(tokens)
+    held = known(pool, tokens)
     assert pool.cost(3, held) == 1
     pool.give(blocks)
     assert pool.cost(3, held) == 3
@@ -71,7 +77,7 @@ def test_distrusted_blocks_are_forgotten() -> None:
     blocks = pool.take(2)
     pool.remember(range(8), blocks)
     pool.distrust(blocks)
-    assert pool.known(range(9)) == []
+    assert known(pool, range(9)) == []
     pool.give(blocks)
     with pytest.raises(AssertionError, match="given back twice"):
         pool.give(blocks)
@@ -81,7 +87,7 @@ def test_nothing_is_kept_where_that_is_not_wanted() -> None:
     pool = PrefixPool(4, SIZE, keep=False)
     blocks = pool.take(2)
     pool.remember(range(8), blocks)
-    assert pool.known(range(8)) == []
+    assert known(pool, range(8)) == []
     assert pool.kept == 0
 
 
@@ -96,14 +102,14 @@ class Sequences(RuleBasedStateMachine):
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14))
     def come(self, tokens: list[int]) -> None:
-        known = self.pool.known(tokens)
+        found = known(self.pool, tokens)
         count = -(-len(tokens) // SIZE)
-        if self.pool.cost(count, known) > self.pool.free:
+        if self.pool.cost(count, found) > self.pool.free:
             return
-        blocks = self.pool.take(count, known)
+        blocks = self.pool.take(count, found)
         for place, block in enumerate(blocks):
             content = tuple(tokens[: (place + 1) * SIZE])
-            if place < len(known):
+            if place < len(found):
                 assert self.content[block] == content
             else:
                 assert all(block not in other for other, _ in self.held)
