@@ -69,6 +69,13 @@ def test_conditional_mode_sends_only_long_prompts_to_prefill() -> None:
     assert served.transfer_s == pytest.approx([0.0, 1.0])
 
 
+def test_short_prompts_go_to_prefill_too_while_decode_has_enough_to_read() -> None:
+    requests: list[Request] = [(0.0, 400, 1), (0.001, 400, 1), (0.002, 400, 1)]
+    served = serve_mixed(requests, [PrefillUnit(PerToken(), 400)], [unit(400)], 500)
+    # the second still finds fewer than 500 tokens there, the third does not
+    assert served.ttft_s == pytest.approx([0.4, 0.799, 0.4])
+
+
 def test_a_prompt_alone_passes_all_stages_of_a_pipeline() -> None:
     served = serve_mixed([(0.0, 100, 1)], [], [unit(instance=PerToken(stages=4))], 0)
     assert served.ttft_s == pytest.approx([0.1])

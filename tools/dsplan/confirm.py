@@ -11,10 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsplan.latency import Instance as PlannedInstance
 from dsplan.latency import Steps
+from dsplan.linear import LinearInstance
 from dsplan.memory import BLOCK_TOKENS
 from dsplan.placement import Placement, Plan
 from dsplan.topology_file import text
+from dssim.times import StepTimes
+from dstopology.resolved import Instance
 from dswire.errors import DsError
 
 
@@ -30,6 +34,8 @@ class Confirmation:
     high: float
 
 
+#: times as many requests are simulated where the simulator is compiled
+COMPILED = 5
 #: halvings of the range between no load and the search's goodput
 HALVINGS = 4
 
@@ -76,12 +82,18 @@ def agreed(plan: Plan, runs: Sequence[Confirmation]) -> Confirmation:
     return max(good, key=lambda one: one.rate) if good else max(runs, key=lambda one: one.attainment)
 
 
+def steps(instance: PlannedInstance) -> StepTimes:
+    """Times for the simulator, which is compiled for those of the linear form."""
+    return instance.steps() if isinstance(instance, LinearInstance) else Steps(instance)
+
+
 def confirm(plan: Plan, requests: int, rate: float, one: Placement | None = None) -> Confirmation:
     """Simulate ``requests`` of the same workload on the choice, or on ``one``. Links are the device table's.
 
     Raises :class:`DsError` for what the simulator or a topology does not know.
     """
     from dskv.layout import KvLayout
+    from dssim.express.run import run as express
     from dssim.statistics import summarize
     from dssim.system import System
     from dssim.times import FlatTransfer
@@ -89,27 +101,28 @@ def confirm(plan: Plan, requests: int, rate: float, one: Placement | None = None
     from dstopology import resolved
     from dstopology.load import load
 
-    question, shape = plan.question, plan.question.shape
+    question, shape, spec = plan.question, plan.question.shape, (one or plan.chosen).spec
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "topology.yaml"
         path.write_text(text(plan, one), encoding="utf-8")
         topology = load(path, {"DS_RUN_DIR": directory, "DS_HOME": directory, "DS_KEYS_DIR": directory})
     layout = KvLayout(shape.layers, shape.kv_heads, shape.head_dim, BLOCK_TOKENS, topology.model.dtype)
     devices = [kind.device for kind in question.kinds]
-    system = System(
-        topology,
-        layout,
-        lambda instance: Steps(
-            question.kinds[0 if instance.role == "prefill" else -1].latency.instance(instance.tp, instance.pp)
-        ),
-        FlatTransfer(
-            seal_bytes_per_s=0.0,
-            copy_bytes_per_s=min(device.node_bytes_per_s for device in devices),
-            network_bytes_per_s=min(device.network_bytes_per_s for device in devices),
-        ),
+    transfer = FlatTransfer(
+        seal_bytes_per_s=0.0,
+        copy_bytes_per_s=min(device.node_bytes_per_s for device in devices),
+        network_bytes_per_s=min(device.network_bytes_per_s for device in devices),
     )
-    arrivals = [Arrival(at / rate, prompt, output) for at, prompt, output in question.workload.requests[:requests]]
-    run = system.run(arrivals)
+
+    def times(instance: Instance) -> StepTimes:
+        hardware = question.kinds[0 if instance.role == "prefill" else spec.kind]
+        return steps(hardware.latency.instance(instance.tp, instance.pp))
+
+    drawn = [Arrival(at / rate, prompt, output) for at, prompt, output in question.workload.requests]
+    # many requests where that costs little
+    run = express(topology, layout, times, transfer, drawn[: requests * COMPILED])
+    if run is None:
+        run = System(topology, layout, times, transfer).run(drawn[:requests])
     slo = resolved.Slo(question.slo.ttft_s, question.slo.tpot_s, question.slo.attainment)
     found = summarize(run.records, slo, run.simulated_s).attainment
-    return Confirmation(topology.mode, len(arrivals), rate, found.value, found.low, found.high)
+    return Confirmation(topology.mode, len(run.records), rate, found.value, found.low, found.high)

@@ -62,16 +62,11 @@ class Steps:
         return self.instance.decode_step_s(len(context_lengths), sum(context_lengths))
 
     def mixed_s(self, chunks: Sequence[tuple[int, int]], context_lengths: Sequence[int]) -> float:
-        """Both apart, one after the other; ``context_lengths`` are those of one micro-batch."""
-        stages, seconds = self.instance.stages, 0.0
-        if chunks:
-            tokens = sum(end - start for start, end in chunks)
-            squares = sum(end * end - start * start for start, end in chunks)
-            seconds += stages * self.instance.prefill_stage_s(tokens, squares, len(chunks))
-        if context_lengths:
-            batch, tokens = stages * len(context_lengths), stages * sum(context_lengths)
-            seconds += self.instance.decode_step_s(batch, tokens)
-        return seconds
+        """Both in one step, of one micro-batch where there are stages."""
+        tokens = sum(end - start for start, end in chunks)
+        squares = sum(end * end - start * start for start, end in chunks)
+        batch, context = len(context_lengths), sum(context_lengths)
+        return self.instance.stages * self.instance.mixed_stage_s(tokens, squares, len(chunks), batch, context)
 
 
 def saturating_tokens(instance: Instance, gain: float = 0.1, limit: int = 8192) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 
 from dsplan.errors import ProfileMismatch
 from dsplan.latency import missing_degree
+from dssim.times import Linear, LinearTimes
 
 #: what a pipeline adds to each stage of prefill for each stage, hand-set in DistServe's simulator
 STAGE_S = 1e-3
@@ -57,6 +58,16 @@ class LinearInstance:
         whole_ms = max(base + per_token * (tokens + batch), a + c * batch) + per_square * squares + b * context
         pipeline_s = STAGE_S * self.stages if self.stages > 1 else 0.0
         return whole_ms / 1e3 / self.stages + pipeline_s
+
+    def steps(self) -> LinearTimes:
+        """The same for the simulator, which knows this form."""
+        a, b, c = (one / 1e3 for one in self.prefill)
+        pipeline_s = STAGE_S * self.stages**2 if self.stages > 1 else 0.0
+        small, large = (
+            Linear(base / 1e3, token / 1e3, 0.0, sequence / 1e3)
+            for base, token, sequence in (self.decode_small, self.decode_large)
+        )
+        return LinearTimes(Linear(a + pipeline_s, b, c), small, large, self.large_batch)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from heapq import heappush
+from heapq import heappop, heappush
 
-from dsplan.queueing import DecodeReplica, DecodeUnit, PrefillUnit, Request, Served, prefilled
+from dsplan.queueing import DecodeReplica, DecodeUnit, PrefillReplica, PrefillUnit, Request, Served
 
 #: tokens of a step that are left to prompts at least, were running sequences to fill the budget
 LEAST_CHUNK = 16
@@ -50,11 +50,21 @@ class MixedReplica(DecodeReplica):
     firsts: list[float] = field(default_factory=list)
     queued: deque[_Prompt] = field(default_factory=deque)
     reading: list[_Prompt] = field(default_factory=list)
+    #: tokens of prompts in the step that ends at ``now_s``
+    stepping: int = 0
+
+    @property
+    def unread(self) -> int:
+        """Tokens of prompts."""
+        return sum(one.left for one in self.reading) + sum(one.left for one in self.queued)
+
+    def unread_at(self, at_s: float) -> int:
+        """The same, those of a step under way included."""
+        return self.unread + (self.stepping if self.now_s > at_s else 0)
 
     def load(self) -> float:
         """Sequences, a prompt by its steps."""
-        prompts = sum(one.left for one in self.reading) + sum(one.left for one in self.queued)
-        return len(self.running) + len(self.waiting) + prompts / self.unit.budget
+        return len(self.running) + len(self.waiting) + self.unread / self.unit.budget
 
     def read(self, number: int, tokens: int, output: int) -> None:
         """A prompt has come."""
@@ -100,6 +110,7 @@ class MixedReplica(DecodeReplica):
         )
         self.steps += 1
         self.tokens += batch
+        self.stepping = tokens
         self.leave(ends)
         while self.reading and self.reading[0].left == 0:
             self._first_token(self.reading.pop(0), ends)
@@ -114,51 +125,104 @@ class MixedReplica(DecodeReplica):
         heappush(self.running, entry)
 
 
+@dataclass(slots=True)
+class _System:
+    """Requests on their way through prefill replicas and such that do both, in order of time."""
+
+    requests: Sequence[Request]
+    ahead: list[PrefillReplica]
+    behind: list[MixedReplica]
+    threshold: int
+    #: times of the first token, of the KV's arrival at decode, and of the end, by request
+    firsts: list[float]
+    ready: list[float]
+    ends: list[float]
+    #: read where it is decoded
+    local: list[bool]
+    #: by prefill replica: what it has not begun, and when its link is free
+    unread: list[deque[int]]
+    links: list[float]
+    coming: list[tuple[float, int]] = field(default_factory=list)
+
+    def come(self, at_s: float, number: int) -> None:
+        """A request has come."""
+        self.until(at_s)
+        _, prompt, output = self.requests[number]
+        reader = self._reader(at_s, prompt)
+        if reader is not None:
+            self.local[number] = True
+            reader.read(number, prompt, output)
+            return
+        place = min(range(len(self.ahead)), key=lambda i: (self.ahead[i].waiting_tokens, self.ahead[i].stages[0]))
+        self.ahead[place].push(at_s, number, prompt)
+        self.unread[place].append(number)
+
+    def _reader(self, at_s: float, prompt: int) -> MixedReplica | None:
+        """Who reads a prompt and decodes it too; None where prefill is to read it, as the router decides that."""
+        if not self.ahead:
+            return min(self.behind, key=MixedReplica.load)
+        if prompt >= self.threshold:
+            return None
+        free = [one for one in self.behind if one.unread_at(at_s) < self.threshold]
+        return min(free, key=MixedReplica.load, default=None)
+
+    def until(self, at_s: float) -> None:
+        """Go on to that time."""
+        for place, one in enumerate(self.ahead):
+            one.advance(at_s, self.firsts)
+            while len(self.unread[place]) > len(one.waiting):
+                number = self.unread[place].popleft()
+                seconds = self.requests[number][1] * one.unit.transfer_token_s
+                self.links[place] = max(self.links[place], self.firsts[number]) + seconds
+                self.ready[number] = self.ends[number] = self.links[place]
+                heappush(self.coming, (self.links[place], number))
+        while self.coming and self.coming[0][0] <= at_s:
+            self._join(*heappop(self.coming))
+        for other in self.behind:
+            other.advance(at_s, self.ends)
+
+    def _join(self, at_s: float, number: int) -> None:
+        """The KV of a sequence has come."""
+        _, prompt, output = self.requests[number]
+        for one in self.behind:
+            one.advance(at_s, self.ends)
+        if output > 1:
+            min(self.behind, key=MixedReplica.load).push(number, prompt + 1, output - 1)
+
+
 def serve_mixed(
     requests: Sequence[Request], prefill: Sequence[PrefillUnit], mixed: Sequence[MixedUnit], threshold: int
 ) -> Served:
-    """Prompts of fewer than ``threshold`` tokens are read where they are decoded, the others by ``prefill``;
-    without ``prefill`` all are read where they are decoded."""
-    local = [not prefill or prompt < threshold for _, prompt, _ in requests]
-    far = [number for number, here in enumerate(local) if not here]
-    firsts = [at for at, _, _ in requests]
-    arrivals = [(requests[number][0], number) for number, here in enumerate(local) if here]
-    ready = list(firsts)
-    if far:
-        theirs, there = prefilled([requests[number] for number in far], prefill)
-        for place, number in enumerate(far):
-            firsts[number], ready[number] = theirs[place], there[place]
-            arrivals.append((ready[number], number))
-    ends = list(ready)
-    replicas = [MixedReplica(unit, firsts=firsts) for unit in mixed]
-    for at, number in sorted(arrivals):
-        _, prompt, output = requests[number]
-        if not local[number] and output < 2:
-            continue
-        for one in replicas:
-            one.advance(at, ends)
-        best = min(replicas, key=MixedReplica.load)
-        if local[number]:
-            best.read(number, prompt, output)
-        else:
-            best.push(number, prompt + 1, output - 1)
-    for one in replicas:
-        one.advance(float("inf"), ends)
-    return _served(requests, firsts, ready, ends, local, sum(len(one.held) for one in replicas))
+    """Prompts of fewer than ``threshold`` tokens are read where they are decoded, while somebody there has fewer to
+    read, the others by ``prefill``; without ``prefill`` all are read where they are decoded."""
+    arrivals = [at for at, _, _ in requests]
+    firsts = list(arrivals)
+    system = _System(
+        requests,
+        [PrefillReplica(unit, stages=[0.0] * unit.instance.stages) for unit in prefill],
+        [MixedReplica(unit, firsts=firsts) for unit in mixed],
+        threshold,
+        firsts,
+        ready=list(arrivals),
+        ends=list(arrivals),
+        local=[False] * len(requests),
+        unread=[deque() for _ in prefill],
+        links=[0.0] * len(prefill),
+    )
+    for number, at in enumerate(arrivals):
+        system.come(at, number)
+    system.until(float("inf"))
+    return _served(requests, system)
 
 
-def _served(
-    requests: Sequence[Request],
-    firsts: Sequence[float],
-    ready: Sequence[float],
-    ends: Sequence[float],
-    local: Sequence[bool],
-    waits: int,
-) -> Served:
+def _served(requests: Sequence[Request], system: _System) -> Served:
+    firsts = system.firsts
     ttft = [first - one[0] for first, one in zip(firsts, requests, strict=True)]
     tpot = [
         (end - first) / (one[2] - 1) if one[2] > 1 else 0.0
-        for end, first, one in zip(ends, firsts, requests, strict=True)
+        for end, first, one in zip(system.ends, firsts, requests, strict=True)
     ]
-    transfer = [0.0 if here else at - first for at, first, here in zip(ready, firsts, local, strict=True)]
-    return Served(ttft, tpot, transfer, waits)
+    transfer = [
+        0.0 if here else at - first for at, first, here in zip(system.ready, firsts, system.local, strict=True)
+    ]
+    return Served(ttft, tpot, transfer, sum(len(one.held) for one in system.behind))

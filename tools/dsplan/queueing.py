@@ -68,7 +68,7 @@ class DecodeUnit:
 
 
 @dataclass(slots=True)
-class _Prefill:
+class PrefillReplica:
     """A prefill replica in motion."""
 
     unit: PrefillUnit
@@ -77,6 +77,7 @@ class _Prefill:
     stages: list[float] = field(default_factory=list)
 
     def push(self, at_s: float, number: int, tokens: int) -> None:
+        """A prompt has come."""
         self.waiting.append((at_s, number, tokens))
         self.waiting_tokens += tokens
 
@@ -210,7 +211,7 @@ def prefilled(requests: Sequence[Request], units: Sequence[PrefillUnit]) -> tupl
     firsts = [at for at, _, _ in requests]
     if not units:
         return firsts, firsts
-    replicas = [_Prefill(unit, stages=[0.0] * unit.instance.stages) for unit in units]
+    replicas = [PrefillReplica(unit, stages=[0.0] * unit.instance.stages) for unit in units]
     where = []
     for number, (at, prompt, _) in enumerate(requests):
         for one in replicas:
