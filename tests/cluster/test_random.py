@@ -130,7 +130,7 @@ class Life:
         for each in cluster.clients.values():
             for one in each.requests.values():
                 check(cluster, one)
-        cluster.run(3 * LEASE_S)
+        cluster.run(LEASE_S + 1.0 + cluster.shape.client_lease_s)
         assert cluster.held() == {}
         assert self.bereft or not cluster.corrupt()
         assert not cluster.endings

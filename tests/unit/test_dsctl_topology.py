@@ -19,6 +19,7 @@ from dsctl.topology import command
 from dstopology.schema import json_schema
 from dswire.errors import TopologyError
 from dswire.messages.client import StatusReport, WorkerStatus
+from dswire.messages.kv import PathInfo
 from support.topologies import Desk
 
 TWO_NODES = """\
@@ -104,6 +105,22 @@ def test_the_tree_tells_live_state(desk: Desk) -> None:
     assert "prefill-0  up  1 rank, 1 thread, 1 waiting, 2 running, 30 of 100 blocks held" in lines
     assert "relay-a  up  2 handles ready" in lines
     assert "router-0  up  at most 1024 requests" in lines
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        (PathInfo("a", "tcp", 2.5e9), "2.50 GB/s"),
+        (PathInfo("a", "tcp"), "no answer yet"),
+        (PathInfo("a", "tcp", reason="nobody is there"), "nobody is there"),
+    ],
+)
+def test_the_tree_tells_how_fast_kv_goes(desk: Desk, path: PathInfo, told: str) -> None:
+    live = Live(report(worker("prefill-0", "prefill", "up")), paths={("a", "b"): path})
+    way = "prefill-0 → decode-0  tcp, between nodes, through relay-a and relay-b"
+    assert f"{way}, {told}" in drawn(desk, TWO_NODES, live)
+    found = drawing.data(desk.load(TWO_NODES), live)
+    assert found["paths"][0]["node"] == "b"
 
 
 def test_the_tree_marks_what_is_lost(desk: Desk) -> None:

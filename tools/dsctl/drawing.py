@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.tree import Tree
 from dstopology.fit import shown
 from dstopology.resolved import Instance, Node, Relay, Topology, Transport
 from dswire.messages.client import StatusReport, WorkerStatus
+from dswire.messages.kv import PathInfo
 
 #: more pairs of instances are summed up
 MAX_PAIRS = 16
@@ -28,6 +29,17 @@ class Live:
     report: StatusReport | None
     #: why there is no report, for people
     reason: str = ""
+    #: (where it leads from, node to which it leads) -> a path for KV, as the relays know it
+    paths: Mapping[tuple[str, str], PathInfo] = dataclasses.field(default_factory=dict)
+
+    def path(self, topology: Topology, one: Handoff) -> str:
+        """How fast KV was found to go that way, or what is wrong with it; "" when nothing is known."""
+        node = topology.instance(one.puller).node
+        source = one.owner if one.transport == "shm" else topology.instance(one.owner).node
+        path = self.paths.get((source, node))
+        if path is None:
+            return ""
+        return path.reason or (f"{path.bytes_per_s / 1e9:.2f} GB/s" if path.bytes_per_s else "no answer yet")
 
     def worker(self, name: str) -> WorkerStatus | None:
         """The worker ``name`` as the router sees it."""
@@ -67,6 +79,7 @@ def data(topology: Topology, live: Live) -> dict[str, Any]:
     resolved = _plain(dataclasses.asdict(topology))
     resolved["handoffs"] = [_plain(dataclasses.asdict(one)) for one in handoffs(topology)]
     resolved["live"] = msgspec.to_builtins(live.report) if live.report is not None else None
+    resolved["paths"] = [{"node": node, **msgspec.to_builtins(path)} for (_, node), path in live.paths.items()]
     return dict(resolved)
 
 
@@ -105,12 +118,12 @@ def tree(topology: Topology, live: Live) -> Tree:
         root.add(_line("short prompts", f"of fewer than {topology.threshold_tokens} tokens, are read by decode"))
     pairs = list(handoffs(topology))
     ways = root.add(_line("KV hand-off", "" if pairs else "none, decode instances read the prompts"))
-    for line in _handoff_lines(pairs):
+    for line in _handoff_lines(topology, pairs, live):
         ways.add(line)
     return root
 
 
-def _handoff_lines(pairs: list[Handoff]) -> Iterator[Text]:
+def _handoff_lines(topology: Topology, pairs: list[Handoff], live: Live) -> Iterator[Text]:
     """One line for each pair; when they are many, one for each kind of pair."""
     kinds: dict[tuple[str, str], int] = {}
     for one in pairs:
@@ -118,7 +131,8 @@ def _handoff_lines(pairs: list[Handoff]) -> Iterator[Text]:
         kinds[one.transport, where] = kinds.get((one.transport, where), 0) + 1
         by = f"through {' and '.join(dict.fromkeys(one.relays))}" if one.transport == "tcp" else ""
         if len(pairs) <= MAX_PAIRS:
-            yield _line(f"{one.owner} → {one.puller}", one.transport, where, by, style="")
+            known = live.path(topology, one)
+            yield _line(f"{one.owner} → {one.puller}", one.transport, where, by, known, style="")
     if len(pairs) > MAX_PAIRS:
         for (transport, where), count in kinds.items():
             yield _line(f"{count} pairs", transport, where, style="")

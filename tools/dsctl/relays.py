@@ -11,7 +11,7 @@ from dstopology.endpoints import is_local
 from dstopology.resolved import Relay, Topology
 from dstopology.wiring import system_keys
 from dswire.codec import Decoder, encode
-from dswire.errors import BadInput, ErrorInfo, NoInstance, ProtocolError
+from dswire.errors import BadInput, DsError, ErrorInfo, NoInstance, ProtocolError
 from dswire.messages import kv
 from dswire.sockets import ConnectedSocket
 
@@ -28,18 +28,18 @@ class Answer(msgspec.Struct, frozen=True):
     error: ErrorInfo | None = None
 
 
-def ask(topology: Topology) -> list[Answer]:
+def ask(topology: Topology, patience_s: float = PATIENCE_S) -> list[Answer]:
     """Ask every relay, all at once. Raises :class:`BadInput` where the topology has none."""
     if not topology.relays:
         raise BadInput(f"{topology.path}: no KV moves in mode {topology.mode}, so there is no relay to ask")
-    return asyncio.run(_ask_all(topology, topology.relays))
+    return asyncio.run(_ask_all(topology, topology.relays, patience_s))
 
 
-async def _ask_all(topology: Topology, relays: Sequence[Relay]) -> list[Answer]:
-    return list(await asyncio.gather(*(_ask(topology, relay) for relay in relays)))
+async def _ask_all(topology: Topology, relays: Sequence[Relay], patience_s: float) -> list[Answer]:
+    return list(await asyncio.gather(*(_ask(topology, relay, patience_s) for relay in relays)))
 
 
-async def _ask(topology: Topology, relay: Relay) -> Answer:
+async def _ask(topology: Topology, relay: Relay, patience_s: float) -> Answer:
     endpoint = _endpoint(topology, relay)
     decoder: Decoder[msgspec.Struct] = Decoder(kv.ToKvWorker | kv.KvListing)
     came: asyncio.Future[kv.KvListing] = asyncio.get_running_loop().create_future()
@@ -59,10 +59,12 @@ async def _ask(topology: Topology, relay: Relay) -> Answer:
     try:
         socket.start(on_frames)
         socket.send("", [encode(kv.KvList())])
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(patience_s):
             return Answer(relay.name, relay.node, await came)
     except TimeoutError:
         error = NoInstance(f"{relay.name} at {endpoint} does not answer", remedy="see `dsctl status`")
+        return Answer(relay.name, relay.node, None, error.info())
+    except DsError as error:
         return Answer(relay.name, relay.node, None, error.info())
     finally:
         socket.close()

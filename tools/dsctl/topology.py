@@ -12,6 +12,7 @@ import click
 if TYPE_CHECKING:
     from dsctl.drawing import Live
     from dstopology.resolved import Topology
+    from dswire.messages.kv import PathInfo
 
 #: longest wait for the router's answer, in seconds
 LIVE_TIMEOUT_S = 1.0
@@ -82,11 +83,20 @@ def ask(topology: Topology) -> Live:
     try:
         keys = load_system(topology.security.keys_dir) if topology.security.encrypted else None
         with Client(router.frontend_connect, keys=keys, timeout_s=LIVE_TIMEOUT_S) as client:
-            return Live(client.status())
+            return Live(client.status(), paths=_paths(topology))
     except RouterLost:
         return Live(None, "not running")
     except DsError as error:
         return Live(None, f"its state is not known: {error}")
+
+
+def _paths(topology: Topology) -> dict[tuple[str, str], PathInfo]:
+    """Every path for KV that the relays know."""
+    from dsctl import relays
+
+    answers = relays.ask(topology, LIVE_TIMEOUT_S) if topology.relays else []
+    known = [(one.node, path) for one in answers if one.listing is not None for path in one.listing.paths]
+    return {(path.source, node): path for node, path in known}
 
 
 @command.command()
