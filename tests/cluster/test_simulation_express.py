@@ -8,12 +8,14 @@ from random import Random
 import pytest
 
 from dskv.layout import KvLayout
+from dsplan.latency import Steps
+from dsplan.linear import LinearInstance
 from dssim.express.build import library
 from dssim.express.run import run
 from dssim.system import System
-from dssim.times import INSTANT, FlatTransfer, Linear, LinearTimes
+from dssim.times import INSTANT, FlatTransfer, Linear, LinearTimes, Sums
 from dssim.workload import Arrival, arrivals, fixed, gaps, histogram
-from dstopology.resolved import Topology
+from dstopology.resolved import Instance, Topology
 from support.topologies import Desk
 
 LAYOUT = KvLayout(2, 2, 4, 16, "float16")
@@ -62,6 +64,28 @@ def test_records_are_those_of_the_machines(desk: Desk, name: str, transfers: Fla
     assert fast.records == slow.records
     assert fast.seen.busy_s == slow.seen.busy_s
     assert (fast.begun_s, fast.simulated_s) == (slow.begun_s, slow.simulated_s)
+
+
+@pytest.mark.parametrize("name", ["3p2d", "colocated", "pipelines"])
+def test_times_of_the_planner_are_asked_for(desk: Desk, name: str) -> None:
+    def times(instance: Instance) -> Steps:
+        fit = LinearInstance((18.1, 0.1, 7e-6), (9.9, 6e-4, 0.04), (7.2, 6e-4, 0.16), 10, instance.pp)
+        return Steps(fit)
+
+    topology, asked = load(desk, TOPOLOGIES[name]), bursts(40, 7)
+    fast = run(topology, LAYOUT, times, SLOW, asked)
+    assert fast is not None
+    assert fast.records == System(topology, LAYOUT, times, SLOW).run(asked).records
+
+
+def test_errors_of_times_are_raised(desk: Desk) -> None:
+    class Broken(Steps):
+        def summed_s(self, step: Sums) -> float:
+            raise ArithmeticError("no time")
+
+    broken = Broken(LinearInstance((18.1, 0.1, 7e-6), (9.9, 6e-4, 0.04), (7.2, 6e-4, 0.16), 10))
+    with pytest.raises(ArithmeticError, match="no time"):
+        run(load(desk, TOPOLOGIES["1p1d"]), LAYOUT, lambda instance: broken, SLOW, bursts(3, 1))
 
 
 def test_events_of_one_time_keep_their_order(desk: Desk) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from dsplan.errors import ProfileMismatch
+from dssim.times import Sums
 
 
 class Instance(Protocol):
@@ -62,11 +63,19 @@ class Steps:
         return self.instance.decode_step_s(len(context_lengths), sum(context_lengths))
 
     def mixed_s(self, chunks: Sequence[tuple[int, int]], context_lengths: Sequence[int]) -> float:
-        """Both in one step, of one micro-batch where there are stages."""
+        """Through all stages; ``context_lengths`` are those of one stage's batch."""
         tokens = sum(end - start for start, end in chunks)
         squares = sum(end * end - start * start for start, end in chunks)
-        batch, context = len(context_lengths), sum(context_lengths)
-        return self.instance.stages * self.instance.mixed_stage_s(tokens, squares, len(chunks), batch, context)
+        return self.summed_s(Sums(len(chunks), tokens, squares, len(context_lengths), sum(context_lengths)))
+
+    def summed_s(self, step: Sums) -> float:
+        """See :class:`dssim.times.SummedTimes`."""
+        one, stages = self.instance, self.instance.stages
+        if not step.sequences:
+            return stages * one.prefill_stage_s(step.tokens, step.squares, step.chunks)
+        if not step.chunks:
+            return one.decode_step_s(stages * step.sequences, stages * step.context)
+        return stages * one.mixed_stage_s(step.tokens, step.squares, step.chunks, step.sequences, step.context)
 
 
 def saturating_tokens(instance: Instance, gain: float = 0.1, limit: int = 8192) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from dswire.errors import BadInput
 
@@ -55,6 +55,26 @@ class TransferTimes(Protocol):
         The kernel sends the chunks that leave a node one after the other, so that transfers share the bandwidth
         chunk by chunk, as on the real connections.
         """
+
+
+class Sums(NamedTuple):
+    """A step, as far as most models of time care."""
+
+    #: parts of prompts, their tokens, and the sum of ``end^2 - start^2`` over them
+    chunks: int
+    tokens: int
+    squares: int
+    #: sequences that make a token, and the sum of their lengths
+    sequences: int
+    context: int
+
+
+@runtime_checkable
+class SummedTimes(StepTimes, Protocol):
+    """Times that depend on sums only, and on nothing else: what :mod:`dssim.express` can use."""
+
+    def summed_s(self, step: Sums) -> float:
+        """What the others give for such a step; decode's sequences are those of one stage's batch."""
 
 
 @dataclass(frozen=True, slots=True)

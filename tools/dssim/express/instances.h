@@ -46,6 +46,7 @@ struct Instances : World {
                 batch += 1, context += run.end, context_squares += run.end * run.end;
             }
         }
+        if (one.set.asks) return ask(&one - instances.data(), chunks, rows, squares, batch, context);
         const Linear &made = batch >= one.set.large_batch ? one.set.decode_large : one.set.decode;
         const Linear &read = one.set.prefill;
         if (!chunks) return linear(made, batch, context, context_squares);

@@ -15,6 +15,7 @@ from dssim.express.build import library
 from dssim.express.structs import (
     LEDGER,
     ArrivalStruct,
+    Ask,
     InstanceStruct,
     LinearStruct,
     ResultStruct,
@@ -22,7 +23,7 @@ from dssim.express.structs import (
 )
 from dssim.records import Observations, Record, Run
 from dssim.system import System
-from dssim.times import FlatTransfer, Linear, LinearTimes, StepTimes, TransferTimes
+from dssim.times import FlatTransfer, Linear, LinearTimes, StepTimes, SummedTimes, Sums, TransferTimes
 from dssim.workload import Arrival
 from dstopology.resolved import Instance, Topology
 from dswire.messages.client import Ledger
@@ -43,8 +44,8 @@ def run(
     where there is no C++ compiler.
     """
     instances = (*topology.role("prefill"), *topology.role("decode"))
-    linear = [one for one in map(times, instances) if isinstance(one, LinearTimes)]
-    if len(linear) < len(instances) or not isinstance(transfers, FlatTransfer):
+    each = [one for one in map(times, instances) if isinstance(one, LinearTimes | SummedTimes)]
+    if len(each) < len(instances) or not isinstance(transfers, FlatTransfer):
         return None
     simulate = library() if _ordinary(topology, layout, arrivals) else None
     if simulate is None:
@@ -52,19 +53,46 @@ def run(
     began, began_cpu = time.perf_counter(), time.process_time()
     begun_s = System(topology, layout, times, transfers).begin()
     settings = _settings(topology, layout, transfers, len(arrivals), begun_s)
-    each = _instances(topology, layout, instances, transfers, linear)
+    structs = _instances(topology, layout, instances, transfers, each)
     wanted = (ArrivalStruct * len(arrivals))()
     for number, one in enumerate(arrivals):
         wanted[number] = ArrivalStruct(one.at_s, one.prompt_tokens, one.output_tokens)
-    results = (ResultStruct * len(arrivals))()
+    results, asked = (ResultStruct * len(arrivals))(), _Asked(each)
     busy, happenings = (ctypes.c_double * len(each))(), ctypes.c_int64()
-    if simulate(ctypes.byref(settings), each, wanted, results, busy, ctypes.byref(happenings)):
+    outcome = simulate(
+        ctypes.byref(settings), structs, wanted, Ask(asked.seconds), results, busy, ctypes.byref(happenings)
+    )
+    asked.raise_any()
+    if outcome:
         return None
     records = _records(arrivals, results, begun_s)
     ended_s = max((one.at_s + one.total_s for one in records), default=0.0)
     seen = Observations(busy_s={one.name: s for one, s in zip(instances, busy, strict=True) if s})
     wall_s, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
     return Run(records, ended_s, begun_s, wall_s, cpu_s, happenings.value, seen, {})
+
+
+class _Asked:
+    """Answers the compiled code, which knows nothing of exceptions."""
+
+    def __init__(self, each: Sequence[LinearTimes | SummedTimes]) -> None:
+        self._each = each
+        self._error: BaseException | None = None
+
+    def seconds(self, instance: int, *sums: int) -> float:
+        """Time of a step."""
+        times = self._each[instance]
+        assert isinstance(times, SummedTimes)
+        try:
+            return times.summed_s(Sums(*sums))
+        except BaseException as error:  # noqa: BLE001 - it is raised when the compiled code has returned
+            self._error = self._error or error
+            return 0.0
+
+    def raise_any(self) -> None:
+        """Raise the first error."""
+        if self._error is not None:
+            raise self._error
 
 
 def _ordinary(topology: Topology, layout: KvLayout, arrivals: Sequence[Arrival]) -> bool:
@@ -109,22 +137,29 @@ def _instances(
     layout: KvLayout,
     instances: Sequence[Instance],
     transfers: FlatTransfer,
-    times: Sequence[LinearTimes],
+    times: Sequence[LinearTimes | SummedTimes],
 ) -> ctypes.Array[InstanceStruct]:
     ranks = {name: place for place, name in enumerate(sorted(one.name for one in instances))}
     made = (InstanceStruct * len(instances))()
     for struct, one, its in zip(made, instances, times, strict=True):
-        large = its.decode_large
         struct.blocks, struct.rank, struct.stages = _blocks(one, layout), ranks[one.name], one.pp
         struct.max_batch, struct.max_batch_tokens = one.max_batch, one.max_batch_tokens
         struct.prefill_priority = one.prefill_priority
         struct.router_s = transfers.message_s(one.node == topology.router.node)
         struct.seal_bytes_per_s = transfers.seal_bytes_per_s
         struct.copy_bytes_per_s = transfers.copy_bytes_per_s
-        struct.prefill, struct.decode = _linear(its.prefill), _linear(its.decode)
-        struct.decode_large = _linear(large or its.decode)
-        struct.large_batch = its.large_batch if large is not None else _ENDLESS
+        if isinstance(its, LinearTimes):
+            _linear_times(struct, its)
+        else:
+            struct.asks = True
     return made
+
+
+def _linear_times(struct: InstanceStruct, times: LinearTimes) -> None:
+    large = times.decode_large
+    struct.prefill, struct.decode = _linear(times.prefill), _linear(times.decode)
+    struct.decode_large = _linear(large or times.decode)
+    struct.large_batch = times.large_batch if large is not None else _ENDLESS
 
 
 def _linear(one: Linear) -> LinearStruct:

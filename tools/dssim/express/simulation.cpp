@@ -55,10 +55,10 @@ struct Simulation : Router {
 };
 }
 
-extern "C" int64_t simulate(const Settings *set, const InstanceSettings *each, const Arrival *arrivals, Result *results,
+extern "C" int64_t simulate(const Settings *set, const InstanceSettings *each, const Arrival *arrivals, Ask ask, Result *results,
                             double *busy_s, int64_t *happenings) {
     express::Simulation one;
-    one.set = *set, one.arrivals = arrivals, one.results = results, one.now = set->begun_s;
+    one.set = *set, one.ask = ask, one.arrivals = arrivals, one.results = results, one.now = set->begun_s;
     one.requests.resize(size_t(set->requests));
     one.seen.resize(size_t(set->requests));
     for (int64_t i = 0; i < set->prefills + set->decodes; i++) {

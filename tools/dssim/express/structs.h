@@ -11,12 +11,17 @@ struct Linear {
 
 struct InstanceSettings {
     int64_t blocks, max_batch, max_batch_tokens, stages, prefill_priority;
+    // whether its times are asked of Python, and not those below
+    int64_t asks;
     // place in the order of names
     int64_t rank;
     double router_s, seal_bytes_per_s, copy_bytes_per_s;
     Linear prefill, decode, decode_large;
     int64_t large_batch;
 };
+
+// seconds of a step of an instance: chunks, their tokens and squares, sequences and their context
+typedef double (*Ask)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 
 struct Settings {
     int64_t prefills, decodes, requests, max_requests, prefill_queue, decode_queue;

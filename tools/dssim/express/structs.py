@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_double, c_int64
+from ctypes import CFUNCTYPE, Structure, c_double, c_int64
 
 #: fields of the ledger in the order of a result's stages
 LEDGER = (
@@ -33,7 +33,7 @@ class InstanceStruct(Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("blocks", "max_batch", "max_batch_tokens", "stages")),
-        *((name, c_int64) for name in ("prefill_priority", "rank")),
+        *((name, c_int64) for name in ("prefill_priority", "asks", "rank")),
         *((name, c_double) for name in ("router_s", "seal_bytes_per_s", "copy_bytes_per_s")),
         *((name, LinearStruct) for name in ("prefill", "decode", "decode_large")),
         ("large_batch", c_int64),
@@ -49,6 +49,10 @@ class SettingsStruct(Structure):
         ("block_nbytes", c_int64),
         *((name, c_double) for name in ("begun_s", "client_s", "relay_s", "max_deadline_s")),
     ]
+
+
+#: seconds of a step of the instance with that number, by the fields of :class:`dssim.times.Sums`
+Ask = CFUNCTYPE(c_double, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64)
 
 
 class ArrivalStruct(Structure):

@@ -61,6 +61,7 @@ struct Instance {
 // Events of one time happen in the order in which they were scheduled, as in kernel.py.
 struct World {
     Settings set;
+    Ask ask;
     const Arrival *arrivals;
     Result *results;
     std::vector<Instance> instances;
