@@ -99,7 +99,7 @@ def _native(
     """The model on the compiled kernels; None, and the reason in the log, where they cannot serve it."""
     if not config.kernels or device.type != "cpu":
         return None
-    reason = "int8 weights" if config.quantization else "shares of layers" if part.tp > 1 else obstacle(arch)
+    reason = "int8 weights" if config.quantization else obstacle(arch, part)
     if reason is not None:
         _log.info("%s goes without compiled kernels: they have no %s", arch.name, reason)
         return None

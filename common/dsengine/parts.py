@@ -75,8 +75,12 @@ class Parts:
 
     def embedding(self) -> Tensor:
         """``[tokens of the vocabulary, embedding_size]``."""
+        return self.whole_embedding(self.vocabulary)
+
+    def whole_embedding(self, rows: slice = _ALL) -> Tensor:
+        """``[vocab_size, embedding_size]``."""
         name = self.root + self.arch.names.embedding + ".weight"
-        return self.checkpoint.take(name, (self.arch.vocab_size, self.arch.embedding_size), self.vocabulary)
+        return self.checkpoint.take(name, (self.arch.vocab_size, self.arch.embedding_size), rows)
 
     def positions(self) -> Tensor | None:
         """``[max_positions, hidden_size]``, where positions are learned."""

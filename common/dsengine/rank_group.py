@@ -58,12 +58,24 @@ class GroupPeers:
         self._sent: deque[tuple[dist.Work | None, Tensor]] = deque()
 
     def add(self, x: Tensor) -> Tensor:
-        """The sum of all places' ``x``, made in float32 between CPUs."""
+        """The sum of all places' ``x``; between CPUs made in float32.
+
+        There in the order of the places, so that no row's sum depends on what else comes with it.
+        """
         if self._part.tp == 1:
             return x
-        total = x.float() if self._device.type == "cpu" else x.contiguous()
+        if self._device.type != "cpu":
+            total = x.contiguous()
+            with _meeting():
+                dist.all_reduce(total, group=self._stage)
+            return total
+        mine = x.float().contiguous()
+        shares = [torch.empty_like(mine) for _ in range(self._part.tp)]
         with _meeting():
-            dist.all_reduce(total, group=self._stage)
+            dist.all_gather(shares, mine, group=self._stage)
+        total = shares[0]
+        for share in shares[1:]:
+            total += share
         return total.to(x.dtype)
 
     def gather(self, x: Tensor, widths: tuple[int, ...]) -> Tensor | None:

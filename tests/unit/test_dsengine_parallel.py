@@ -22,8 +22,9 @@ from support.whole_logits import logits_of
 TWELVE = {"num_attention_heads": 12, "hidden_size": 48, "intermediate_size": 82, "num_hidden_layers": 5}
 PROMPTS = [prompt_of(length) for length in (1, 16, 37)]
 COUNT = 5
-#: each way to store matrices, to add biases, and to place norms and experts
+#: each way to store matrices, to add biases, and to place norms and experts; those that the kernels take
 KINDS = ("gemma3", "gpt2", "opt with norms behind", "gpt-neox", "phi3", "qwen2", "qwen2-moe", "mixtral")
+ON_KERNELS = ("gemma3", "gpt2", "gpt-neox", "phi3", "qwen2")
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +66,13 @@ def test_stages_on_compiled_kernels_give_the_same_bits(tmp_path: Path, name: str
     staged.close()
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_families_can_be_shared_out(tmp_path: Path, name: str) -> None:
-    config = make_family(tmp_path, name)
-    whole, shared = (
-        Engine(engine_config(config, max_model_len=128)),
-        ThreadedEngine(config, 2, 2, max_model_len=128),
-    )
+@pytest.mark.parametrize(
+    ("name", "kernels"), [*((name, False) for name in KINDS), *((name, True) for name in ON_KERNELS)]
+)
+def test_families_can_be_shared_out(tmp_path: Path, name: str, kernels: bool) -> None:
+    whole = Engine(engine_config(make_family(tmp_path, name), max_model_len=128))
+    shared = ThreadedEngine(tmp_path, 2, 2, max_model_len=128, kernels=kernels)
+    assert isinstance(shared._model, NativeDecoder) == kernels
     tokens = prompt_of(40)
     for first, end in ((0, 33), (33, 40)):
         spans = [Span(tokens[first:end], first, [5, 2, 9])]

@@ -23,9 +23,9 @@ from dsengine.architecture import Activation, Architecture, LayerPlan
 from dsengine.mlp import GatedMlp, Mlp
 from dsengine.native.arena import Arena
 from dsengine.native.library import Library, linear, padded
-from dsengine.native.structs import CBatch, CLayer, CLinear, CModel, CNorm, CPool, CShape
+from dsengine.native.structs import CBatch, CLayer, CLinear, CModel, CNorm, CPool, CShape, Reduce
 from dsengine.norm import AnyNorm, LayerNorm, RmsNormPlusOne
-from dsengine.parallel import Peers
+from dsengine.parallel import WHOLE, Part, Peers
 from dsengine.parts import Parts
 from dsengine.pool import KvPool
 from dsengine.rope import inverse_frequencies
@@ -48,12 +48,13 @@ class RawLinear:
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
-def obstacle(arch: Architecture) -> str | None:
-    """What of ``arch`` the kernels cannot compute; None when they can compute all of it."""
+def obstacle(arch: Architecture, part: Part = WHOLE) -> str | None:
+    """What of ``arch`` the kernels of some rank cannot compute; None when they can compute all of it."""
     names = arch.names
     scales = {(plan.rule.scale, plan.rule.softcap) for plan in arch.plan}
     sizes = {plan.rope.fraction for plan in arch.plan if plan.rope is not None}
-    odd = [size for size in (arch.hidden_size, arch.mlp.size, arch.head_dim) if size % 2]
+    inner = [piece.stop - piece.start for piece in part.pieces(arch.mlp.size)]
+    odd = [size for size in (arch.hidden_size, *inner, arch.head_dim) if size % 2]
     problems = (
         (any(plan.sparse for plan in arch.plan), "a mixture of experts"),
         (bool(names.project_in or names.project_out), "a projected embedding"),
@@ -67,7 +68,7 @@ def obstacle(arch: Architecture) -> str | None:
 
 
 class NativeDecoder:
-    """One replica, or one stage of one, on this host's CPU."""
+    """One replica, or one rank's part of one, on this host's CPU."""
 
     def __init__(self, parts: Parts, library: Library, max_len: int, threads: int, peers: Peers) -> None:
         """Take every tensor from ``parts``, which makes :class:`RawLinear`; ``max_len`` positions get a rotation.
@@ -79,10 +80,14 @@ class NativeDecoder:
         self._kept: list[Tensor] = []
         self._ropes: dict[Rope, tuple[int, int]] = {}
         self._max_len = max_len
-        self._vocab = parts.arch.vocab_size
+        self._widths = tuple(_length(piece) for piece in parts.part.pieces(parts.arch.vocab_size))
+        self._vocab = _length(parts.vocabulary)
         self._hidden_size = parts.arch.hidden_size
         self._part = parts.part
         self._peers = peers
+        self._reduce = Reduce(self._add) if parts.part.tp > 1 else None
+        #: what went wrong between the ranks within a step: no exception can pass the kernels
+        self._failure: Exception | None = None
         self._logits = torch.empty((0, padded(self._vocab)))
         model = self._model(parts)
         parts.finish()
@@ -92,7 +97,7 @@ class NativeDecoder:
         """Logits ``[len(picked), vocab_size]`` float32 of the rows ``picked``; writes the KV of all rows.
 
         Rows count through the tokens of all ``spans`` in order. The result is overwritten by the next call; it is
-        None in a stage that is not the last.
+        None at a rank that does not draw.
         """
         tokens, tables = array("i"), array("i")
         starts, ends, table_starts = array("i"), array("i"), array("i")
@@ -112,14 +117,26 @@ class NativeDecoder:
             len(spans), len(tokens), len(wanted), 0, *addresses, logits.data_ptr(), _address(came), _address(goes)
         )
         self._session.forward(batch, CPool(pool.base, pool.layout.block_nbytes, pool.layout.block_size))
+        if self._failure is not None:
+            raise self._failure
         if goes is None:
-            return logits[:, : self._vocab]
+            return self._peers.gather(logits[:, : self._vocab], self._widths)
         self._peers.send(goes)
         return None
 
     def close(self) -> None:
         """End the threads. Doing it twice is harmless."""
         self._session.close()
+
+    def _add(self, address: int, count: int) -> None:
+        """Add up all places' shares of what lies there; called by one of the kernels' threads."""
+        if self._failure is not None:
+            return
+        try:
+            x = torch.frombuffer((ctypes.c_float * count).from_address(address), dtype=torch.float32)
+            x.copy_(self._peers.add(x))
+        except Exception as error:  # noqa: BLE001 - process boundary: forward() raises it
+            self._failure = error
 
     def _room(self, rows: int) -> Tensor:
         if len(self._logits) < rows:
@@ -136,8 +153,8 @@ class NativeDecoder:
         return CModel(
             layers=len(layers),
             hidden=arch.hidden_size,
-            mlp=arch.mlp.size,
-            vocab=arch.vocab_size,
+            mlp=_length(parts.part.piece(arch.mlp.size)),
+            vocab=self._vocab,
             rotary=rotary,
             activation=_ACTIVATIONS.index(arch.mlp.activation),
             parallel=arch.parallel,
@@ -146,8 +163,8 @@ class NativeDecoder:
             embedding_scale=torch.tensor(arch.embedding_scale, dtype=parts.checkpoint.dtype).item(),
             logit_softcap=arch.logit_softcap or 0,
             shape=CShape(
-                heads=arch.heads,
-                kv_heads=arch.kv_heads,
+                heads=parts.heads,
+                kv_heads=parts.kv_heads,
                 head_dim=arch.head_dim,
                 scale=arch.head_dim**-0.5 if rule.scale is None else rule.scale,
                 softcap=rule.softcap or 0,
@@ -157,18 +174,20 @@ class NativeDecoder:
             final_norm=self._norm(parts.norm(arch.names.final_norm, arch.hidden_size) if parts.part.last else None),
             head=head,
             layer=ctypes.addressof(self._layers),
+            reduce=None if self._reduce is None else ctypes.cast(self._reduce, ctypes.c_void_p).value,
         )
 
     def _outer(self, parts: Parts) -> tuple[Tensor | None, Tensor | None, CLinear]:
         """Embedding and positions, which the first stage has, and the head, which the last has."""
         part, tied = parts.part, parts.arch.tied
-        embedding = parts.embedding() if part.first or (part.last and tied) else None
+        # All of it, at every place: in the dtype of the file it is memory that all processes of a host share.
+        embedding = parts.whole_embedding() if part.first or (part.last and tied) else None
         if embedding is not None:
             self._kept.append(embedding)
         positions = parts.positions() if part.first else None
         if not part.last:
             return embedding, positions, CLinear()
-        head = parts.head(embedding if tied else None)
+        head = parts.head(embedding[parts.vocabulary] if tied and embedding is not None else None)
         assert isinstance(head, RawLinear)
         return embedding, positions, self._linear(head.weight, head.bias)
 
@@ -249,6 +268,11 @@ class NativeDecoder:
         """The address of ``values`` in float32, kept as long as this object."""
         self._kept.append(values.float().contiguous())
         return self._kept[-1].data_ptr()
+
+
+def _length(piece: slice) -> int:
+    length: int = piece.stop - piece.start
+    return length
 
 
 def _address(tensor: Tensor | None) -> int | None:

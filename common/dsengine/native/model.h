@@ -32,6 +32,8 @@ struct Model {
   Norm final_norm;
   Linear head;
   const Layer* layer;
+  // Null where no other rank has a share of the layers; else adds the shares of `count` numbers up, in their place.
+  void (*reduce)(float* at, int64_t count);
 };
 
 struct Batch {

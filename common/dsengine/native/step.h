@@ -162,16 +162,20 @@ class Step {
 
   // The product joins the residual stream, through a norm of its own where the model has one.
   void join(const Linear& linear, const active* from, size_t width, const Norm& after) {
-    float* to = after.weight ? extra_.get() : hidden_.get();
+    bool apart = after.weight || m_.reduce;
+    float* to = apart ? extra_.get() : hidden_.get();
     product<E>(team_, b_->rows, from, width, linear, [&](int row, int column, vf y) {
       float* at = to + row * hidden_width_ + column;
-      store(at, after.weight ? y : load(at) + y);
+      store(at, apart ? y : load(at) + y);
     });
-    if (!after.weight) return;
+    if (!apart) return;
+    if (m_.reduce) team_.share(1, 1, [&](int, int) { m_.reduce(to, static_cast<int64_t>(b_->rows) * hidden_width_); });
     rows(b_->rows, [&](int row) {
       float* at = hidden_.get() + row * hidden_width_;
-      normalise(extra_.get() + row * hidden_width_, m_.hidden, after, m_.eps,
-                [&](int i, int n, vf y) { store_some(at + i, load_some(at + i, n) + y, n); });
+      const float* come = extra_.get() + row * hidden_width_;
+      auto add = [&](int i, int n, vf y) { store_some(at + i, load_some(at + i, n) + y, n); };
+      if (after.weight) return normalise(come, m_.hidden, after, m_.eps, add);
+      in_lanes(m_.hidden, [&](int i, int n) { add(i, n, load_some(come + i, n)); });
     });
   }
 

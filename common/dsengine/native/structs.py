@@ -5,7 +5,10 @@ Invariant: sizes equal those of the compiled library (:mod:`dsengine.native.libr
 
 from __future__ import annotations
 
-from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import CFUNCTYPE, Structure, c_float, c_int32, c_int64, c_void_p
+
+#: adds up all ranks' shares of ``count`` float32 at an address, in their place
+Reduce = CFUNCTYPE(None, c_void_p, c_int64)
 
 
 class CNorm(Structure):
@@ -81,6 +84,7 @@ class CModel(Structure):
         ("final_norm", CNorm),
         ("head", CLinear),
         ("layer", c_void_p),
+        ("reduce", c_void_p),
     )
 
 
