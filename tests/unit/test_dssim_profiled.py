@@ -56,12 +56,35 @@ def test_a_step_is_slower_while_another_instance_of_the_node_is_in_one(tmp_path:
     alone = LinearTimes(Linear(1.0), Linear(0.1))
     reading, making = nodes.times(prefill, alone), nodes.times(decode, alone)
     assert reading.prefill_s([1]) == 1.0
+    # it lies within the prompt's
     assert making.decode_s([1]) == pytest.approx(0.2)
-    # a prompt that begins while the decode step runs
-    assert reading.prefill_s([1]) == pytest.approx(1.5)
-    kernel.at(10.0, lambda: None)
+    kernel.at(100.0, lambda: None)
     kernel.step()
-    # nobody is in a step any more
-    assert making.decode_s([1]) == pytest.approx(0.1)
+    # nobody was in a step for long
     assert making.mixed_s([(0, 1)], [1]) == pytest.approx(1.0)
     assert Nodes({}).times(decode, alone) is alone
+
+
+def test_what_a_neighbour_does_lately_is_what_it_is_taken_to_do(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.model()
+    topology = load(desk.write("model: tiny\n"), desk.env)
+    kernel = Kernel()
+    nodes = Nodes({"prefill": 2.0}, kernel)
+    reading, making = (
+        nodes.times(one, times)
+        for one, times in zip(
+            topology.instances,
+            (LinearTimes(Linear(1.0), Linear(1.0)), LinearTimes(Linear(1.0), Linear(0.1))),
+            strict=True,
+        )
+    )
+    called: list[float] = []
+    # in a step for half of the time
+    for number in range(100):
+        kernel.at(0.2 * number, lambda: called.append(making.decode_s([1])))
+        while kernel.step():
+            pass
+    kernel.at(20.0, lambda: None)
+    kernel.step()
+    assert reading.prefill_s([1]) == pytest.approx(1.0 + 0.5, abs=0.1)

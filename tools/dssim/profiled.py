@@ -1,11 +1,14 @@
 """A simulated system with the times of a profile.
 
-Where a profile tells how much slower a step is while another instance of the same node is in one (two processes
-share caches, memory bandwidth and the cores that their router needs), steps that begin meanwhile take that longer.
+A profile may tell how much slower a step is while another instance of the same node is in one: two processes share
+caches, memory bandwidth, and cores with their router. A step takes that longer for the part of it that another
+instance is in a step as well: the rest of that one's step, and after it the share of time that it lately spent in
+steps, since what it will do is not known.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +21,9 @@ from dssim.system import System
 from dssim.times import Chunk, StepTimes, beside, linear_times, transfer_times
 from dssim.workload import Arrival
 from dstopology.resolved import Instance, Topology
+
+#: how far back "lately" goes, in seconds
+MEMORY_S = 0.5
 
 
 def system_of(topology: Topology, profile: str, **options: Any) -> System:
@@ -43,21 +49,44 @@ def express(topology: Topology, profile: str, arrivals: Sequence[Arrival]) -> Ru
 
 
 @dataclass
+class _Steps:
+    """The steps of an instance, as its neighbours feel them."""
+
+    until_s: float = 0.0
+    #: of the time, lately
+    share: float = 0.0
+
+    def began(self, now: float, seconds: float) -> None:
+        """A step begins."""
+        if seconds <= 0.0:
+            return
+        cycle_s = max(now - self.until_s, 0.0) + seconds
+        self.share += (1.0 - math.exp(-cycle_s / MEMORY_S)) * (seconds / cycle_s - self.share)
+        self.until_s = max(self.until_s, now + seconds)
+
+    def beside(self, now: float, seconds: float) -> float:
+        """The part of a step of so many seconds that begins now and is not alone."""
+        rest = min(max(self.until_s - now, 0.0) / seconds, 1.0)
+        lately = self.share * math.exp(-max(now - self.until_s, 0.0) / MEMORY_S)
+        return rest + (1.0 - rest) * lately
+
+
+@dataclass
 class Nodes:
-    """Who is in a step until when, by node."""
+    """Who is in a step, by node."""
 
     #: factors on "prefill" and "decode" steps
     slower: dict[str, float]
     kernel: Kernel = field(default_factory=Kernel)
-    _until_s: dict[str, dict[str, float]] = field(default_factory=dict)
+    _steps: dict[str, dict[str, _Steps]] = field(default_factory=dict)
 
     def times(self, instance: Instance, alone: StepTimes) -> StepTimes:
         """The times of an instance that is not alone on its node."""
         if not self.slower:
             return alone
-        until_s = self._until_s.setdefault(instance.node, {})
-        until_s[instance.name] = 0.0
-        return _Beside(instance.name, alone, self, until_s)
+        node = self._steps.setdefault(instance.node, {})
+        node[instance.name] = _Steps()
+        return _Beside(instance.name, alone, self, node)
 
 
 @dataclass
@@ -65,7 +94,7 @@ class _Beside:
     name: str
     alone: StepTimes
     nodes: Nodes
-    until_s: dict[str, float]
+    node: dict[str, _Steps]
 
     def prefill_s(self, lengths: Sequence[int]) -> float:
         """One prefill step."""
@@ -80,8 +109,10 @@ class _Beside:
         return self._taken(self.alone.mixed_s(chunks, context_lengths), "decode")
 
     def _taken(self, seconds: float, phase: str) -> float:
+        if seconds <= 0.0:
+            return seconds
         now = self.nodes.kernel.now
-        if any(until_s > now for name, until_s in self.until_s.items() if name != self.name):
-            seconds *= self.nodes.slower.get(phase, 1.0)
-        self.until_s[self.name] = max(self.until_s[self.name], now + seconds)
+        part = sum(steps.beside(now, seconds) for name, steps in self.node.items() if name != self.name)
+        seconds *= 1.0 + (self.nodes.slower.get(phase, 1.0) - 1.0) * min(part, 1.0)
+        self.node[self.name].began(now, seconds)
         return seconds
