@@ -195,7 +195,8 @@ def _splitwise(path: Path) -> list[Row]:
         told = "held out" if tp == 4 else "set on"
         for phase, column, length in (("prefill", 0, tokens), ("decode", 1, tokens + _SPLITWISE_STEPS)):
             seconds = median(one[column] for one in times) / 1e3
-            name = f"Splitwise {phase}, Llama-2-70B a100-80g TP {tp} ({told})"
+            what = "decode" if column else "prefill of one prompt" if batch == 1 else "prefill of a batch"
+            name = f"Splitwise {what}, Llama-2-70B TP {tp} ({told})"
             rows.append(Row(name, seconds, step_s(instance, phase, batch, length)))
     return rows
 

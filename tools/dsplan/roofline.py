@@ -42,21 +42,23 @@ class Stack:
 
     #: scheduling, input preparation, sampling: once a step
     step_s: float
-    #: the host launches the kernels of one layer in no less
+    #: the host launches the kernels of one layer in no less, and in no less where there are prompts in the step
     layer_s: float
+    prompt_layer_s: float
     #: for each sequence of a step
     sequence_s: float
     about: str
 
 
 STACKS = {
-    "graphs": Stack(2e-3, 0.0, 0.0, "decode in CUDA graphs; 2 ms a step is hand-set"),
+    "graphs": Stack(2e-3, 0.0, 0.0, 0.0, "decode in CUDA graphs; 2 ms a step is hand-set"),
     "eager-2023": Stack(
         6e-3,
         0.48e-3,
+        0.72e-3,
         0.4e-3,
         "vLLM of 2023 without CUDA graphs: set on Splitwise's A100 rows of Llama2-70B at TP 2 and 8; the "
-        "rows at TP 4, held out, are then met to 4 % in decode and 8 % in prefill of one prompt",
+        "rows at TP 4, held out, are then met to 3 % in decode and 7 % in prefill of one prompt",
     ),
 }
 
@@ -156,11 +158,12 @@ class RooflineInstance:
         columns = self.shape.vocab / self.tp
         return float(kernels.gemm_s(self._kernels()["gemm"], self.device, rows, columns, self.shape.hidden))
 
-    def _software_s(self, kernels_s: float, count: int) -> float:
+    def _software_s(self, kernels_s: float, count: int, *, prompts: bool) -> float:
         """``count`` sequences of one stage's batch."""
+        layer_s = self.stack.prompt_layer_s if prompts else self.stack.layer_s
         slow = self.device.host_factor
         host_s = slow * (self.stack.step_s + self.stack.sequence_s * count) / self.stages
-        return max(kernels_s, slow * self._layers * self.stack.layer_s) + host_s
+        return max(kernels_s, slow * self._layers * layer_s) + host_s
 
     def _reading_s(self, tokens: float, squares: float) -> float:
         """Attention of a layer over prompts, or over chunks with end^2 - start^2 for their squares."""
@@ -187,14 +190,16 @@ class RooflineInstance:
         layer += self._reading_s(tokens, squares) if tokens else 0.0
         layer += self._making_s(batch, context) if batch else 0.0
         send = self._send_s(rows) if self.stages > 1 else 0.0
-        return self._software_s(self._layers * layer + self._output_s(count + batch), count + batch) + send
+        total = self._layers * layer + self._output_s(count + batch)
+        return self._software_s(total, count + batch, prompts=tokens > 0) + send
 
     def decode_step_s(self, batch: int, tokens: int) -> float:
         """``stages`` micro-batches go round; a token for each sequence takes all of them."""
         micro = -(-batch // self.stages)
         layer = self.layer_dense_s(micro) + self._making_s(micro, tokens / batch * micro)
         send = self._send_s(micro) if self.stages > 1 else 0.0
-        return self.stages * (self._software_s(self._layers * layer + self._output_s(micro), batch) + send)
+        total = self._layers * layer + self._output_s(micro)
+        return self.stages * (self._software_s(total, batch, prompts=False) + send)
 
 
 @dataclass(frozen=True, slots=True)

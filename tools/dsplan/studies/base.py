@@ -85,6 +85,17 @@ class Study:
     panels: list[Panel] = field(default_factory=list)
 
 
+#: relative difference of goodputs that their precision does not tell apart
+EQUAL = 0.03
+
+
+def held(ratio: float) -> str:
+    """Whether a claim that something is better holds, by how many times as good it is."""
+    if abs(ratio - 1) < EQUAL:
+        return "does not hold, both are equally good"
+    return "holds" if ratio > 1 else "does not hold"
+
+
 def crossing(first: dict[float, float], second: dict[float, float]) -> float | None:
     """Where the lower of two curves over the same x ceases to be, by straight lines; None where it never does."""
     xs = sorted(set(first) & set(second))

@@ -15,7 +15,7 @@ from dsplan.oracles import Oracles
 from dsplan.placement import WHOLE, Group, Spec
 from dsplan.planner import Planner
 from dsplan.question import Question
-from dsplan.studies.base import Setting, Study
+from dsplan.studies.base import Setting, Study, held
 
 #: tokens of a step, chunks of prompts included
 CHUNK = 512
@@ -121,10 +121,9 @@ def _sentences(question: Question, oracles: Oracles, each: dict[str, Spec]) -> l
         "device, though neither serves a request without the other."
     )
     for name, rate in (("whole prompts", whole), ("chunks", chunks)):
-        held = "holds" if apart > rate else "does not hold"
-        ratio = f"{apart / rate:.2f} times" if rate else "more than"
+        ratio = apart / rate if rate else float("inf")
         told.append(
-            f"That disaggregation serves more at equal resources {held} against colocation with {name}: "
-            f"{ratio} its goodput."
+            f"That disaggregation serves more at equal resources, against colocation with {name}: {held(ratio)}, "
+            f"{ratio:.2f} times its goodput."
         )
     return told
