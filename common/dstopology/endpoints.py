@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+import random
 import socket
 from dataclasses import dataclass
 
 #: Linux: ``sun_path`` has 108 bytes with its final zero
 MAX_SOCKET_PATH_NBYTES = 107
 _ANY = ("*", "0.0.0.0")
+#: where :func:`free_ports` looks; Linux takes ports for connections from 32768 on, others from 49152 on
+_LOWEST_FREE = 10_240
+_LOWEST_OF_CONNECTIONS = 32_768
 
 
 def is_ip(host: str) -> bool:
@@ -65,3 +69,25 @@ def split(address: str) -> Tcp:
     if not 1 <= int(port) <= 65_535:
         raise ValueError(f"port {port} is out of range")
     return Tcp(host, int(port))
+
+
+def free_ports(count: int = 1) -> int:
+    """The first of ``count`` adjacent TCP ports of this host that nobody listens on.
+
+    They lie below those from which kernels take the ports of connections, so no connection takes one meanwhile.
+    """
+    while True:
+        first = random.randrange(_LOWEST_FREE, _LOWEST_OF_CONNECTIONS - count)
+        if all(_is_free(first + at) for at in range(count)):
+            return first
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        # as libzmq binds: a port whose connections have just ended is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True

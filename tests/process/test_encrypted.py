@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from dsclient import AsyncClient, Client
+from dstopology.endpoints import free_ports
 from dswire.errors import BadInput, DsError, RouterLost, Unauthorized
 from dswire.keys import CurveKeys, load_client, load_system, write_pair
-from support.system import System, free_port, running_system
+from support.system import System, running_system
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -138,7 +139,7 @@ def test_a_worker_without_the_right_key_cannot_join(
     # a port of its own; but for the keys it would be welcome
     data = system.topology.relays[0].data_connect
     assert data is not None
-    yaml = system.path.read_text().replace(f"{{port: {data.rsplit(':', 1)[1]},", f"{{port: {free_port()},")
+    yaml = system.path.read_text().replace(f"{{port: {data.rsplit(':', 1)[1]},", f"{{port: {free_ports()},")
     yaml = yaml.replace(
         f"{{curve: on, keys: {home / 'keys'}}}",
         security.replace("OTHER", str(home / "other")).replace("EMPTY", str(home / "empty")),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support.system import free_port
+from dstopology.endpoints import free_ports
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -27,7 +27,7 @@ kv: {memory: 32MiB}
 def test_load_is_sent_counted_logged_and_replayed() -> None:
     with tempfile.TemporaryDirectory(prefix="ds-") as name:
         directory = Path(name)
-        (directory / "t.yaml").write_text(YAML % free_port())
+        (directory / "t.yaml").write_text(YAML % free_ports())
         lengths = [(16, 4), (24, 2), (120, 20), (8, 3)]
         rows = (f"{0.1 * number},{prompt},{output}\n" for number, (prompt, output) in enumerate(lengths))
         (directory / "w.csv").write_text("at_s,prompt_tokens,output_tokens\n" + "".join(rows))

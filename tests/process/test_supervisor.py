@@ -22,8 +22,8 @@ import pytest
 from dsclient import Client
 from dsctl.supervise.record import RunRecord, start_ticks
 from dsctl.supervise.rundir import RunDir
+from dstopology.endpoints import free_ports
 from support import fake_service
-from support.system import free_port
 
 NAMES = ("relay-n0", "prefill-0", "decode-0", "router-0")
 #: a test that waits longer fails
@@ -325,7 +325,7 @@ relay: {{staging: 8MiB}}
 @pytest.mark.slow
 def test_the_real_services_serve_and_die_with_a_killed_supervisor(host: Host) -> None:
     host.fakes = False
-    host.topology.write_text(REAL.format(port=free_port()))
+    host.topology.write_text(REAL.format(port=free_ports()))
     up = host.up()
     read_until(up, "ready in")
     record = host.record()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -12,19 +11,13 @@ from typing import Protocol
 
 import pytest
 
+from dstopology.endpoints import free_ports
 from dswire.errors import PortInUse, StartFailed
 from dswire.sockets import BURST, HIGH_WATER, BoundSocket, ConnectedSocket, OnFrames, PeerUnreachable
 from support.memory import Memory
 from support.rebind import rebind
 
 PATIENCE_S = 30.0
-
-
-def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Socket(Protocol):
@@ -64,7 +57,7 @@ def transport(request: pytest.FixtureRequest, tmp_path: Path) -> Transport:
     if request.param == "ipc":
         return zmq_transport("ipc", f"ipc://{tmp_path}/socket")
     if request.param in ("tcp", "bulk"):
-        return zmq_transport("tcp", f"tcp://127.0.0.1:{free_port()}", bulk=request.param == "bulk")
+        return zmq_transport("tcp", f"tcp://127.0.0.1:{free_ports()}", bulk=request.param == "bulk")
     memory = Memory()
     return Transport(
         "memory",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from dsrelay.actor import RelayActor, build
 from dsrelay.events import Action, Event
 from dsrelay.state import RelayState
+from dstopology.endpoints import free_ports
 from dstopology.load import load
 from dstopology.resolved import Relay, Topology
 from dswire.errors import DsError, PortInUse
@@ -170,21 +170,6 @@ def topology_for(transport: str, directory: Path) -> Topology:
     env = {"DS_RUN_DIR": str(directory / "run"), "DS_SHM_DIR": str(directory), "DS_HOME": str(directory)}
     (directory / "run").mkdir()
     return load(path, env)
-
-
-def free_ports(count: int) -> int:
-    """The first of ``count`` adjacent ports that nobody listens on."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            first = int(probe.getsockname()[1])
-        if first + count < 65_536 and all(_is_free(first + at) for at in range(count)):
-            return first
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 @asynccontextmanager

@@ -8,7 +8,6 @@ import os
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from dsclient import Client
+from dstopology.endpoints import free_ports
 from dstopology.load import load
 from dstopology.resolved import Topology
 from dswire.keys import CurveKeys
@@ -28,13 +28,6 @@ from dswire.messages.client import StatusReport, WorkerStatus
 #: from starting a process to its "ready", in seconds; two cores import torch twice in about five
 START_LIMIT_S = 90.0
 STOP_LIMIT_S = 40.0
-
-
-def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(slots=True)
@@ -55,9 +48,12 @@ class System:
         extra_env: dict[str, str] | None = None,
         keys: CurveKeys | None = None,
     ) -> None:
-        """``yaml`` may say ``{port}`` where a free port is meant, one for each; ``keys`` are our clients'."""
+        """``yaml`` may say ``{port}`` where a free port is meant, one for each; the one behind it is free too.
+
+        ``keys`` are our clients'.
+        """
         while "{port}" in yaml:
-            yaml = yaml.replace("{port}", str(free_port()), 1)
+            yaml = yaml.replace("{port}", str(free_ports(2)), 1)
         self.directory = directory
         self._keys = keys
         self.path = directory / "topology.yaml"

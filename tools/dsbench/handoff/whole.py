@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from statistics import median
 import msgspec
 
 from dsclient import Client
+from dstopology.endpoints import free_ports
 from dswire.errors import Failed
 from dswire.messages.client import Ledger
 
@@ -64,9 +64,7 @@ def system(model: str, tokens: int) -> Iterator[Client]:
     # short: Unix sockets lie in it
     directory = Path(tempfile.mkdtemp(prefix="dsb-"))
     path = directory / "t.yaml"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_ports()
     path.write_text(_TOPOLOGY.format(model=model, port=port, max_len=tokens + 16))
     try:
         _dsctl("up", "-d", path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import msgspec
 
 from dsbench.handoff.ends import Reader, filled_pool
 from dskv.handle import KvHandle
+from dstopology.endpoints import free_ports
 from dstopology.load import load
 from dstopology.resolved import Topology
 from dstopology.wiring import system_keys
@@ -115,13 +115,13 @@ def _directory() -> Iterator[Path]:
 def _topology(directory: Path, transport: str, curve: bool, staging: str, slot: str) -> Topology:
     if curve:
         write_pair(directory / "keys" / SYSTEM_SECRET, directory / "keys" / SYSTEM_PUBLIC)
-    port = _free_port()
+    port = free_ports(4)
     path = directory / "t.yaml"
     path.write_text(
         _TOPOLOGY.format(
             port=port,
-            backend=_free_port(),
-            relay=_free_port(),
+            backend=port + 1,
+            relay=port + 2,
             reader="n1" if transport == "host" else "n0",
             staging=staging,
             slot=slot,
@@ -131,12 +131,6 @@ def _topology(directory: Path, transport: str, curve: bool, staging: str, slot: 
     )
     (directory / "run").mkdir()
     return load(path, {**os.environ, "DS_RUN_DIR": str(directory / "run")})
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
