@@ -46,6 +46,8 @@ class _Child:
         self._who = f"rank {start.rank} of {start.name}"
         self._on_end = on_end
         self._reports: SimpleQueue[Report] = SimpleQueue()
+        #: it has made the file of its pool
+        self._ready = False
         self._process = subprocess.Popen(
             # its name is for those who list processes
             [sys.executable, "-m", "dsengine.rank", f"{start.name}.{start.rank}"],
@@ -76,6 +78,7 @@ class _Child:
         if report.error is not None:
             raise from_info(report.error)
         assert report.state == state
+        self._ready = state == "ready"
 
     def end(self) -> None:
         """Let it end in good order, else make it."""
@@ -96,7 +99,7 @@ class _Child:
 
     def _unlink(self) -> None:
         """Remove the file of its pool, which one that was killed leaves behind."""
-        if self._segment is not None:
+        if self._segment is not None and self._ready:
             self._segment.unlink(missing_ok=True)
 
     def _listen(self) -> None:
@@ -133,28 +136,25 @@ class RankedEngine(Engine):
         # one that tells in order, so that nobody has to wait while a pipe is full
         self._teller = ThreadPoolExecutor(1, thread_name_prefix="tell")
         self._children: list[_Child] = []
-        try:
-            with tempfile.TemporaryDirectory(prefix="ds-ranks-") as directory:
-                meeting = Path(directory) / "rendezvous"
-                for rank, config in enumerate(configs):
-                    if rank != own:
-                        start = Start(name, tp, pp, rank, str(meeting), config)
-                        self._children.append(_Child(start, self._lose))
-                device = device_of(configs[own].device)
-                self._wait_for("joining")
-                torch.set_num_threads(configs[own].threads)
-                part = Part(tp, pp, own)
+        with contextlib.ExitStack() as undo, tempfile.TemporaryDirectory(prefix="ds-ranks-") as directory:
+            undo.callback(self._end)
+            meeting = Path(directory) / "rendezvous"
+            for rank, config in enumerate(configs):
+                if rank != own:
+                    self._children.append(_Child(Start(name, tp, pp, rank, str(meeting), config), self._lose))
+            part, device = Part(tp, pp, own), device_of(configs[own].device)
+            self._wait_for("joining")
+            torch.set_num_threads(configs[own].threads)
+            try:
                 self._peers = GroupPeers(part, device, meeting)
-                super().__init__(configs[own], part, self._peers)
-                self._wait_for("ready")
-        except PeerGone as error:
-            self._end()
-            raise StartFailed(
-                str(error), remedy="`dsctl logs` tells more; see that the host lets processes talk"
-            ) from error
-        except BaseException:
-            self._end()
-            raise
+            except PeerGone as error:
+                remedy = "see what the ranks log, and that nothing keeps processes of this host from talking"
+                raise StartFailed(str(error), remedy=remedy) from error
+            undo.callback(self._peers.close)
+            super().__init__(configs[own], part, self._peers)
+            undo.callback(super().close)
+            self._wait_for("ready")
+            undo.pop_all()
 
     @property
     def pids(self) -> list[int]:

@@ -6,19 +6,18 @@ Prefill runs in two stages, decode on two shares of every layer: KV that is hand
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from dsclient import AsyncClient
 from dsengine.ranks import RankedEngine
 from dsengine.runner import Engine
-from dswire.errors import EngineFailed
+from dskv.segment import Segment
+from dswire.errors import DuplicateName, EngineFailed
 from support.system import System, running_system
 from support.tiny_llama import engine_config, generate, make_model, prompt_of
 from support.tokenizers_here import byte_level, save
@@ -115,8 +114,10 @@ async def test_no_rank_outlives_its_instance(system: System) -> None:
     (system.topology.shm_dir / left).unlink()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device that is not there")
-def test_a_rank_that_cannot_load_tells_why(model: Path) -> None:
-    here = engine_config(model)
-    with pytest.raises(EngineFailed, match="device cuda:0 is not there"):
-        RankedEngine("prefill-0", [dataclasses.replace(here, device="cuda:0"), here], 1, 2)
+def test_a_rank_that_cannot_load_tells_why(model: Path, tmp_path: Path) -> None:
+    configs = [engine_config(model, segment=tmp_path / f"{rank}.kv") for rank in range(2)]
+    taken = Segment.create(tmp_path / "0.kv", 1, 1)
+    with pytest.raises(DuplicateName, match="a live process of that name uses it"):
+        RankedEngine("prefill-0", configs, 1, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["0.kv"]
+    taken.close()
