@@ -177,6 +177,14 @@ def test_what_a_process_held_when_it_died_is_made_again(desk: Desk, name: str, v
     assert any(retries) == (victim != "relay-a"), "the relay of prefill's node is busy only while it fetches"
 
 
+def test_what_the_dead_had_queued_for_the_dead_is_lost(desk: Desk) -> None:
+    one = system(desk, TOPOLOGIES["1p1d"])
+    failures = parse(["relay-n0@0.4+1.5", "prefill-0@0.8+8", "decode-0@1+0.2"], one.topology)
+    run = one.run(sharegpt(20, 30.0, seed=1), failures=failures)
+    assert all(not record.error for record in run.records)
+    assert run.held == {}
+
+
 def test_requests_end_though_the_only_instance_never_comes_back(desk: Desk) -> None:
     one = system(desk, TOPOLOGIES["1p1d"])
     run = one.run(sharegpt(30, 40.0, seed=3), failures=parse(["decode-0@0.9"], one.topology))

@@ -148,8 +148,10 @@ class System:
                     self._join(process, name, made, way.us)
         made.start()
         if isinstance(made, RelayProcess):
-            for parcel in gone.unread:
-                made.arrive(*parcel)
+            # what a process had queued for it died with that process
+            for peer, message, nbytes in gone.unread:
+                if peer in made.peers:
+                    made.arrive(peer, message, nbytes)
 
     # processes
 
