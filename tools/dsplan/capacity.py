@@ -10,25 +10,16 @@ from collections.abc import Sequence
 
 from dsplan.latency import Instance
 from dsplan.mixed import LEAST_CHUNK, MixedUnit
-from dsplan.queueing import UNLIMITED, DecodeUnit, PrefillUnit, Request
-from dssched.batching import prefill_batch
+from dsplan.queueing import DecodeUnit, PrefillReplica, PrefillUnit, Request
 
 
 def prefill_rate(unit: PrefillUnit, requests: Sequence[Request]) -> float:
-    """Requests a second of a backlog in order of arrival, batched as always: a stage is never idle."""
-    lengths, seconds, at = [prompt for _, prompt, _ in requests], 0.0, 0
-    while at < len(lengths):
-        count = prefill_batch(
-            lengths[at : at + unit.max_batch],
-            target_tokens=unit.target_tokens,
-            max_sequences=unit.max_batch,
-            free_blocks=UNLIMITED,
-            block_size=1,
-        )
-        batch = lengths[at : at + count]
-        seconds += unit.instance.prefill_stage_s(sum(batch), sum(n * n for n in batch), count)
-        at += count
-    return len(lengths) / seconds
+    """Requests a second of a backlog in order of arrival, in steps as always: a stage is never idle."""
+    replica = PrefillReplica(unit, stages=[0.0] * unit.instance.stages)
+    for number, (_, prompt, _) in enumerate(requests):
+        replica.push(0.0, number, prompt)
+    replica.advance(float("inf"), [0.0] * len(requests))
+    return len(requests) / replica.stages[0]
 
 
 def decode_rate(unit: DecodeUnit, requests: Sequence[Request]) -> float:

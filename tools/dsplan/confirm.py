@@ -1,7 +1,7 @@
 """The chosen placement in the simulator: the servers' own schedulers, message by message.
 
 A run at the goodput that the search found; where too few requests meet their objectives there, a few more below,
-for the highest rate at which enough do. The best of another mode, the runner-up, is run at its own goodput.
+for the highest rate at which enough do. So it is done with the best of another mode, the runner-up, too.
 """
 
 from __future__ import annotations
@@ -56,24 +56,32 @@ def checked(plan: Plan, requests: int) -> list[Confirmation]:
             f"own goodput is about {found[0].rate:.3g} ({found[0].rate / chosen.spec.devices:.3g} a device)"
         )
     rival = next((one for one in plan.placements if one.spec.mode != chosen.spec.mode), None)
-    if rival is not None:
-        try:
-            found.append(confirm(plan, requests, rival.goodput.rate, rival))
-        except DsError as error:
-            plan.notes.append(f"mode {rival.spec.mode} was not checked in the simulator: {error.message}")
+    if rival is None:
+        return found
+    try:
+        found.append(agreed(plan, confirmations(plan, requests, rival)))
+    except DsError as error:
+        plan.notes.append(f"mode {rival.spec.mode} was not checked in the simulator: {error.message}")
+        return found
+    worth = [run.rate * one.worth / one.goodput.rate for run, one in zip(found, (chosen, rival), strict=True)]
+    if worth[1] > worth[0]:
+        plan.notes.append(
+            f"by the simulator's own goodputs mode {rival.spec.mode} is {worth[1] / worth[0] - 1:.0%} ahead: the "
+            "verdict is open"
+        )
     return found
 
 
-def confirmations(plan: Plan, requests: int) -> list[Confirmation]:
+def confirmations(plan: Plan, requests: int, one: Placement | None = None) -> list[Confirmation]:
     """The runs, by falling rate; the last that attains the target, if any does, is :func:`agreed`."""
-    rate = plan.chosen.goodput.rate
-    runs = [confirm(plan, requests, rate)]
+    rate = (one or plan.chosen).goodput.rate
+    runs = [confirm(plan, requests, rate, one)]
     low, high = 0.0, rate
     while runs[0].attainment < plan.question.slo.attainment and len(runs) <= HALVINGS:
         middle = (low + high) / 2 if low else high * 0.75
-        runs.append(confirm(plan, requests, middle))
+        runs.append(confirm(plan, requests, middle, one))
         low, high = (middle, high) if runs[-1].attainment >= plan.question.slo.attainment else (low, middle)
-    return sorted(runs, key=lambda one: -one.rate)
+    return sorted(runs, key=lambda run: -run.rate)
 
 
 def agreed(plan: Plan, runs: Sequence[Confirmation]) -> Confirmation:

@@ -16,6 +16,8 @@ from dsplan.shapes import ModelShape
 
 #: share of a device's memory that is used at all
 USABLE = 0.95
+#: tokens of the largest step, for which memory is kept
+STEP_TOKENS = 8192
 #: tokens of a block
 BLOCK_TOKENS = 16
 #: what the runtime, the CUDA context and communication buffers take of each device (hand-set)
@@ -40,7 +42,7 @@ def activations_nbytes(shape: ModelShape, tp: int, step_tokens: int) -> int:
     return step_tokens * (2 * shape.hidden + max(wide, qkv)) * shape.item_nbytes + 256 * 4 * shape.vocab // tp
 
 
-def memory(shape: ModelShape, device: Device, tp: int, pp: int, step_tokens: int = 8192) -> Memory:
+def memory(shape: ModelShape, device: Device, tp: int, pp: int, step_tokens: int = STEP_TOKENS) -> Memory:
     """What an instance of that TP and PP holds; ``kv_tokens`` is 0 where the weights alone are too many."""
     layers = -(-shape.layers // pp)
     embeddings = (1 if pp > 1 or shape.tied else 2) * shape.vocab * shape.hidden

@@ -139,8 +139,7 @@ class _System:
     ends: list[float]
     #: read where it is decoded
     local: list[bool]
-    #: by prefill replica: what it has not begun, and when its link is free
-    unread: list[deque[int]]
+    #: by prefill replica: when its link is free
     links: list[float]
     coming: list[tuple[float, int]] = field(default_factory=list)
 
@@ -155,7 +154,6 @@ class _System:
             return
         place = min(range(len(self.ahead)), key=lambda i: (self.ahead[i].waiting_tokens, self.ahead[i].stages[0]))
         self.ahead[place].push(at_s, number, prompt)
-        self.unread[place].append(number)
 
     def _reader(self, at_s: float, prompt: int) -> MixedReplica | None:
         """Who reads a prompt and decodes it too; None where prefill is to read it, as the router decides that."""
@@ -170,12 +168,12 @@ class _System:
         """Go on to that time."""
         for place, one in enumerate(self.ahead):
             one.advance(at_s, self.firsts)
-            while len(self.unread[place]) > len(one.waiting):
-                number = self.unread[place].popleft()
+            for number in one.done:
                 seconds = self.requests[number][1] * one.unit.transfer_token_s
                 self.links[place] = max(self.links[place], self.firsts[number]) + seconds
                 self.ready[number] = self.ends[number] = self.links[place]
                 heappush(self.coming, (self.links[place], number))
+            one.done.clear()
         while self.coming and self.coming[0][0] <= at_s:
             self._join(*heappop(self.coming))
         for other in self.behind:
@@ -206,7 +204,6 @@ def serve_mixed(
         ready=list(arrivals),
         ends=list(arrivals),
         local=[False] * len(requests),
-        unread=[deque() for _ in prefill],
         links=[0.0] * len(prefill),
     )
     for number, at in enumerate(arrivals):

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from dsplan import capacity
 from dsplan.goodput import LEAST_REQUESTS, MOST_RATE, Counts, Goodput, Units, counts, goodput
-from dsplan.latency import saturating_tokens
-from dsplan.memory import memory
+from dsplan.latency import Instance, saturating_tokens
+from dsplan.memory import STEP_TOKENS, memory
 from dsplan.mixed import MixedUnit
 from dsplan.placement import Group, Spec
 from dsplan.question import Question
@@ -23,6 +23,12 @@ SLACK = 1.03
 MOST_FOLLOWED = 4
 
 
+def step_tokens(question: Question, instance: Instance) -> int:
+    """Tokens of a prefill step: Lm, and more where prompts are longer, as each chunk pays what is fixed anew."""
+    longest = max(prompt for _, prompt, _ in question.workload.requests)
+    return max(saturating_tokens(instance), min(longest, STEP_TOKENS))
+
+
 class Oracles:
     """Of one question."""
 
@@ -36,7 +42,7 @@ class Oracles:
         """A prefill replica; a link of 0 takes no time."""
         instance = self.question.latency.instance(one.tp, one.pp)
         token_s = self.question.shape.kv_token_nbytes / link_bytes_per_s if link_bytes_per_s else 0.0
-        return PrefillUnit(instance, saturating_tokens(instance), transfer_token_s=token_s)
+        return PrefillUnit(instance, step_tokens(self.question, instance), transfer_token_s=token_s)
 
     def decode_unit(self, one: Parallel) -> DecodeUnit:
         """A decode replica."""

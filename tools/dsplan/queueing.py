@@ -5,8 +5,8 @@
 :func:`serve` is the planner's *queueing oracle*, for workloads that no closed form knows. It follows every request,
 but not every message or decode step, and so is an approximation of :mod:`dssim`, not a second implementation of it:
 
-- prefill: exact FCFS recursion over pipeline stages with unbounded buffers between them; batches by the servers'
-  own :func:`dssched.batching.prefill_batch`; the prefill pool is taken to hold whatever waits for decode;
+- prefill: exact FCFS recursion over pipeline stages with unbounded buffers between them; steps by the servers' own
+  :func:`dssched.batching.chunk`; the prefill pool is taken to hold whatever waits for decode;
 - transfer: one link for each prefill replica, one transfer after the other;
 - decode: between two joins or leaves all running sequences advance at one pace (a fluid of steps); a sequence joins
   half a step late, holds the KV of its mean length from start to end, and is never preempted.
@@ -22,12 +22,10 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from dsplan.latency import Instance
-from dssched.batching import prefill_batch
+from dssched.batching import chunk
 
 #: (arrival, prompt tokens, output tokens)
 Request = tuple[float, int, int]
-#: what stands for no limit of blocks
-UNLIMITED = 1 << 60
 
 
 def single(rate: float, service_s: float) -> float:
@@ -68,45 +66,79 @@ class DecodeUnit:
 
 
 @dataclass(slots=True)
+class Unread:
+    """A prompt that waits, or is read chunk by chunk."""
+
+    at_s: float
+    number: int
+    tokens: int
+    left: int
+    #: when its last chunk leaves the last stage
+    free_s: float = 0.0
+
+
+@dataclass(slots=True)
 class PrefillReplica:
     """A prefill replica in motion."""
 
     unit: PrefillUnit
-    waiting: deque[tuple[float, int, int]] = field(default_factory=deque)
+    waiting: deque[Unread] = field(default_factory=deque)
     waiting_tokens: int = 0
     stages: list[float] = field(default_factory=list)
+    #: prompts whose end is known, in that order
+    done: list[int] = field(default_factory=list)
 
     def push(self, at_s: float, number: int, tokens: int) -> None:
         """A prompt has come."""
-        self.waiting.append((at_s, number, tokens))
+        self.waiting.append(Unread(at_s, number, tokens, tokens))
         self.waiting_tokens += tokens
 
     def advance(self, until_s: float, ends: list[float]) -> None:
-        """Start every batch that starts before ``until_s``; writes the ends."""
+        """Start every step that starts before ``until_s``; writes the ends."""
         while self.waiting:
-            start = max(self.stages[0], self.waiting[0][0])
+            start = max(self.stages[0], self._earliest())
             if start >= until_s:
                 return
-            here = (tokens for at, _, tokens in self.waiting if at <= start)
-            count = prefill_batch(
-                here,
-                target_tokens=self.unit.target_tokens,
-                max_sequences=self.unit.max_batch,
-                free_blocks=UNLIMITED,
-                block_size=1,
-            )
-            self._run(start, [self.waiting.popleft() for _ in range(count)], ends)
+            self._step(start, ends)
 
-    def _run(self, start_s: float, batch: list[tuple[float, int, int]], ends: list[float]) -> None:
-        tokens = sum(one[2] for one in batch)
+    def _earliest(self) -> float:
+        """When some prompt can be read on: those begun are first in the queue."""
+        earliest = float("inf")
+        for one in self.waiting:
+            earliest = min(earliest, max(one.at_s, one.free_s))
+            if one.left == one.tokens:
+                break
+        return earliest
+
+    def _step(self, start_s: float, ends: list[float]) -> None:
+        """By the servers' rule: whole prompts up to the target, a longer one in chunks."""
+        room = whole = self.unit.target_tokens
+        read: list[Unread] = []
+        tokens = squares = 0
+        for one in self.waiting:
+            if one.at_s > start_s or len(read) == self.unit.max_batch:
+                break
+            if one.free_s > start_s:
+                continue
+            count = chunk(one.left, room, whole)
+            if not count:
+                break
+            begin = one.tokens - one.left
+            one.left, room = one.left - count, room - count
+            tokens, squares = tokens + count, squares + count * (2 * begin + count)
+            read.append(one)
         self.waiting_tokens -= tokens
-        seconds = self.unit.instance.prefill_stage_s(tokens, sum(one[2] ** 2 for one in batch), len(batch))
+        seconds = self.unit.instance.prefill_stage_s(tokens, squares, len(read))
         at = start_s
         for stage, free_s in enumerate(self.stages):
             at = max(at, free_s) + seconds
             self.stages[stage] = at
-        for _, number, _ in batch:
-            ends[number] = at
+        for one in read:
+            one.free_s = at
+            if not one.left:
+                self.waiting.remove(one)
+                self.done.append(one.number)
+                ends[one.number] = at
 
 
 @dataclass(slots=True)

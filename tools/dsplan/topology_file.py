@@ -8,9 +8,8 @@ import yaml
 
 from dsplan.devices import Device
 from dsplan.errors import PlanInput
-from dsplan.latency import saturating_tokens
 from dsplan.memory import BLOCK_TOKENS, memory
-from dsplan.oracles import MAX_BATCH
+from dsplan.oracles import MAX_BATCH, step_tokens
 from dsplan.placement import Group, Placement, Plan, Spec
 from dsplan.shapes import ModelShape
 
@@ -59,9 +58,9 @@ def _groups(plan: Plan, spec: Spec, places: dict[str, list[list[str]]], kind: st
     question, found = plan.question, {}
     if spec.prefill.replicas:
         one = spec.prefill.parallel
-        lm = saturating_tokens(question.latency.instance(one.tp, one.pp))
+        tokens = step_tokens(question, question.latency.instance(one.tp, one.pp))
         group = _group(question.shape, question.device, spec.prefill, named["prefill"])
-        found["prefill"] = {**group, "max_batch_tokens": lm}
+        found["prefill"] = {**group, "max_batch_tokens": tokens}
     device = question.kinds[spec.kind].device
     group = _group(question.shape, device, spec.decode, named["decode"])
     found["decode"] = {**group, "max_batch": MAX_BATCH * spec.decode.parallel.pp}

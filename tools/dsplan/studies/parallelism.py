@@ -72,7 +72,7 @@ def _prefill(setting: Setting, both: dict[str, Instance]) -> tuple[list[dict[str
         requests = [(at / (most * share), prompt, output) for at, prompt, output in drawn]
         for name, one in both.items():
             # one prompt a batch, as in the paper's analysis
-            served = serve(requests, [PrefillUnit(one, 1, 1)], [])
+            served = serve(requests, [PrefillUnit(one, PROMPT, 1)], [])
             curves[name][most * share] = mean(served.ttft_s) * 1e3
     rows = [
         {"phase": "prefill", "parallelism": name, "rate": rate, "mean_ttft_ms": ms}
