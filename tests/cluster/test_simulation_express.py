@@ -111,6 +111,21 @@ def test_what_is_out_of_the_ordinary_is_left_to_the_machines(desk: Desk, text: s
     assert run(load(desk, text), LAYOUT, lambda instance: TIMES, FlatTransfer(), asked) is None
 
 
+@pytest.mark.parametrize("compiler", ["/bin/false", "/nowhere/g++"])
+def test_without_a_compiler_that_works_there_is_no_compiled_simulation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("DS_HOME", str(tmp_path))
+    assert library.__wrapped__() is None
+
+
+def test_without_it_the_machines_are_to_be_asked(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dssim.express.run.library", lambda: None)
+    topology = load(desk, TOPOLOGIES["1p1d"])
+    assert run(topology, LAYOUT, lambda instance: TIMES, SLOW, bursts(3, 1)) is None
+
+
 def test_the_mean_wait_of_a_hundred_thousand_is_that_of_m_d_1(desk: Desk) -> None:
     rate, step_s, requests = 50.0, 0.01, 100_000
     topology = load(desk, "prefill: {max_batch: 1}\nkv: {blocks: 64}\nrouter: {max_requests: 100000}")
