@@ -26,6 +26,11 @@ def document(plan: Plan, one: Placement | None = None) -> dict[str, Any]:
             f"an instance of this placement spans nodes of {per_node} devices, a topology has each on one",
             remedy="plan with --nodes 1, or for nodes with more devices",
         )
+    if spec.algorithm == "low" and spec.stages > 1:
+        raise PlanInput(
+            f"stages of this placement lie side by side on {spec.stages} nodes, a topology has each instance on one",
+            remedy="plan with --nodes 1, or for nodes with more devices",
+        )
     places = _places(spec, per_node, apart=question.decode_hardware is not None)
     used = {device.partition("/")[0] for group in places.values() for each in group for device in each}
     kind = "cpu" if question.device.name == "cpu" else "cuda"
