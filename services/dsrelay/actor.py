@@ -28,12 +28,10 @@ from dsrelay.events import (
     WORKER,
     ChunkArrived,
     Complain,
-    End,
     PathKnown,
     PoolProved,
     ProofArrived,
     ProvePool,
-    Ready,
     SendChunk,
     SendProof,
     StoreChunk,
@@ -46,6 +44,7 @@ from dswire.actor import Actor, Route
 from dswire.codec import MAX_FRAME_NBYTES
 from dswire.errors import DsError, ProtocolError, from_info
 from dswire.keys import start_authenticator
+from dswire.links import End, Ready
 from dswire.machine import PeerLost, Send
 from dswire.messages import kv, worker
 from dswire.sockets import BoundSocket, ConnectedSocket

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from dskv.handle import KvKey
 from dswire.errors import DsError, ErrorInfo
+from dswire.links import End, Ready
 from dswire.machine import PeerLost, Received, Send, Tick
 from dswire.messages.kv import Chunk, KvChunk, PathInfo, PoolInfo
 
@@ -68,18 +69,6 @@ class PathKnown:
     """A path was proved, or cannot be used: log it."""
 
     path: PathInfo
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """The router knows us."""
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """The router refused us: the process ends with this error."""
-
-    error: ErrorInfo
 
 
 # events

@@ -23,11 +23,9 @@ from dsrelay.events import (
     Action,
     ChunkArrived,
     Complain,
-    End,
     Event,
     PoolProved,
     ProofArrived,
-    Ready,
     SendProof,
 )
 from dsrelay.incoming import IncomingTransfers
@@ -36,6 +34,7 @@ from dsrelay.outgoing import Copy, OutgoingTransfers
 from dsrelay.paths import Paths
 from dsrelay.registry import Fetchers, Workers
 from dswire.errors import ProtocolError, TransferFailed
+from dswire.links import End, Ready
 from dswire.machine import PeerLost, Received, Send, Tick
 from dswire.membership import Membership
 from dswire.messages import PROTOCOL, kv, worker

@@ -19,8 +19,6 @@ from dsdecode.state import DecodeState
 from dskv.handle import KvHandle, KvKey
 from dsprefill.state import PrefillState
 from dsrelay.events import ChunkArrived, Complain, SendChunk, StoreChunk
-from dsrelay.events import End as RelayEnd
-from dsrelay.events import Ready as RelayReady
 from dsrelay.state import RelayState
 from dsrouter.events import Tokenize, Tokenized
 from dsrouter.state import RouterState
@@ -409,9 +407,9 @@ class RelayProcess(Process):
                 self.send(peer, message, contents, lost)
             case Complain(peer, error):
                 self.world.note(f"complaint about {peer}: {error}")
-            case RelayReady():
+            case Ready():
                 self.ready = True
-            case RelayEnd(error):
+            case End(error):
                 self.world.ended(self, error)
             case _:
                 super().perform(action, lost)

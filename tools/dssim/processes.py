@@ -18,8 +18,6 @@ import msgspec
 import dsdecode.events as decode
 import dsprefill.events as prefill
 from dsrelay.events import ChunkArrived, Complain, SendChunk, StoreChunk
-from dsrelay.events import End as RelayEnd
-from dsrelay.events import Ready as RelayReady
 from dssched.instance import InstanceState
 from dssched.steps import ForgetSequence, Made, RunStep, StartSequence, Stepped
 from dssim.kernel import Kernel
@@ -321,9 +319,9 @@ class RelayProcess(Process):
                 self.send(peer, message, nbytes, self._link_free_s)
             case Complain(_, error):
                 raise error
-            case RelayReady():
+            case Ready():
                 self.ready = True
-            case RelayEnd(error):
+            case End(error):
                 self.refused(error)
             case _:
                 super().perform(action)
