@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from statistics import median
 
 import msgspec
 
+from dsbench.handoff.world import directory, process
 from dsclient import Client
+from dsengine.store import resolve
 from dstopology.endpoints import free_ports
+from dstopology.load import load
 from dswire.errors import Failed
 from dswire.messages.client import Ledger
 
@@ -27,6 +26,7 @@ model: {{path: {model}, dtype: bfloat16, max_model_len: {max_len}}}
 router: {{frontend: "tcp://127.0.0.1:{port}"}}
 kv: {{memory: 256MiB}}
 """
+#: longest wait for all processes to serve, in seconds
 _START_LIMIT_S = 300.0
 
 
@@ -60,25 +60,23 @@ def _ms(ledger: Ledger, stage: str) -> float:
 
 @contextmanager
 def system(model: str, tokens: int) -> Iterator[Client]:
-    """A whole system on this host, and a client of it. Raises :class:`Failed` when it does not start."""
-    # short: Unix sockets lie in it
-    directory = Path(tempfile.mkdtemp(prefix="dsb-"))
-    path = directory / "t.yaml"
-    port = free_ports()
-    path.write_text(_TOPOLOGY.format(model=model, port=port, max_len=tokens + 16))
-    try:
-        _dsctl("up", "-d", path)
-        with Client(f"tcp://127.0.0.1:{port}") as client:
-            yield client
-    finally:
-        _dsctl("down", path)
-        shutil.rmtree(directory)
-
-
-def _dsctl(*arguments: str | Path) -> None:
-    *words, path = map(str, arguments)
-    env = {**os.environ, "DS_RUN_DIR": str(Path(path).parent / "run")}
-    command = [sys.executable, "-m", "dsctl", *words, "-f", path]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=_START_LIMIT_S, check=False)
-    if done.returncode != 0:
-        raise Failed(f"dsctl {words[0]}: {done.stderr.strip() or done.stdout.strip()}")
+    """A whole system on this host, and a client of it. Raises what the store raises, and :class:`Failed`."""
+    # a process that cannot start for want of it says so in its log only
+    resolve(model)
+    with ExitStack() as stack:
+        root = stack.enter_context(directory())
+        path, port = root / "t.yaml", free_ports()
+        path.write_text(_TOPOLOGY.format(model=model, port=port, max_len=tokens + 16))
+        (root / "run").mkdir()
+        topology = load(path, {**os.environ, "DS_RUN_DIR": str(root / "run")})
+        names = topology.process_names()
+        running = {name: stack.enter_context(process(topology, name)) for name in names}
+        client = stack.enter_context(Client(topology.router.frontend_connect, timeout_s=_START_LIMIT_S))
+        deadline = time.monotonic() + _START_LIMIT_S
+        while any(worker.state != "up" for worker in client.status().workers):
+            ended = [name for name, one in running.items() if one.poll() is not None]
+            if ended or time.monotonic() > deadline:
+                told = "\n".join((topology.run_dir / f"{name}.log").read_text() for name in ended)
+                raise Failed(f"the system does not start: {', '.join(ended) or 'it takes too long'}\n{told}")
+            time.sleep(0.1)
+        yield client

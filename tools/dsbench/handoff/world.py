@@ -69,15 +69,14 @@ async def world(
 ) -> AsyncIterator[World]:
     """Everything up and registered, with pools of ``blocks`` blocks; ``transport`` is ``shm`` or ``host``."""
     with ExitStack() as stack:
-        directory = stack.enter_context(_directory())
-        topology = _topology(directory, transport, curve, staging, slot)
+        topology = _topology(stack.enter_context(directory()), transport, curve, staging, slot)
         keys = system_keys(topology)
         if keys is not None:
             stack.callback(start_authenticator(topology.security.keys_dir).stop)
         router = _Router(BoundSocket(topology.router.backend_bind, keys=keys))
         stack.callback(router.socket.close)
         for relay in topology.relays:
-            stack.enter_context(_relay(topology, relay.name))
+            stack.enter_context(process(topology, relay.name))
         ends = [topology.relay_of(topology.instance(name).node) for name in ("prefill-0", "decode-0")]
         pools = [topology.instance(name).segment for name in ("prefill-0", "decode-0")]
         command = [sys.executable, "-m", "dsbench.handoff.ends", ends[0].local, ends[0].node]
@@ -103,8 +102,8 @@ class _Router:
 
 
 @contextmanager
-def _directory() -> Iterator[Path]:
-    # short: Unix sockets lie in it
+def directory() -> Iterator[Path]:
+    """A directory whose path is short: Unix sockets lie in it."""
     path = Path(tempfile.mkdtemp(prefix="dsb-"))
     try:
         yield path
@@ -112,11 +111,11 @@ def _directory() -> Iterator[Path]:
         shutil.rmtree(path)
 
 
-def _topology(directory: Path, transport: str, curve: bool, staging: str, slot: str) -> Topology:
+def _topology(root: Path, transport: str, curve: bool, staging: str, slot: str) -> Topology:
     if curve:
-        write_pair(directory / "keys" / SYSTEM_SECRET, directory / "keys" / SYSTEM_PUBLIC)
+        write_pair(root / "keys" / SYSTEM_SECRET, root / "keys" / SYSTEM_PUBLIC)
     port = free_ports(4)
-    path = directory / "t.yaml"
+    path = root / "t.yaml"
     path.write_text(
         _TOPOLOGY.format(
             port=port,
@@ -126,29 +125,30 @@ def _topology(directory: Path, transport: str, curve: bool, staging: str, slot: 
             staging=staging,
             slot=slot,
             curve="on" if curve else "off",
-            keys=directory / "keys",
+            keys=root / "keys",
         )
     )
-    (directory / "run").mkdir()
-    return load(path, {**os.environ, "DS_RUN_DIR": str(directory / "run")})
+    (root / "run").mkdir()
+    return load(path, {**os.environ, "DS_RUN_DIR": str(root / "run")})
 
 
 @contextmanager
-def _relay(topology: Topology, name: str) -> Iterator[None]:
-    # the pipe's end closes with this process, however it ends, and takes the relay with it
+def process(topology: Topology, name: str) -> Iterator[subprocess.Popen[bytes]]:
+    """One process of a topology, which ends with us however we end; it logs into the run directory."""
     lifeline, held = os.pipe()
     env = {**os.environ, "DS_RUN_DIR": str(topology.run_dir), "DS_LIFELINE_FD": str(lifeline)}
-    command = [sys.executable, "-m", "dsrelay", "--topology", str(topology.path), "--name", name]
+    module = f"ds{topology.role_of(name)}"
+    command = [sys.executable, "-m", module, "--topology", str(topology.path), "--name", name]
     log = topology.run_dir / f"{name}.log"
     with log.open("wb") as out:
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=out, pass_fds=(lifeline,))
+        started = subprocess.Popen(command, env=env, stdout=out, stderr=out, pass_fds=(lifeline,))
     os.close(lifeline)
     try:
-        yield
+        yield started
     finally:
         os.close(held)
-        process.terminate()
-        process.wait(_STOP_S)
+        started.terminate()
+        started.wait(_STOP_S)
 
 
 @contextmanager
