@@ -224,10 +224,12 @@ class Planner:
     # the other modes
 
     def _conditional(self, base: Placement) -> list[Placement]:
-        """Short prompts read by decode instances, with the replicas of ``base`` or one of prefill less."""
+        """Short prompts read by decode instances, with the replicas of ``base``; where KV may go anywhere, also
+        with one of prefill less."""
         prompts = sorted(prompt for _, prompt, _ in self.question.workload.requests)
         thresholds = sorted({prompts[int(len(prompts) * share)] for share in QUANTILES})
-        fewer = [n for n in (base.spec.prefill.replicas, base.spec.prefill.replicas - 1) if n]
+        whole = base.spec.prefill.replicas
+        fewer = [whole, whole - 1] if base.spec.algorithm == "high" and whole > 1 else [whole]
         variants = [
             replace(
                 base.spec,
@@ -306,6 +308,7 @@ class Planner:
         return self.question.price(spec.prefill.devices, spec.decode.devices)
 
 
-def _order(one: Placement) -> tuple[float, bool, bool]:
-    """By worth; of equals the system with the fewest kinds of instances, then the one whose KV stays in nodes."""
-    return float(f"{one.worth:.{DIGITS}g}"), one.spec.mode == "colocated", one.spec.algorithm == "low"
+def _order(one: Placement) -> tuple[float, int, bool]:
+    """By worth; of equals the simplest mode, then the one whose KV stays in nodes."""
+    simple = ("conditional", "disaggregated", "colocated").index(one.spec.mode)
+    return float(f"{one.worth:.{DIGITS}g}"), simple, one.spec.algorithm == "low"

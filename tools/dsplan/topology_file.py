@@ -28,7 +28,7 @@ def document(plan: Plan, one: Placement | None = None) -> dict[str, Any]:
         )
     if spec.algorithm == "low" and spec.stages > 1:
         raise PlanInput(
-            f"stages of this placement lie side by side on {spec.stages} nodes, a topology has each instance on one",
+            f"stages of this placement lie side by side on {spec.stages} nodes, a topology has an instance on one",
             remedy="plan with --nodes 1, or for nodes with more devices",
         )
     places = _places(spec, per_node, apart=question.decode_hardware is not None)
@@ -97,9 +97,6 @@ def _places(spec: Spec, per_node: int, *, apart: bool) -> dict[str, list[list[st
     wanted = [("prefill", spec.prefill), ("decode", spec.decode)]
     if spec.algorithm == "low":
         order = [pair for _ in range(spec.decode.replicas) for pair in wanted]
-        # where a replica of prefill was left out
-        for _ in range(spec.decode.replicas - spec.prefill.replicas):
-            order.remove(wanted[0])
     else:
         order = [one for one in wanted for _ in range(one[1].replicas)]
         order.sort(key=lambda one: (apart and one[0], -one[1].parallel.devices))
