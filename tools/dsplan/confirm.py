@@ -41,35 +41,37 @@ HALVINGS = 4
 
 
 def checked(plan: Plan, requests: int) -> list[Confirmation]:
-    """The choice at the highest rate that the simulator agrees to, and the runner-up; notes say what it thinks."""
-    found = []
-    try:
-        runs = confirmations(plan, requests)
-    except DsError as error:
-        plan.notes.append(f"not checked in the simulator: {error.message}")
-        return []
-    found.append(agreed(plan, runs))
+    """The choice at the highest rate that the simulator agrees to, and the best of another mode that it can run;
+    notes say what it thinks."""
     chosen = plan.chosen
-    if found[0].rate < chosen.goodput.rate:
-        plan.notes.append(
-            f"the simulator is less hopeful: {runs[0].attainment:.1%} at {runs[0].rate:.3g} requests/s, and its "
-            f"own goodput is about {found[0].rate:.3g} ({found[0].rate / chosen.spec.devices:.3g} a device)"
-        )
-    rival = next((one for one in plan.placements if one.spec.mode != chosen.spec.mode), None)
-    if rival is None:
-        return found
-    try:
-        found.append(agreed(plan, confirmations(plan, requests, rival)))
-    except DsError as error:
-        plan.notes.append(f"mode {rival.spec.mode} was not checked in the simulator: {error.message}")
-        return found
-    worth = [run.rate * one.worth / one.goodput.rate for run, one in zip(found, (chosen, rival), strict=True)]
-    if worth[1] > worth[0]:
-        plan.notes.append(
-            f"by the simulator's own goodputs mode {rival.spec.mode} is {worth[1] / worth[0] - 1:.0%} ahead: the "
-            "verdict is open"
-        )
-    return found
+    found: list[tuple[Placement, Confirmation]] = []
+    for one in (chosen, *(other for other in plan.placements if other.spec.mode != chosen.spec.mode)):
+        try:
+            runs = confirmations(plan, requests, one)
+        except DsError as error:
+            plan.notes.append(f"mode {one.spec.mode} is not checked in the simulator: {error.message}")
+            continue
+        found.append((one, agreed(plan, runs)))
+        if one is not chosen:
+            break
+        if found[0][1].rate < chosen.goodput.rate:
+            plan.notes.append(_less(chosen, runs[0], found[0][1]))
+    if len(found) == 2:
+        worth, rivals = (run.rate * one.worth / one.goodput.rate for one, run in found)
+        if rivals > worth:
+            plan.notes.append(
+                f"by the simulator's own goodputs mode {found[1][0].spec.mode} is {rivals / worth - 1:.0%} ahead: "
+                "the verdict is open"
+            )
+    return [run for _, run in found]
+
+
+def _less(one: Placement, run: Confirmation, own: Confirmation) -> str:
+    """The simulator finds less than the search did."""
+    return (
+        f"the simulator is less hopeful: {run.attainment:.1%} at {run.rate:.3g} requests/s, and its own goodput is "
+        f"about {own.rate:.3g} ({own.rate / one.spec.devices:.3g} a device)"
+    )
 
 
 def confirmations(plan: Plan, requests: int, one: Placement | None = None) -> list[Confirmation]:

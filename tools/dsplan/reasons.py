@@ -15,9 +15,10 @@ _WHY = {
 
 
 def verdict(plan: Plan) -> str:
-    """Whether to disaggregate, and by how much the best of the other modes is behind."""
+    """Whether to disaggregate, and by how much the best system that does it the other way is behind."""
     chosen = plan.chosen
-    rival = next((one for one in plan.placements if one.spec.mode != chosen.spec.mode), None)
+    together = chosen.spec.mode == "colocated"
+    rival = next((one for one in plan.placements if (one.spec.mode == "colocated") is not together), None)
     advice = {
         "disaggregated": "Disaggregate",
         "colocated": "Do not disaggregate: read prompts and decode on the same instances",
