@@ -5,8 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from dsrelay.events import Complain, End, Ready
+from dsrelay.events import Complain
 from dswire.errors import DuplicateName, KvCorrupt
+from dswire.links import End, Ready
 from dswire.machine import Send, Tick
 from dswire.messages import PROTOCOL, kv, worker
 from support.handles import LAYOUT, make_handle
