@@ -67,8 +67,8 @@ class Engine:
         )
         self._model = load_model(shape, config, self._device, part, peers)
         if isinstance(self._model, NativeDecoder):
-            # Drawing tokens is all that is left to torch: its threads would spin, after every step, on the cores that
-            # those of the kernels need.
+            # Drawing tokens is all that is left to torch: its threads would spin, after every step, on the cores
+            # that those of the kernels need.
             torch.set_num_threads(1)
         #: of the whole model; that of :attr:`pool` has this rank's layers and heads
         self.layout = KvLayout(
