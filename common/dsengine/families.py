@@ -51,7 +51,7 @@ def load_architecture(model_dir: Path) -> Architecture:
     if quantised or (model_dir / "quantize_config.json").is_file():
         raise UnsupportedModel(
             f"{config.path}: not supported: quantised weights ({quantised or 'quantize_config.json'})",
-            remedy="use the model's unquantised checkpoint; `quantization: int8` quantises it at load",
+            remedy="use the model's unquantised checkpoint",
         )
     return family(config)
 
