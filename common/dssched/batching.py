@@ -9,8 +9,6 @@ section 4.2).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 
 def chunk(left: int, room: int, whole_up_to: int = 0) -> int:
     """How many of a prompt's ``left`` unread tokens go into a step with room for ``room`` more.
@@ -20,24 +18,6 @@ def chunk(left: int, room: int, whole_up_to: int = 0) -> int:
     if left <= room:
         return left
     return 0 if left <= whole_up_to else room
-
-
-def prefill_batch(
-    lengths: Iterable[int], *, target_tokens: int, max_sequences: int, free_blocks: int, block_size: int
-) -> int:
-    """How many prompts from the head of the queue form the next step where none is cut.
-
-    ``lengths``: tokens of each queued prompt, in order. ``target_tokens`` is ``Lm``. 0 when the queue is empty or
-    its head does not fit the free blocks.
-    """
-    count = tokens = blocks = 0
-    for length in lengths:
-        blocks += -(-length // block_size)
-        tokens += length
-        if blocks > free_blocks or count == max_sequences or (count and tokens > target_tokens):
-            break
-        count += 1
-    return count
 
 
 def decode_may_admit(needed_blocks: int, free_blocks: int, running: int) -> bool:
