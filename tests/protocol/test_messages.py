@@ -13,6 +13,7 @@ from dswire.codec import Decoder, encode
 from dswire.errors import DsError, ErrorInfo, Failed, from_info
 from dswire.messages import PROTOCOL, client, kv, worker
 from support.any_message import any_message
+from support.error_tree import leaves
 
 UNIONS = {
     "FromClient": client.FromClient,
@@ -171,10 +172,6 @@ def test_every_public_message_has_golden_bytes() -> None:
 def test_a_message_for_the_other_side_is_refused() -> None:
     with pytest.raises(DsError, match="does not fit the protocol"):
         Decoder[Any](client.FromClient).decode(encode(client.ClientPong("one")))
-
-
-def leaves(cls: type[DsError]) -> list[type[DsError]]:
-    return [cls, *(leaf for child in cls.__subclasses__() for leaf in leaves(child))]
 
 
 @pytest.mark.parametrize("cls", leaves(DsError), ids=lambda cls: cls.code)

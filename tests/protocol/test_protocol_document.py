@@ -16,6 +16,7 @@ from msgspec import inspect
 from dswire.codec import MAX_FRAME_NBYTES, MAX_ITEMS, Decoder, encode
 from dswire.errors import DsError, ErrorInfo
 from dswire.messages import PROTOCOL, client
+from support.error_tree import leaves
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
 
@@ -112,12 +113,6 @@ def test_examples_are_what_is_sent(struct: type[msgspec.Struct]) -> None:
         message = Decoder[msgspec.Struct](union).decode(frame)
         assert type(message) is struct
         assert encode(message) == frame
-
-
-def leaves(cls: type[DsError]) -> list[type[DsError]]:
-    # a tool's own errors hang in the tree too, but cross no wire
-    known = [child for child in cls.__subclasses__() if child.__module__ == DsError.__module__]
-    return [cls, *(leaf for child in known for leaf in leaves(child))]
 
 
 def test_every_error_code() -> None:
