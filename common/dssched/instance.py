@@ -135,6 +135,11 @@ class InstanceState(ABC):
     def _relay_lost(self, now: float) -> None:  # noqa: B027
         """The relay is gone."""
 
+    @property
+    def _lease_s(self) -> float:
+        """The relay's, or its default while no relay has told."""
+        return self.links.staging.lease_s if self.links.staging else 30.0
+
     # links
 
     def _received(self, now: float, peer: str, message: msgspec.Struct) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dskv.handle import KvKey
 from dssched.prefix import PrefixPool
 from dssched.steps import Run
-from dswire.messages.worker import PrefillWork
+from dswire.messages.worker import Logprobs, PrefillDone, PrefillWork
 
 
 @dataclass(slots=True)
@@ -61,7 +61,8 @@ class Reading:
         start, self.done = self.done, self.done + count
         return Run(self.key, self.tokens[start : self.done], start, tuple(blocks), self.left == 0)
 
-    def prefill_s(self, now: float) -> float:
-        """Seconds from the beginning of the first step to now."""
+    def told(self, token: int, logprobs: Logprobs | None, reason: str, now: float) -> PrefillDone:
+        """What the router is told of the token drawn behind the last of them; ``reason`` as in ``finish``."""
         assert self.queue_s is not None
-        return now - self.arrived - self.queue_s
+        prefill_s = now - self.arrived - self.queue_s
+        return PrefillDone(self.key, token, self.queue_s, prefill_s, logprobs, reason)

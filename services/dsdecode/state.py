@@ -226,7 +226,7 @@ class DecodeState(InstanceState):
     @property
     def _extend_s(self) -> float:
         """A third of the relay's lease."""
-        return (self.links.staging.lease_s if self.links.staging else 30.0) / 3
+        return self._lease_s / 3
 
     def _relay_lost(self, now: float) -> None:
         error = TransferFailed(f"the relay of node {self.config.node} was lost in mid-transfer").info()
@@ -310,12 +310,9 @@ class DecodeState(InstanceState):
         """A chunk of a prompt is read; with the last comes the first token."""
         if made.token is None or one.reading is None:
             return
-        reading = one.reading
         one.output_ids.append(made.token)
         reason = finish_reason(made.token, len(one.output_ids), one.sampling, self.config.eos_ids)
-        queue_s, prefill_s = reading.queue_s or 0.0, reading.prefill_s(now)
-        done = worker.PrefillDone(one.key, made.token, queue_s, prefill_s, made.logprobs, reason)
-        self._out.append(Send(ROUTER, done))
+        self._out.append(Send(ROUTER, one.reading.told(made.token, made.logprobs, reason, now)))
         one.life.move(Phase.RUNNING, now, "prompt read")
         self.pool.remember(one.known_tokens, one.blocks)
         if reason:

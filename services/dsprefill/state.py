@@ -227,12 +227,10 @@ class PrefillState(InstanceState):
                 self._advance(one, result, result.token, step.now)
 
     def _advance(self, one: _Sequence, made: Made, token: int, now: float) -> None:
-        reading, work = one.reading, one.reading.work
-        self.pool.remember(reading.tokens, one.blocks)
+        work = one.reading.work
+        self.pool.remember(one.reading.tokens, one.blocks)
         reason = finish_reason(token, len(work.output_ids) + 1, work.sampling, self.config.eos_ids)
-        queue_s = reading.queue_s or 0.0
-        done = worker.PrefillDone(one.key, token, queue_s, reading.prefill_s(now), made.logprobs, reason)
-        self._out.append(Send(ROUTER, done))
+        self._out.append(Send(ROUTER, one.reading.told(token, made.logprobs, reason, now)))
         if reason:
             self._drop(one, now, f"finished: {reason}")
         else:
@@ -308,10 +306,6 @@ class PrefillState(InstanceState):
     def _patience_s(self) -> float:
         """How long to wait for another relay: a lease in all, the silence of the last one included."""
         return max(self._lease_s - RELAY_SILENCE_S, 1.0)
-
-    @property
-    def _lease_s(self) -> float:
-        return self.links.staging.lease_s if self.links.staging else 30.0
 
     # ends
 
