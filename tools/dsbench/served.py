@@ -16,12 +16,11 @@ from rich.table import Table
 
 from dsbench.bootstrap import interval, percentile, share
 from dssim.records import Record
-from dssim.statistics import Estimate, wilson
+from dssim.statistics import PERCENTILES, Estimate, wilson
 from dssim.workload import Arrival
 from dstopology.resolved import Slo
 from dswire.errors import BadInput
 
-PERCENTILES = (50, 90, 95, 99)
 #: requests that were sent later than this make the figures doubtful, in seconds
 LATE_S = 0.05
 
