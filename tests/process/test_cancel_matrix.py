@@ -44,6 +44,8 @@ ENDINGS = ("cancel", "disconnect", "deadline")
 def system(request: pytest.FixtureRequest) -> Iterator[System]:
     force = "force_transport: tcp\n" if request.param == "tcp" else ""
     with running_system(TOPOLOGY + force) as running:
+        # a relay that is frozen before the instances have greeted it would hold requests at an earlier stage
+        running.await_connected()
         yield running
 
 

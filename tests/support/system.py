@@ -157,6 +157,11 @@ class System:
         """A client of this system."""
         return Client(self.address, keys=self._keys)
 
+    def await_connected(self) -> None:
+        """Wait until KV goes all the way; "ready" says only that the router knows every process."""
+        with self.client() as client:
+            client.generate(prompt_ids=(1000, 1001), temperature=0.0, max_tokens=2, ignore_eos=True)
+
     def await_idle(self, limit_s: float) -> None:
         """Wait until no instance holds a block and no relay a handle; fails after ``limit_s``."""
         began = time.monotonic()
