@@ -18,13 +18,14 @@ from hashlib import blake2b
 _DIGEST_NBYTES = 16
 
 
-def digests(tokens: Sequence[int], block_size: int) -> list[bytes]:
-    """One for each full block of a sequence."""
-    found: list[bytes] = []
-    parent = b""
-    for end in range(block_size, len(tokens) + 1, block_size):
-        part = array("q", tokens[end - block_size : end]).tobytes()
-        parent = blake2b(parent + part, digest_size=_DIGEST_NBYTES).digest()
+def digests(tokens: Sequence[int], block_size: int, begun: Sequence[bytes] = ()) -> list[bytes]:
+    """One for each full block of a sequence; ``begun``: those of its first blocks, where they are known already."""
+    found = list(begun)
+    parent = found[-1] if found else b""
+    first = len(found) * block_size
+    content, width = array("q", tokens[first:]).tobytes(), 8 * block_size
+    for end in range(width, len(content) + 1, width):
+        parent = blake2b(parent + content[end - width : end], digest_size=_DIGEST_NBYTES).digest()
         found.append(parent)
     return found
 
@@ -110,15 +111,18 @@ class PrefixPool:
         for block in known:
             self._idle.pop(block, None)
             self._holders[block] = self._holders.get(block, 0) + 1
-        fresh = [self._fresh() for _ in range(count - len(known))]
+        fresh = self._fresh(count - len(known))
         self._holders.update(dict.fromkeys(fresh, 1))
         return [*known, *fresh]
 
-    def remember(self, tokens: Sequence[int], blocks: Sequence[int]) -> None:
-        """The KV of ``tokens`` lies in ``blocks``: keep the full ones when nobody holds them any more."""
+    def remember(self, tokens: Sequence[int], blocks: Sequence[int], begun: Sequence[bytes] = ()) -> None:
+        """The KV of ``tokens`` lies in ``blocks``: keep the full ones when nobody holds them any more.
+
+        ``begun``: the digests of the first blocks, where they are known already.
+        """
         if not self.keep:
             return
-        for digest, block in zip(digests(tokens, self.block_size), blocks, strict=False):
+        for digest, block in zip(digests(tokens, self.block_size, begun), blocks, strict=False):
             if digest not in self._block_of and block not in self._digest_of:
                 self._block_of[digest] = block
                 self._digest_of[block] = digest
@@ -160,9 +164,13 @@ class PrefixPool:
         """How many sequences hold each block that is held."""
         return dict(self._holders)
 
-    def _fresh(self) -> int:
-        if self._free:
-            return self._free.pop()
-        block, _ = self._idle.popitem(last=False)
-        del self._block_of[self._digest_of.pop(block)]
-        return block
+    def _fresh(self, count: int) -> list[int]:
+        first = max(0, len(self._free) - count)
+        fresh = self._free[first:]
+        del self._free[first:]
+        fresh.reverse()
+        while len(fresh) < count:
+            block, _ = self._idle.popitem(last=False)
+            del self._block_of[self._digest_of.pop(block)]
+            fresh.append(block)
+        return fresh

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from dskv.handle import KvKey
 from dswire.errors import ErrorInfo
 from dswire.messages.client import Sampling
@@ -33,8 +35,7 @@ class ForgetSequence:
     key: KvKey
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """One sequence of a step."""
 
     key: KvKey
@@ -62,8 +63,7 @@ class RunStep:
 # events
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
+class Made(msgspec.Struct, frozen=True):
     """What a step did for one sequence."""
 
     key: KvKey

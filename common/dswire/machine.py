@@ -2,6 +2,8 @@
 
 A machine has no clock, no socket and no loop: time arrives inside each event, and what is to be done leaves as
 actions. The actor shell (``dswire.actor``) runs it in a server, the simulator under a virtual clock.
+
+What is made for every token is a ``msgspec.Struct``, which takes a fifth of the time that a frozen dataclass takes.
 """
 
 from __future__ import annotations
@@ -13,8 +15,7 @@ from typing import Any, Protocol
 import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(msgspec.Struct, frozen=True):
     """A message came in."""
 
     now: float
@@ -38,8 +39,7 @@ class PeerLost:
     peer: str
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(msgspec.Struct, frozen=True):
     """Send a message. It may be lost with its receiver; then ``PeerLost`` follows."""
 
     peer: str

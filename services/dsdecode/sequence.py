@@ -14,7 +14,7 @@ be pulled stays with prefill, whose memory is the buffer for bursts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from dskv.handle import KvHandle, KvKey
@@ -57,11 +57,13 @@ class Sequence:
     #: output so far; once it is RUNNING, the last token is the one whose KV is not there yet
     output_ids: list[int]
     sampling: Sampling
+    #: place of the last token; while it is RUNNING also the number of tokens whose KV is there
+    position: int
     #: of KV that is pulled
     handle: KvHandle | None = None
     #: of a prompt that is read here
     reading: Reading | None = None
-    blocks: list[int] = field(default_factory=list)
+    blocks: tuple[int, ...] = ()
     #: copies running in threads
     copies: int = 0
     #: part of a step that is under way
@@ -84,17 +86,23 @@ class Sequence:
         handle = work.handle if isinstance(work, DecodeWork) else None
         reading = Reading.of(work, now) if isinstance(work, PrefillWork) else None
         outputs = list(work.output_ids)
-        return cls(key_of(work), life, work.prompt_ids, outputs, work.sampling, handle, reading)
+        last = len(work.prompt_ids) + len(outputs) - 1
+        return cls(key_of(work), life, work.prompt_ids, outputs, work.sampling, last, handle, reading)
 
-    @property
-    def position(self) -> int:
-        """Place of the last token; while it is RUNNING also the number of tokens whose KV is there."""
-        return len(self.prompt_ids) + len(self.output_ids) - 1
+    def add(self, token: int) -> None:
+        """A token was made."""
+        self.output_ids.append(token)
+        self.position += 1
 
     @property
     def known_tokens(self) -> tuple[int, ...]:
         """The tokens whose KV is there, while it is RUNNING."""
         return (*self.prompt_ids, *self.output_ids[:-1])
+
+    @property
+    def chain(self) -> list[bytes]:
+        """The digests of the first blocks, as far as they are known."""
+        return (self.reading.chain if self.reading is not None else None) or []
 
     def stages(self, first_step_s: float) -> DecodeStages:
         """Where the time up to the first step went."""

@@ -55,6 +55,8 @@ class DecodeState(InstanceState):
         self.config = config
         #: every sequence that is not GONE, in order of arrival
         self.sequences: dict[KvKey, Sequence] = {}
+        #: the same by phase, in the order in which they came to it
+        self._phases: dict[Phase, dict[KvKey, Sequence]] = {phase: {} for phase in Phase}
         #: when the leases of wanted handles are extended next
         self._extend_at: float | None = None
 
@@ -62,9 +64,13 @@ class DecodeState(InstanceState):
         """Blocks and phases agree."""
         everyone = self.sequences.values()
         self._validate((one.blocks for one in everyone), (one.key for one in everyone if one.in_step))
+        assert sum(map(len, self._phases.values())) == len(everyone)
         for one in everyone:
             phase = one.life.phase
             assert phase is not Phase.GONE
+            assert self._phases[phase][one.key] is one
+            assert one.position == len(one.prompt_ids) + len(one.output_ids) - 1
+            assert phase is not Phase.RUNNING or one.position <= len(one.blocks) * self.pool.block_size
             assert (phase is Phase.WAITING) == (not one.blocks)
             assert one.copies == 0 or phase in (Phase.PULLING, Phase.DOOMED)
             assert not one.in_step or phase in (Phase.PREFILLING, Phase.RUNNING, Phase.DOOMED)
@@ -86,7 +92,7 @@ class DecodeState(InstanceState):
                 one = self._pulling(key)
                 if one is not None and one.handle is not None:
                     one.copies, one.heard_at = one.copies + 1, now
-                    self._out.append(CopyDirect(one.handle, tuple(one.blocks)))
+                    self._out.append(CopyDirect(one.handle, one.blocks))
             case kv.KvChunkReady():
                 self._chunk_ready(now, message)
             case kv.KvFailed(key=key, error=error):
@@ -108,14 +114,14 @@ class DecodeState(InstanceState):
             self._fail_at_router(key, refusal.info())
             return
         life = Lifecycle(f"sequence {key}", TRANSITIONS, Phase.WAITING, now)
-        self.sequences[key] = one = Sequence.of(work, life, now)
+        self.sequences[key] = self._phases[Phase.WAITING][key] = one = Sequence.of(work, life, now)
         if one.handle is not None and self._extend_at is None:
             self._extend_at = now + self._extend_s
 
     def _refusal(self, work: worker.DecodeWork | worker.PrefillWork) -> DsError | None:
         name, capacity = self.config.name, self.config.capacity
         longest = len(work.prompt_ids) + work.sampling.max_tokens
-        waiting = sum(one.life.phase is Phase.WAITING for one in self.sequences.values())
+        waiting = len(self._phases[Phase.WAITING])
         if waiting >= self.config.max_queue:
             return Overloaded(f"{waiting} sequences wait at {name} already")
         if capacity.layout.blocks_for(longest) > capacity.blocks:
@@ -129,12 +135,12 @@ class DecodeState(InstanceState):
     # admission
 
     def _admit(self, now: float) -> None:
-        phases = [one.life.phase for one in self.sequences.values()]
-        pulling = phases.count(Phase.PULLING)
-        inside = pulling + phases.count(Phase.PREFILLING) + phases.count(Phase.RUNNING)
-        for one in self.sequences.values():
-            if one.life.phase is not Phase.WAITING:
-                continue
+        waiting = self._phases[Phase.WAITING]
+        if not waiting:
+            return
+        pulling = len(self._phases[Phase.PULLING])
+        inside = pulling + self._stepping
+        for one in list(waiting.values()):
             if one.handle is not None and not self.links.relay.joined:
                 # those whose prompts are read here need no relay
                 continue
@@ -153,12 +159,12 @@ class DecodeState(InstanceState):
             return False
         if one.reading is None:
             assert one.handle is not None
-            one.blocks = self.pool.take(count)
-            one.transfer_wait_s = one.life.move(Phase.PULLING, now, "blocks taken")
+            one.blocks = tuple(self.pool.take(count))
+            one.transfer_wait_s = self._move(one, Phase.PULLING, now, "blocks taken")
             self._out.append(Send(RELAY, kv.KvPull(one.handle)))
         else:
-            one.blocks = one.reading.take(self.pool, count, known)
-            one.life.move(Phase.PREFILLING, now, "blocks taken")
+            one.blocks = tuple(one.reading.take(self.pool, count, known))
+            self._move(one, Phase.PREFILLING, now, "blocks taken")
             self._start(one)
         return True
 
@@ -175,7 +181,7 @@ class DecodeState(InstanceState):
         one.copies, one.heard_at = one.copies + 1, now
         handle, part = one.handle, ready.chunk
         last = part.first + part.count >= len(handle.blocks)
-        self._out.append(CopyChunk(handle, tuple(one.blocks), part, ready.slot, last))
+        self._out.append(CopyChunk(handle, one.blocks, part, ready.slot, last))
 
     def _worked(self, event: Any) -> None:
         assert isinstance(event, CopyEnded)
@@ -193,21 +199,18 @@ class DecodeState(InstanceState):
             if event.chunk is not None:
                 self._out.append(Send(RELAY, kv.KvTaken(one.key, event.chunk)))
             if event.chunk is None or event.last:
-                one.transfer_s = one.life.move(Phase.RUNNING, now, "KV verified")
+                one.transfer_s = self._move(one, Phase.RUNNING, now, "KV verified")
                 self._out.append(Send(RELAY, kv.KvPulled(one.key)))
                 self._start(one)
 
     def _tick(self, now: float) -> None:
-        for one in [one for one in self.sequences.values() if self._stuck_at(one) <= now]:
+        for one in [one for one in self._phases[Phase.PULLING].values() if self._stuck_at(one) <= now]:
             error = TransferFailed(f"the relay of node {self.config.node} said nothing of {one.key} for a lease")
             self._fail(one, now, error.info(), tell_relay=True)
         if self._extend_at is None or now < self._extend_at:
             return
-        wanted = tuple(
-            (one.key, one.handle.node)
-            for one in self.sequences.values()
-            if one.life.phase in (Phase.WAITING, Phase.PULLING) and one.handle is not None
-        )
+        early = (*self._phases[Phase.PULLING].values(), *self._phases[Phase.WAITING].values())
+        wanted = tuple((one.key, one.handle.node) for one in early if one.handle is not None)
         self._extend_at = now + self._extend_s if self.sequences else None
         if wanted and self.links.relay.joined:
             self._out.append(Send(RELAY, kv.KvExtend(wanted)))
@@ -215,11 +218,11 @@ class DecodeState(InstanceState):
     def _deadline(self) -> float | None:
         if self._extend_at is None:
             return None
-        return min(self._extend_at, *(self._stuck_at(one) for one in self.sequences.values()), inf)
+        return min(self._extend_at, *map(self._stuck_at, self._phases[Phase.PULLING].values()), inf)
 
     def _stuck_at(self, one: Sequence) -> float:
         """When the relay's last word on a pull is so old that its end must have been lost on the way."""
-        if one.life.phase is not Phase.PULLING or one.copies:
+        if one.copies:
             return inf
         return max(one.life.since, one.heard_at) + 3 * self._extend_s + GRACE_S
 
@@ -230,9 +233,8 @@ class DecodeState(InstanceState):
 
     def _relay_lost(self, now: float) -> None:
         error = TransferFailed(f"the relay of node {self.config.node} was lost in mid-transfer").info()
-        for one in list(self.sequences.values()):
-            if one.life.phase is Phase.PULLING:
-                self._fail(one, now, error, tell_relay=False)
+        for one in list(self._phases[Phase.PULLING].values()):
+            self._fail(one, now, error, tell_relay=False)
 
     def _pulling(self, key: KvKey) -> Sequence | None:
         one = self.sequences.get(key)
@@ -243,11 +245,11 @@ class DecodeState(InstanceState):
     def _next_step(self, now: float) -> list[Run]:
         idle = self._make_room(now)
         reading = [one for one in idle if one.life.phase is Phase.PREFILLING]
-        running = [one for one in idle if one.life.phase is Phase.RUNNING]
+        running = [one for one in idle if one.life.phase is Phase.RUNNING] if reading else idle
         if self.config.prefill_priority and reading:
             running = []
         # each stage gets its share, so that they all have as much to do
-        share = -(-sum(one.life.phase is Phase.RUNNING for one in self.sequences.values()) // self.config.stages)
+        share = -(-len(self._phases[Phase.RUNNING]) // self.config.stages)
         runs = [self._decode(one, now) for one in running[:share]]
         # however many decode, prompts get on by a block
         room = max(self.config.max_batch_tokens - len(runs), self.pool.block_size)
@@ -263,31 +265,34 @@ class DecodeState(InstanceState):
 
     def _make_room(self, now: float) -> list[Sequence]:
         """Those that can take a step, oldest first, the youngest having given way where blocks are too few."""
+        if not self._stepping:
+            return []
         phases = (Phase.PREFILLING, Phase.RUNNING)
-        idle = [one for one in self.sequences.values() if one.life.phase in phases and not one.in_step]
-        while sum(self._missing(one) for one in idle) > self.pool.free:
+        idle = [one for one in self.sequences.values() if not one.in_step and one.life.phase in phases]
+        missing = sum(map(self._misses, idle))
+        while missing > self.pool.free:
             if len(idle) == 1 and self.steps:
                 # those that are in a step may end with it
                 return []
             victim = idle.pop()
+            missing -= self._misses(victim)
             self._out.append(Send(ROUTER, worker.Preempted(victim.key)))
             if victim.life.phase is Phase.RUNNING:
-                self.pool.remember(victim.known_tokens, victim.blocks)
+                self.pool.remember(victim.known_tokens, victim.blocks, victim.chain)
             self._drop(victim, now, "preempted")
         return idle
 
-    def _missing(self, one: Sequence) -> int:
-        """Blocks that its next step takes."""
-        if one.life.phase is Phase.PREFILLING:
-            return 0
-        return max(0, self.config.capacity.layout.blocks_for(one.position + 1) - len(one.blocks))
+    def _misses(self, one: Sequence) -> bool:
+        """Whether its next step takes a block: one that reads its prompt has them all."""
+        return one.position >= len(one.blocks) * self.pool.block_size
 
     def _decode(self, one: Sequence, now: float) -> Run:
         if one.fresh:
             one.decode_queue_s = now - one.life.since
         one.in_step = True
-        one.blocks += self.pool.take(self._missing(one))
-        return Run(one.key, (one.output_ids[-1],), one.position, tuple(one.blocks), True)
+        if self._misses(one):
+            one.blocks += tuple(self.pool.take(1))
+        return Run(one.key, (one.output_ids[-1],), one.position, one.blocks, True)
 
     def _stepped(self, step: Stepped) -> None:
         tokens: list[worker.TokenMade] = []
@@ -310,11 +315,11 @@ class DecodeState(InstanceState):
         """A chunk of a prompt is read; with the last comes the first token."""
         if made.token is None or one.reading is None:
             return
-        one.output_ids.append(made.token)
+        one.add(made.token)
         reason = finish_reason(made.token, len(one.output_ids), one.sampling, self.config.eos_ids)
         self._out.append(Send(ROUTER, one.reading.told(made.token, made.logprobs, reason, now)))
-        one.life.move(Phase.RUNNING, now, "prompt read")
-        self.pool.remember(one.known_tokens, one.blocks)
+        self._move(one, Phase.RUNNING, now, "prompt read")
+        self.pool.remember(one.known_tokens, one.blocks, one.chain)
         if reason:
             self._drop(one, now, f"finished: {reason}")
 
@@ -322,12 +327,12 @@ class DecodeState(InstanceState):
         assert made.token is not None
         stages = one.stages(step.seconds) if one.fresh else None
         one.fresh = False
-        one.output_ids.append(made.token)
+        one.add(made.token)
         count = len(one.output_ids)
         reason = finish_reason(made.token, count, one.sampling, self.config.eos_ids)
         if reason:
             # the next turn of a conversation begins with this one
-            self.pool.remember(one.known_tokens, one.blocks)
+            self.pool.remember(one.known_tokens, one.blocks, one.chain)
             self._drop(one, step.now, f"finished: {reason}")
         return worker.TokenMade(one.key, count - 1, made.token, made.logprobs, reason, stages)
 
@@ -344,7 +349,7 @@ class DecodeState(InstanceState):
             return
         one.abort_pull = tell_relay and phase is Phase.PULLING
         if one.copies or one.in_step:
-            one.life.move(Phase.DOOMED, now, why)
+            self._move(one, Phase.DOOMED, now, why)
         else:
             self._tell_relay(one)
             self._drop(one, now, why)
@@ -359,15 +364,27 @@ class DecodeState(InstanceState):
             self._out.append(Send(RELAY, kv.KvAbort(one.key)))
 
     def _drop(self, one: Sequence, now: float, why: str) -> None:
+        del self._phases[one.life.phase][one.key]
         one.life.move(Phase.GONE, now, why)
         self.pool.give(one.blocks)
         self._out.append(ForgetSequence(one.key))
         del self.sequences[one.key]
 
+    def _move(self, one: Sequence, to: Phase, now: float, why: str) -> float:
+        """Step to a phase that is not the last; the seconds spent in the one left."""
+        left = one.life.phase
+        spent_s = one.life.move(to, now, why)
+        del self._phases[left][one.key]
+        self._phases[to][one.key] = one
+        return spent_s
+
     # what the router is told of us
 
     def _load(self) -> worker.Load:
-        phases = [one.life.phase for one in self.sequences.values()]
-        waiting = phases.count(Phase.WAITING) + phases.count(Phase.PULLING)
-        running = phases.count(Phase.PREFILLING) + phases.count(Phase.RUNNING)
-        return self._loaded(waiting, running)
+        waiting = len(self._phases[Phase.WAITING]) + len(self._phases[Phase.PULLING])
+        return self._loaded(waiting, self._stepping)
+
+    @property
+    def _stepping(self) -> int:
+        """How many take part in steps."""
+        return len(self._phases[Phase.PREFILLING]) + len(self._phases[Phase.RUNNING])

@@ -228,7 +228,7 @@ class PrefillState(InstanceState):
 
     def _advance(self, one: _Sequence, made: Made, token: int, now: float) -> None:
         work = one.reading.work
-        self.pool.remember(one.reading.tokens, one.blocks)
+        self.pool.remember(one.reading.tokens, one.blocks, one.reading.chain or ())
         reason = finish_reason(token, len(work.output_ids) + 1, work.sampling, self.config.eos_ids)
         self._out.append(Send(ROUTER, one.reading.told(token, made.logprobs, reason, now)))
         if reason:

@@ -197,7 +197,9 @@ class Flow:
                 holder.grow(made.key.sequence)
                 if made.finish_reason and holder.kept is not None and self._config.mode != "disaggregated":
                     # the next turn of a conversation begins with this one
-                    holder.kept.note(digests((*request.prompt_ids, *choice.output_ids), holder.kept.block_size))
+                    size = holder.kept.block_size
+                    known = choice.digests.get(size, ())
+                    holder.kept.note(digests((*request.prompt_ids, *choice.output_ids), size, known))
             self._token(now, request, choice, made.token, made.logprobs, made.finish_reason)
 
     def _token(

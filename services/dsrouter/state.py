@@ -255,7 +255,7 @@ class RouterState:
         request.events.append(event)
         owner = self.clients.get(request.client)
         if owner is not None and owner.reachable:
-            self.send(request.client, event)
+            self._out.append(Send(owner.peer, event))
 
     def choice_done(self, request: Request, choice: Choice, now: float) -> None:
         """A choice is complete; with the last one the request is."""
