@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import click
 import uvloop
@@ -15,11 +16,13 @@ from rich.console import Console
 
 from dsbench import compared, host
 from dsbench.compared import Compared
-from dsbench.load import Load
+from dsbench.contention import Factors, find
+from dsbench.load import Load, Progress
 from dsbench.objectives import objectives
 from dsbench.predict import Prediction
 from dsbench.probe import Constants, constants, probe
 from dsbench.serve import Measurement, measure
+from dsbench.served import Served
 from dsbench.started import started
 from dsclient import AsyncClient
 from dsctl.asking import Target, find_target
@@ -28,6 +31,7 @@ from dsplan.profile import check_topology
 from dsplan.profile import load as load_profile
 from dsplan.profiling import MOST_TOKENS, Effort
 from dssim.model import layout_of
+from dssim.records import Record
 from dssim.times import LinearTimes, linear_times
 from dssim.wish import METAVAR, Wish, make
 from dstopology.load import load
@@ -36,6 +40,8 @@ from dswire.errors import BadInput
 
 #: rates of the runs, in parts of the rate at which the objectives are just met
 FACTORS = (0.5, 0.8, 1.0, 1.2, 1.5)
+#: ... and the part of it at which it is found how much instances slow each other down
+BUSY = 0.9
 #: a rate is measured for so many requests, however long that takes
 LEAST_REQUESTS = 30
 
@@ -101,7 +107,7 @@ def command(
     path, _ = profile_of(wanted_by(topologies[0]), profile, False, Effort(), MOST_TOKENS, console)
     rows: list[Compared] = []
     for topology in topologies:
-        for row in run(topology, path, slo, wish, warmup, chosen, console):
+        for row in Calibration(topology, path, slo, wish, warmup, console).rows(chosen):
             rows.append(row)
             console.print(
                 f"{row.system}, {row.rate:.2f}/s: predicted {row.predicted.attainment.value:.1%}, "
@@ -125,47 +131,94 @@ def _rates(text: str) -> list[float]:
     return found
 
 
-def run(
-    topology: Topology,
-    profile: Path,
-    slo: Slo,
-    wish: Wish,
-    warmup_s: float,
-    rates: list[float] | None,
-    console: Console,
-) -> Iterator[Compared]:
-    """One topology: start, probe, then each rate predicted and measured."""
-    check_topology(profile, topology)
-    with started(topology.path, console):
-        target = find_target(topology.path, None, None)
-        found = _probe(topology, profile, target, console)
-        mine = profile.with_suffix(f".{topology.path.stem}.json")
-        _write(profile, mine, found)
-        prediction = Prediction(topology, mine, slo)
-        knee = 0.0 if rates else prediction.knee(replace(wish, until_s=float("inf")))
-        if not rates:
-            console.print(f"the objectives are predicted to hold up to {knee:.2f} requests/s")
-        for rate in rates or [knee * factor for factor in FACTORS]:
-            until_s = max(wish.until_s, warmup_s + LEAST_REQUESTS / rate)
-            here = replace(wish, rate=rate, until_s=until_s)
-            predicted = prediction.served(here, warmup_s)
-            measurement = Measurement(target, Load(make(here)), slo, warmup_s, rate)
-            measured, _ = measure(measurement, console)
-            yield Compared(topology.path.stem, rate, predicted, measured)
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """One topology."""
+
+    topology: Topology
+    #: of the engine alone
+    profile: Path
+    slo: Slo
+    wish: Wish
+    warmup_s: float
+    console: Console
+
+    @property
+    def mine(self) -> Path:
+        """The profile with what was found beyond the engine."""
+        return self.profile.with_suffix(f".{self.topology.path.stem}.json")
+
+    @property
+    def prediction(self) -> Prediction:
+        """By what is known so far."""
+        return Prediction(self.topology, self.mine, self.slo)
+
+    def rows(self, rates: list[float] | None) -> Iterator[Compared]:
+        """Start, probe, load for a while, then each rate predicted and measured."""
+        check_topology(self.profile, self.topology)
+        with started(self.topology.path, self.console):
+            target = find_target(self.topology.path, None, None)
+            found = self.probe(target)
+            _write(self.profile, self.mine, found, {})
+            if _neighbours(self.topology):
+                self.contend(target, found, BUSY * (median(rates) if rates else self.knee()))
+            if not rates:
+                knee = self.knee()
+                rates = [knee * factor for factor in FACTORS]
+            for rate in rates:
+                wish = self._at(rate)
+                predicted = self.prediction.served(wish, self.warmup_s)
+                measured, _ = self._measure(target, wish)
+                yield Compared(self.topology.path.stem, rate, predicted, measured)
+
+    def probe(self, target: Target) -> Constants:
+        """What is needed beyond the engine."""
+        decoding = len(self.topology.role("decode"))
+
+        async def ask() -> Constants:
+            async with AsyncClient(target.address, keys=target.keys) as client:
+                seen = await probe(client, self.console.print, decoding=decoding)
+            return constants(seen, _alone(self.topology, self.profile), layout_of(self.topology))
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            found = runner.run(ask())
+        self.console.print(f"beyond the engine: {json.dumps(_rounded(found))}", soft_wrap=True)
+        return found
+
+    def contend(self, target: Target, found: Constants, rate: float) -> None:
+        """How much the instances slow each other down at that rate, by arrivals of their own."""
+        wish = replace(self._at(rate), seed=self.wish.seed + 1)
+        self.console.print(f"{rate:.2f} requests/s, to see how much instances slow each other down")
+        _, sent = self._measure(target, wish)
+
+        def predict(factors: Factors) -> Sequence[Record]:
+            _write(self.profile, self.mine, found, factors)
+            return self.prediction.records(make(wish))
+
+        factors = find(sent.records, predict)
+        _write(self.profile, self.mine, found, factors)
+        told = ", ".join(f"{phase} {factor:.2f}" for phase, factor in factors.items())
+        self.console.print(f"a step beside others takes so many times as long: {told}")
+
+    def knee(self) -> float:
+        """The rate at which the objectives are just met, as predicted."""
+        rate = self.prediction.knee(replace(self.wish, until_s=float("inf")))
+        self.console.print(f"the objectives are predicted to hold up to {rate:.2f} requests/s")
+        return rate
+
+    def _at(self, rate: float) -> Wish:
+        until_s = max(self.wish.until_s, self.warmup_s + LEAST_REQUESTS / rate)
+        return replace(self.wish, rate=rate, until_s=until_s)
+
+    def _measure(self, target: Target, wish: Wish) -> tuple[Served, Progress]:
+        load = Load(make(wish))
+        return measure(Measurement(target, load, self.slo, self.warmup_s, wish.rate or 0.0), self.console)
 
 
-def _probe(topology: Topology, profile: Path, target: Target, console: Console) -> Constants:
-    decoding = len(topology.role("decode"))
-
-    async def ask() -> Constants:
-        async with AsyncClient(target.address, keys=target.keys) as client:
-            seen = await probe(client, console.print, decoding=decoding, apart=topology.mode == "disaggregated")
-        return constants(seen, _alone(topology, profile), layout_of(topology))
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        found = runner.run(ask())
-    console.print(f"beyond the engine: {json.dumps(_rounded(found))}", soft_wrap=True)
-    return found
+def _neighbours(topology: Topology) -> bool:
+    """Whether any node has more than one instance."""
+    nodes = [one.node for one in topology.instances]
+    return len(nodes) > len(set(nodes))
 
 
 def _alone(topology: Topology, profile: Path) -> LinearTimes:
@@ -183,14 +236,13 @@ def _rounded(found: Constants) -> dict[str, object]:
             phase: {name.removesuffix("_ms"): round(value, 3) for name, value in parts.items()}
             for phase, parts in found.overhead.items()
         },
-        "beside": {phase: round(factor, 3) for phase, factor in found.beside.items()},
     }
 
 
-def _write(profile: Path, to: Path, found: Constants) -> None:
+def _write(profile: Path, to: Path, found: Constants, factors: Factors) -> None:
     """The profile with what was found, for the simulator."""
     document = load_profile(profile)
-    document.transfer, document.beside = found.transfer, found.beside
+    document.transfer, document.beside = found.transfer, factors
     for fit in document.fits.values():
         fit["overhead"] = found.overhead
     document.save(to)

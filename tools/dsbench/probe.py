@@ -4,8 +4,7 @@ A few requests one at a time, a few at once, and each phase beside the other, on
 
 - messages: what of TTFT and of prefill is neither in the ledger's stages nor in a step;
 - copies and checksums: how hand-off and offer grow with the prompt;
-- steps: their time in the system less the engine's own, for one sequence and for eight;
-- beside: prompts while others decode, and decoding while prompts are read, to each of them alone.
+- steps: their time in the system less the engine's own, for one sequence and for eight.
 """
 
 from __future__ import annotations
@@ -30,8 +29,6 @@ TOGETHER, SHORT = 8, 32
 OUTPUT = 32
 #: of those together: the first is read by itself, begins before the others, and is to be there when they end
 OUTPUTS = (4 * OUTPUT, *((OUTPUT,) * (TOGETHER - 1)))
-#: of those beside which prompts are read
-OUTPUTS_BESIDE = (5 * OUTPUT, *((3 * OUTPUT,) * (TOGETHER - 1)))
 #: limit of the whole, in seconds
 LIMIT_S = 180.0
 
@@ -45,9 +42,6 @@ class Seen:
     #: by prompt tokens
     alone: dict[int, list[Completion]]
     together: list[Completion]
-    #: prompts read while sequences decode, and the sequences that decode while prompts are read
-    reading_beside: list[Completion]
-    decoding_beside: list[Completion]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +52,19 @@ class Constants:
     transfer: dict[str, float]
     #: as ``overhead`` of a profile's fit
     overhead: dict[str, dict[str, float]]
-    #: as ``beside`` of a profile
-    beside: dict[str, float]
 
 
-async def probe(client: AsyncClient, tell: Callable[[str], None], *, decoding: int, apart: bool) -> Seen:
-    """Ask. ``decoding``: instances that decode, which all get a whole batch. Raises what requests raise.
-
-    ``apart``: prefill and decode are instances of their own.
-    """
+async def probe(client: AsyncClient, tell: Callable[[str], None], *, decoding: int) -> Seen:
+    """Ask. ``decoding``: instances that decode, which all get a whole batch. Raises what requests raise."""
     asking = _Asking(client, Random(0))
     async with asyncio.timeout(LIMIT_S):
         tell("one request at a time")
         await asking.ask(SHORT, OUTPUT)
         alone = {length: [await asking.ask(length, OUTPUT) for _ in range(count)] for length, count in SINGLES}
         tell(f"{TOGETHER * decoding} requests at once")
-        together = await asking.many([(SHORT, output) for output in OUTPUTS for _ in range(decoding)])
-        if not apart:
-            return Seen(decoding, alone, together, [], [])
-        tell("both phases at once")
-        return Seen(decoding, alone, together, *await asking.both(decoding))
+        return Seen(
+            decoding, alone, await asking.many([(SHORT, output) for output in OUTPUTS for _ in range(decoding)])
+        )
 
 
 @dataclass
@@ -91,17 +78,6 @@ class _Asking:
 
     async def many(self, lengths: Sequence[tuple[int, int]]) -> list[Completion]:
         return list(await asyncio.gather(*(self.ask(prompt, output) for prompt, output in lengths)))
-
-    async def both(self, decoding: int) -> tuple[list[Completion], list[Completion]]:
-        """Prompts one after the other while sequences decode, until those end."""
-        decoded = [(SHORT, output) for output in OUTPUTS_BESIDE for _ in range(decoding)]
-        watched = asyncio.create_task(self.many(decoded))
-        reading = []
-        while not watched.done():
-            # a prompt without an answer keeps to its prefill instance
-            reading.append(await self.ask(SINGLES[0][0], 1))
-        # the first may have been read together with those that decode, and the last when nothing decoded any more
-        return reading[1:-1], await watched
 
 
 def constants(seen: Seen, times: StepTimes, layout: KvLayout) -> Constants:
@@ -123,7 +99,7 @@ def constants(seen: Seen, times: StepTimes, layout: KvLayout) -> Constants:
         "prefill": {"base_ms": read_ms},
         "decode": {"base_ms": base_ms, "per_sequence_ms": sequence_ms},
     }
-    return Constants(transfer, overhead, _beside(seen, times))
+    return Constants(transfer, overhead)
 
 
 def _decode_overhead(short: Sequence[Completion], seen: Seen, times: StepTimes) -> tuple[float, float]:
@@ -151,17 +127,3 @@ def step_s(one: Completion) -> float:
 def _context(one: Completion) -> int:
     """Tokens of a sequence half way through its answer."""
     return one.usage.prompt_tokens + one.usage.completion_tokens // 2
-
-
-def _beside(seen: Seen, times: StepTimes) -> dict[str, float]:
-    """Each phase's time beside the other to its time alone; nothing where they are not apart."""
-    if not seen.reading_beside or not seen.decoding_beside:
-        return {}
-    alone = seen.alone[SINGLES[0][0]]
-    read = median(one.ledger.prefill_s for one in seen.reading_beside) / median(
-        one.ledger.prefill_s for one in alone
-    )
-    # of other contexts than those alone
-    made, engine = _batch_step_s(seen.decoding_beside, seen.decoding, times)
-    usual, usual_engine = _batch_step_s(seen.together, seen.decoding, times)
-    return {"prefill": max(read, 1.0), "decode": max(made / engine / (usual / usual_engine), 1.0)}
