@@ -67,10 +67,15 @@ Cached<E> cached(const Pool& pool, const int32_t* table, const Shape& shape, int
 }
 
 #ifdef __AVX512F__
-// 16 rows of 16 words each, turned over: `rows` readable 64 bytes each; column i goes to out + i * stride words.
-inline void turn(const void* const* rows, int32_t* out, size_t stride) {
+// 16 rows of 16 words each, turned over: element i of the result is column i.
+struct Columns {
+  __m512i at[16];
+};
+
+template <class Row>
+inline Columns turn(Row row) {
   __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i]);
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(row(i));
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
     t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
@@ -87,10 +92,12 @@ inline void turn(const void* const* rows, int32_t* out, size_t stride) {
     t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
     t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
   }
+  Columns columns;
   for (int i = 0; i < 8; ++i) {
-    _mm512_storeu_si512(out + i * stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-    _mm512_storeu_si512(out + (i + 8) * stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+    columns.at[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    columns.at[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
   }
+  return columns;
 }
 #endif
 
@@ -123,9 +130,8 @@ inline void pack_keys(const typename E::weight* const* rows, int head_dim, typen
   if constexpr (sizeof(typename E::weight) * E::STEP == 4) {
     constexpr int WIDE = LANES * E::STEP;
     for (; dim + WIDE <= head_dim; dim += WIDE) {
-      const void* at[LANES];
-      for (int i = 0; i < LANES; ++i) at[i] = rows[i] + dim;
-      turn(at, reinterpret_cast<int32_t*>(to + static_cast<size_t>(dim) * PANEL), PANEL);
+      Columns columns = turn([&](int i) { return rows[i] + dim; });
+      for (int i = 0; i < LANES; ++i) _mm512_storeu_si512(to + (dim + i * E::STEP) * PANEL, columns.at[i]);
     }
   }
 #endif
@@ -141,14 +147,14 @@ inline void interleave(const uint16_t* even, const uint16_t* odd, uint16_t* to) 
 }
 
 #ifdef __AVX512BW__
-// The same for 2 * LANES dimensions.
-inline void interleave_two(const uint16_t* even, const uint16_t* odd, uint16_t* to) {
+// The same for 2 * LANES dimensions, as two vectors of pairs.
+inline void interleave_two(const uint16_t* even, const uint16_t* odd, vi* to) {
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                        37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
-  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
-  _mm512_storeu_si512(to + 2 * LANES, _mm512_permutex2var_epi16(a, high, b));
+  to[0] = (vi)_mm512_permutex2var_epi16(a, low, b);
+  to[1] = (vi)_mm512_permutex2var_epi16(a, high, b);
 }
 #endif
 
@@ -164,7 +170,11 @@ inline void pack_values(const typename E::weight* const* keys, size_t delta, int
     int dim = 0;
     if constexpr (E::STEP == 2) {
 #ifdef __AVX512BW__
-      for (; dim + 2 * LANES <= head_dim; dim += 2 * LANES) interleave_two(rows[0] + dim, rows[1] + dim, at(dim));
+      for (; dim + 2 * LANES <= head_dim; dim += 2 * LANES) {
+        vi pairs[2];
+        interleave_two(rows[0] + dim, rows[1] + dim, pairs);
+        std::memcpy(at(dim), pairs, sizeof pairs);
+      }
 #endif
       for (; dim + LANES <= head_dim; dim += LANES) interleave(rows[0] + dim, rows[1] + dim, at(dim));
     } else {
@@ -286,21 +296,26 @@ inline void reset(int rows, size_t width, const State& state) {
   std::memset(state.out, 0, rows * width * sizeof(float));
 }
 
-// The keys of chunk number `chunk` that the queries see, into a fresh `state`. False where they see none.
-template <class E>
-bool attend_chunk(Scratch<E>& scratch, const Queries& queries, const Shape& shape, const Cached<E>& cache, int chunk,
-                  const State& state) {
-  const size_t width = padded(shape.head_dim);
+// The tiles of chunk number `chunk` that the queries see: each(first key, keys, a multiple of 16). False: none.
+template <class Each>
+inline bool chunk_tiles(const Queries& queries, int chunk, Each each) {
   int last = queries.at(queries.rows - 1) + 1, first = chunk * CHUNK;
   int end = first + CHUNK < last ? first + CHUNK : last;
   int seen = queries.window ? queries.position - queries.window + 1 : 0;
   int begin = first > seen ? first : seen / TILE * TILE;
-  reset(queries.rows, width, state);
-  for (int at = begin; at < end; at += TILE) {
-    int count = end - at < TILE ? (end - at + LANES - 1) / LANES * LANES : TILE;
-    attend_tile<E>(scratch, queries, shape, cache, at, count, state);
-  }
+  for (int at = begin; at < end; at += TILE)
+    each(at, end - at < TILE ? (end - at + LANES - 1) / LANES * LANES : TILE);
   return begin < end;
+}
+
+// The keys of chunk number `chunk` that the queries see, into a fresh `state`. False where they see none.
+template <class E>
+bool attend_chunk(Scratch<E>& scratch, const Queries& queries, const Shape& shape, const Cached<E>& cache, int chunk,
+                  const State& state) {
+  reset(queries.rows, padded(shape.head_dim), state);
+  return chunk_tiles(queries, chunk, [&](int first, int count) {
+    attend_tile<E>(scratch, queries, shape, cache, first, count, state);
+  });
 }
 
 }  // namespace ds

@@ -1,7 +1,7 @@
 // What Python hands over: the model, the batch. Mirrored by native/structs.py, field by field.
 #pragma once
 
-#include "attention.h"
+#include "single.h"
 
 namespace ds {
 

@@ -3,6 +3,7 @@
 // A batch holds any mixture of whole prompts, chunks and single tokens. The residual stream stays in single precision.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 
 #include "rows.h"
@@ -32,9 +33,10 @@ class Buffer {
   size_t size_ = 0;
 };
 
-// Query rows of one sequence and KV head; `chunk` -1: all chunks one after the other.
+// Query rows of one sequence, for some KV heads. `chunk` -1: all chunks one after the other; else that one of
+// `chunks`, its states in the slots from `slot` on, one for each head.
 struct Task {
-  int32_t sequence, row, count, head, chunk, slot;
+  int32_t sequence, row, count, head, heads, chunk, chunks, slot;
 };
 
 template <class E>
@@ -68,30 +70,43 @@ class Step {
     q_.reserve(rows * q_width_), mixed_.reserve(rows * q_width_), mlp_.reserve(rows * mlp_width_);
     sequence_of_.resize(rows), positions_.resize(rows), tasks_.clear(), merges_.clear();
     int row = 0, slots = 0;
+    const int heads = heads_of_task();
     for (int s = 0; s < b_->sequences; ++s) {
       int first = row;
       for (; row < b_->row_ends[s]; ++row) sequence_of_[row] = s, positions_[row] = b_->starts[s] + row - first;
-      plan(s, first, row - first, slots);
+      plan(s, first, row - first, heads, slots);
     }
     size_t state_rows = static_cast<size_t>(slots) * group_;
     highest_.reserve(state_rows), total_.reserve(state_rows), out_.reserve(state_rows * head_width_);
   }
 
   // Long prompts in blocks of queries; single tokens by chunks of keys, so that one long sequence keeps all threads
-  // busy.
-  void plan(int sequence, int first, int count, int& slots) {
-    int per_task = QUERY_ROWS / group_ > 0 ? QUERY_ROWS / group_ : 1;
-    int chunks = (b_->starts[sequence] + CHUNK) / CHUNK;
-    for (int head = 0; head < m_.shape.kv_heads; ++head) {
-      if (count == 1 && chunks > 1) {
-        merges_.push_back({sequence, first, 1, head, chunks, slots});
-        for (int c = 0; c < chunks; ++c) tasks_.push_back({sequence, first, 1, head, c, slots++});
-        continue;
-      }
-      // The longest first, so that no thread ends with one.
-      for (int at = (count - 1) / per_task * per_task; at >= 0; at -= per_task)
-        tasks_.push_back({sequence, first + at, count - at < per_task ? count - at : per_task, head, -1, 0});
+  // busy. Several heads at once read longer runs of memory, where there are enough tasks all the same.
+  void plan(int sequence, int first, int count, int heads, int& slots) {
+    if (count > 1 || b_->starts[sequence] == 0) return plan_prompt(sequence, first, count);
+    const int chunks = (b_->starts[sequence] + CHUNK) / CHUNK;
+    for (int head = 0; head < m_.shape.kv_heads; head += heads) {
+      const int some = std::min(heads, m_.shape.kv_heads - head);
+      if (chunks > 1) merges_.push_back({sequence, first, 1, head, some, 0, chunks, slots});
+      for (int c = 0; c < chunks; ++c, slots += some)
+        tasks_.push_back({sequence, first, 1, head, some, c, chunks, slots});
     }
+  }
+
+  void plan_prompt(int sequence, int first, int count) {
+    const int per_task = QUERY_ROWS / group_ > 0 ? QUERY_ROWS / group_ : 1;
+    // The longest first, so that no thread ends with one.
+    for (int head = 0; head < m_.shape.kv_heads; ++head)
+      for (int at = (count - 1) / per_task * per_task; at >= 0; at -= per_task)
+        tasks_.push_back({sequence, first + at, std::min(count - at, per_task), head, 1, -1, 0, 0});
+  }
+
+  // KV heads that a task of a single token takes.
+  int heads_of_task() const {
+    const int most = heads_together<E>(m_.shape);
+    int chunks = 0;
+    for (int s = 0; s < b_->sequences; ++s) chunks += (b_->starts[s] + CHUNK) / CHUNK;
+    return team_.count() == 1 || chunks >= 4 * team_.count() ? most : 1;
   }
 
   void work() {
@@ -232,22 +247,42 @@ class Step {
     }
   }
 
+  Cached<E> cache_of(int index, const Task& task, int head, int end) const {
+    return cached<E>(*pool_, b_->tables + b_->table_starts[task.sequence], m_.shape, index, head, end);
+  }
+
   void attend(int index, const Layer& l, const Task& task) {
     static thread_local Scratch<E> scratch;
-    const int dim = m_.shape.head_dim, first = positions_[task.row];
-    Queries queries{task.count * group_, group_, first, l.window};
-    scratch.reserve(queries.rows, head_width_);
-    for (int row = 0; row < queries.rows; ++row)
-      std::memcpy(scratch.q.data() + row * head_width_,
-                  q_.get() + (task.row + row / group_) * q_width_ + (task.head * group_ + row % group_) * dim,
-                  dim * sizeof(active));
-    const int32_t* table = b_->tables + b_->table_starts[task.sequence];
-    int end = first + task.count;
-    auto cache = cached<E>(*pool_, table, m_.shape, index, task.head, end);
-    if (task.chunk >= 0) {
-      attend_chunk<E>(scratch, queries, m_.shape, cache, task.chunk, slot(task.slot));
+    scratch.reserve(task.count * group_, head_width_);
+    if (task.chunk < 0) return attend_prompt(scratch, index, l, task);
+    attend_single(scratch, index, l, task);
+    if (task.chunks == 1) finish(task, slot(task.slot));
+  }
+
+  // One chunk of the keys that a single token sees.
+  void attend_single(Scratch<E>& scratch, int index, const Layer& l, const Task& task) {
+    const int position = positions_[task.row];
+    Queries queries{group_, group_, position, l.window};
+#ifdef DS_PASSES
+    if (passes<E>(m_.shape)) {
+      auto cache = cache_of(index, task, task.head, position + 1);
+      const active* q = q_.get() + task.row * q_width_ + task.head * group_ * m_.shape.head_dim;
+      pass_chunk_of<E>(scratch, {q, queries, m_.shape, cache, task.heads}, task.chunk, slot(task.slot));
       return;
     }
+#endif
+    for (int head = 0; head < task.heads; ++head) {
+      take_queries(scratch, task, task.head + head, queries.rows);
+      auto cache = cache_of(index, task, task.head + head, position + 1);
+      attend_chunk<E>(scratch, queries, m_.shape, cache, task.chunk, slot(task.slot + head));
+    }
+  }
+
+  void attend_prompt(Scratch<E>& scratch, int index, const Layer& l, const Task& task) {
+    const int first = positions_[task.row], end = first + task.count;
+    Queries queries{task.count * group_, group_, first, l.window};
+    take_queries(scratch, task, task.head, queries.rows);
+    auto cache = cache_of(index, task, task.head, end);
     State chunk{scratch.chunk_max.data(), scratch.chunk_sum.data(), scratch.chunk_out.data()};
     static thread_local std::vector<float> all;
     all.resize(queries.rows * (head_width_ + 2));
@@ -259,6 +294,14 @@ class Step {
     finish(task, state);
   }
 
+  void take_queries(Scratch<E>& scratch, const Task& task, int head, int rows) {
+    const int dim = m_.shape.head_dim;
+    for (int row = 0; row < rows; ++row)
+      std::memcpy(scratch.q.data() + row * head_width_,
+                  q_.get() + (task.row + row / group_) * q_width_ + (head * group_ + row % group_) * dim,
+                  dim * sizeof(active));
+  }
+
   State slot(int number) const {
     size_t at = static_cast<size_t>(number) * group_;
     return {highest_.get() + at, total_.get() + at, out_.get() + at * head_width_};
@@ -266,16 +309,19 @@ class Step {
 
   void merge_chunks(const Task& task) {
     State state = slot(task.slot);
-    for (int c = 1; c < task.chunk; ++c) merge(group_, head_width_, state, slot(task.slot + c));
+    for (int c = 1; c < task.chunks; ++c)
+      merge(task.heads * group_, head_width_, state, slot(task.slot + c * task.heads));
     finish(task, state);
   }
 
+  // The states of a task's rows, head by head, to the input of the next product.
   void finish(const Task& task, const State& state) {
-    const int dim = m_.shape.head_dim;
-    for (int row = 0; row < task.count * group_; ++row) {
-      active* to = mixed_.get() + (task.row + row / group_) * q_width_ + (task.head * group_ + row % group_) * dim;
-      const float* from = state.out + row * head_width_;
-      float scale = 1.0f / state.total[row];
+    const int dim = m_.shape.head_dim, rows = task.count * group_;
+    for (int i = 0; i < task.heads * rows; ++i) {
+      const int row = i % rows, head = task.head + i / rows;
+      active* to = mixed_.get() + (task.row + row / group_) * q_width_ + (head * group_ + row % group_) * dim;
+      const float* from = state.out + i * head_width_;
+      float scale = 1.0f / state.total[i];
       in_lanes(dim, [&](int i, int n) { activate_some<E>(to + i, load_some(from + i, n) * scale, n); });
     }
   }
