@@ -88,7 +88,8 @@ class InstanceState(ABC):
 
     def next_deadline(self) -> float | None:
         """When to look for silence of a link, or what the instance itself waits for."""
-        return min((at for at in (self.links.deadline(), self._deadline()) if at is not None), default=None)
+        links, own = self.links.deadline(), self._deadline()
+        return min(links, own) if links is not None and own is not None else own if links is None else links
 
     # what an instance adds
 

@@ -138,7 +138,10 @@ class Links:
 
     def deadline(self) -> float | None:
         """When to look for silence next."""
-        return min((side.deadline() for side in self._sides()), default=None)
+        if not self._begun:
+            return None
+        router = self.router.deadline()
+        return min(router, self.relay.deadline()) if self._relay_begun else router
 
     def _sides(self) -> list[Membership]:
         greeted = ((self.router, self._begun), (self.relay, self._relay_begun))

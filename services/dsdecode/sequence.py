@@ -13,7 +13,7 @@ be pulled stays with prefill, whose memory is the buffer for bursts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -64,6 +64,8 @@ class Sequence:
     #: of a prompt that is read here
     reading: Reading | None = None
     blocks: tuple[int, ...] = ()
+    #: tokens for which they suffice
+    room: int = 0
     #: copies running in threads
     copies: int = 0
     #: part of a step that is under way
@@ -88,6 +90,11 @@ class Sequence:
         outputs = list(work.output_ids)
         last = len(work.prompt_ids) + len(outputs) - 1
         return cls(key_of(work), life, work.prompt_ids, outputs, work.sampling, last, handle, reading)
+
+    def hold(self, blocks: Iterable[int], block_size: int) -> None:
+        """It gets more blocks."""
+        self.blocks = (*self.blocks, *blocks)
+        self.room = len(self.blocks) * block_size
 
     def add(self, token: int) -> None:
         """A token was made."""

@@ -22,7 +22,7 @@ from dskv.lifecycle import GRACE_S
 from dskv.reshard import difference
 from dssched.batching import chunk, decode_may_admit
 from dssched.finish import finish_reason
-from dssched.instance import InstanceConfig, InstanceState, results
+from dssched.instance import InstanceConfig, InstanceState
 from dssched.steps import ForgetSequence, Made, Run, StartSequence, Stepped
 from dswire.errors import DsError, ErrorInfo, InvalidRequest, KvCorrupt, Overloaded, TransferFailed
 from dswire.lifecycle import Lifecycle
@@ -70,7 +70,8 @@ class DecodeState(InstanceState):
             assert phase is not Phase.GONE
             assert self._phases[phase][one.key] is one
             assert one.position == len(one.prompt_ids) + len(one.output_ids) - 1
-            assert phase is not Phase.RUNNING or one.position <= len(one.blocks) * self.pool.block_size
+            assert one.room == len(one.blocks) * self.pool.block_size
+            assert phase is not Phase.RUNNING or one.position <= one.room
             assert (phase is Phase.WAITING) == (not one.blocks)
             assert one.copies == 0 or phase in (Phase.PULLING, Phase.DOOMED)
             assert not one.in_step or phase in (Phase.PREFILLING, Phase.RUNNING, Phase.DOOMED)
@@ -159,11 +160,11 @@ class DecodeState(InstanceState):
             return False
         if one.reading is None:
             assert one.handle is not None
-            one.blocks = tuple(self.pool.take(count))
+            one.hold(self.pool.take(count), self.pool.block_size)
             one.transfer_wait_s = self._move(one, Phase.PULLING, now, "blocks taken")
             self._out.append(Send(RELAY, kv.KvPull(one.handle)))
         else:
-            one.blocks = tuple(one.reading.take(self.pool, count, known))
+            one.hold(one.reading.take(self.pool, count, known), self.pool.block_size)
             self._move(one, Phase.PREFILLING, now, "blocks taken")
             self._start(one)
         return True
@@ -269,47 +270,52 @@ class DecodeState(InstanceState):
             return []
         phases = (Phase.PREFILLING, Phase.RUNNING)
         idle = [one for one in self.sequences.values() if not one.in_step and one.life.phase in phases]
-        missing = sum(map(self._misses, idle))
+        # a sequence that reads its prompt has all its blocks, one that decodes misses one at most
+        missing = sum([one.position >= one.room for one in idle])
         while missing > self.pool.free:
             if len(idle) == 1 and self.steps:
                 # those that are in a step may end with it
                 return []
             victim = idle.pop()
-            missing -= self._misses(victim)
+            missing -= victim.position >= victim.room
             self._out.append(Send(ROUTER, worker.Preempted(victim.key)))
             if victim.life.phase is Phase.RUNNING:
                 self.pool.remember(victim.known_tokens, victim.blocks, victim.chain)
             self._drop(victim, now, "preempted")
         return idle
 
-    def _misses(self, one: Sequence) -> bool:
-        """Whether its next step takes a block: one that reads its prompt has them all."""
-        return one.position >= len(one.blocks) * self.pool.block_size
-
     def _decode(self, one: Sequence, now: float) -> Run:
         if one.fresh:
             one.decode_queue_s = now - one.life.since
         one.in_step = True
-        if self._misses(one):
-            one.blocks += tuple(self.pool.take(1))
+        if one.position >= one.room:
+            one.hold(self.pool.take(1), self.pool.block_size)
         return Run(one.key, (one.output_ids[-1],), one.position, one.blocks, True)
 
     def _stepped(self, step: Stepped) -> None:
         tokens: list[worker.TokenMade] = []
-        for key, result in results(step):
-            one = self.sequences[key]
+        for made in step.made:
+            one = self.sequences[made.key]
             one.in_step = False
-            if one.life.phase is Phase.DOOMED:
-                self._release_doomed(one, step.now)
-            elif isinstance(result, ErrorInfo):
-                self.pool.distrust(one.blocks)
-                self._fail(one, step.now, result, tell_relay=False)
-            elif one.life.phase is Phase.PREFILLING:
-                self._read(one, result, step.now)
+            phase = one.life.phase
+            if phase is Phase.RUNNING:
+                tokens.append(self._advance(one, made, step))
+            elif phase is Phase.PREFILLING:
+                self._read(one, made, step.now)
             else:
-                tokens.append(self._advance(one, result, step))
+                self._release_doomed(one, step.now)
+        for key, error in step.failed:
+            self._step_failed(self.sequences[key], error, step.now)
         if tokens:
             self._out.append(Send(ROUTER, worker.StepDone(tuple(tokens))))
+
+    def _step_failed(self, one: Sequence, error: ErrorInfo, now: float) -> None:
+        one.in_step = False
+        if one.life.phase is Phase.DOOMED:
+            self._release_doomed(one, now)
+        else:
+            self.pool.distrust(one.blocks)
+            self._fail(one, now, error, tell_relay=False)
 
     def _read(self, one: Sequence, made: Made, now: float) -> None:
         """A chunk of a prompt is read; with the last comes the first token."""

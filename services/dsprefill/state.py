@@ -15,7 +15,7 @@ lease.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -96,6 +96,8 @@ class PrefillState(InstanceState):
         self.config = config
         #: every sequence that is not GONE, in order of arrival
         self.sequences: dict[KvKey, _Sequence] = {}
+        #: those of them that are QUEUED or RUNNING
+        self._unread: dict[KvKey, _Sequence] = {}
         #: for each offered handle: when to ask whether it is still known, or while no relay is there, to give it up
         self._offers: Timers[KvKey] = Timers()
 
@@ -106,10 +108,12 @@ class PrefillState(InstanceState):
         for one in everyone:
             phase = one.life.phase
             assert phase is not Phase.GONE
+            assert (phase in (Phase.QUEUED, Phase.RUNNING)) == (one.key in self._unread)
             assert (phase is Phase.QUEUED) == (not one.blocks)
             assert not one.in_step or phase in (Phase.RUNNING, Phase.DOOMED)
             assert phase not in (Phase.SEALING, Phase.OFFERED) or not one.reading.left
             assert (phase is Phase.OFFERED) == (one.handle is not None) == (one.key in self._offers)
+        assert set(self._unread) <= set(self.sequences)
 
     # messages
 
@@ -150,11 +154,11 @@ class PrefillState(InstanceState):
             self._fail_at_router(work.key, refusal.info())
             return
         life = Lifecycle(f"sequence {work.key}", TRANSITIONS, Phase.QUEUED, now)
-        self.sequences[work.key] = _Sequence(reading, life)
+        self.sequences[work.key] = self._unread[work.key] = _Sequence(reading, life)
 
     def _refusal(self, length: int) -> DsError | None:
         layout, blocks = self.config.capacity.layout, self.config.capacity.blocks
-        waiting = sum(one.life.phase is Phase.QUEUED for one in self.sequences.values())
+        waiting = sum(one.life.phase is Phase.QUEUED for one in self._unread.values())
         if waiting >= self.config.max_queue:
             return Overloaded(f"{waiting} sequences wait at {self.config.name} already")
         if layout.blocks_for(length) > blocks:
@@ -172,6 +176,7 @@ class PrefillState(InstanceState):
         match one.life.phase:
             case Phase.RUNNING | Phase.SEALING if one.in_step or one.life.phase is Phase.SEALING:
                 one.life.move(Phase.DOOMED, now, "aborted")
+                self._unread.pop(key, None)
             case Phase.QUEUED | Phase.RUNNING:
                 self._drop(one, now, "aborted")
             case Phase.OFFERED:
@@ -184,7 +189,9 @@ class PrefillState(InstanceState):
     def _next_step(self, now: float) -> list[Run]:
         room = whole = self.config.max_batch_tokens
         runs: list[Run] = []
-        for one in self._unread():
+        for one in self._unread.values():
+            if one.in_step:
+                continue
             known = [] if one.blocks else one.reading.known(self.pool)
             count = chunk(one.reading.left - len(known) * self.pool.block_size, room, whole)
             if len(runs) == self.config.max_batch or not count or not self._begin(one, known, now):
@@ -193,12 +200,6 @@ class PrefillState(InstanceState):
             one.in_step = True
             runs.append(one.reading.read(count, one.blocks, now))
         return runs
-
-    def _unread(self) -> Iterator[_Sequence]:
-        """Sequences with something to read, in order."""
-        for one in self.sequences.values():
-            if one.life.phase in (Phase.QUEUED, Phase.RUNNING) and not one.in_step:
-                yield one
 
     def _begin(self, one: _Sequence, known: list[int], now: float) -> bool:
         """Take the blocks of a sequence that has none; False while there are too few."""
@@ -235,6 +236,7 @@ class PrefillState(InstanceState):
             self._drop(one, now, f"finished: {reason}")
         else:
             one.life.move(Phase.SEALING, now, "step done")
+            del self._unread[one.key]
             self._out.append(Seal(one.key, one.blocks))
 
     # offers
@@ -316,6 +318,7 @@ class PrefillState(InstanceState):
         if one.blocks:
             self._out.append(ForgetSequence(one.key))
         del self.sequences[one.key]
+        self._unread.pop(one.key, None)
 
     # what others are told of us
 
@@ -325,6 +328,5 @@ class PrefillState(InstanceState):
         return msgspec.structs.replace(super()._relay_hello(), pool=pool)
 
     def _load(self) -> worker.Load:
-        waiting = sum(one.life.phase is Phase.QUEUED for one in self.sequences.values())
-        running = sum(one.life.phase is Phase.RUNNING for one in self.sequences.values())
-        return self._loaded(waiting, running)
+        waiting = sum(one.life.phase is Phase.QUEUED for one in self._unread.values())
+        return self._loaded(waiting, len(self._unread) - waiting)

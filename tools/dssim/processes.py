@@ -240,8 +240,10 @@ class Worker(Process):
 
     def _step(self, step: RunStep) -> None:
         now = self.kernel.now
-        chunks = [(run.start, run.end) for run in step.runs if len(run.tokens) > 1 or run.start == 0]
-        contexts = [run.end for run in step.runs if len(run.tokens) == 1 and run.start > 0]
+        contexts = [run.start + 1 for run in step.runs if run.start > 0 and len(run.tokens) == 1]
+        chunks: list[Chunk] = []
+        if len(contexts) < len(step.runs):
+            chunks = [(run.start, run.end) for run in step.runs if len(run.tokens) > 1 or run.start == 0]
         whole_s = self._whole_s(chunks, contexts)
         enters, leaves = self.pipeline.step(now, whole_s)
         tokens = sum(end - start for start, end in chunks) + sum(contexts)
