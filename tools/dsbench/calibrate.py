@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from dsbench.started import started
 from dsclient import AsyncClient
 from dsctl.asking import Target, find_target
 from dsctl.profile import profile_of, wanted_by
+from dsctl.terminal import output
 from dsplan.profile import check_topology
 from dsplan.profile import load as load_profile
 from dsplan.profiling import MOST_TOKENS, Effort
@@ -118,7 +118,7 @@ def command(
     if as_json:
         click.echo(json.dumps(compared.plain(rows, slo), indent=2))
     else:
-        compared.show(Console(width=None if sys.stdout.isatty() else 1000, highlight=False), rows, slo)
+        compared.show(output(), rows, slo)
 
 
 def _rates(text: str) -> list[float]:

@@ -16,6 +16,7 @@ from dsbench import host
 from dsbench.points import Measured, Point, points_of
 from dsbench.run import Plan, measure_machine, run_block
 from dsbench.table import table
+from dsctl.terminal import output
 
 #: peer -> the package that it needs in this environment
 _NEEDS = {
@@ -95,7 +96,7 @@ def command(
     blocks = [list(points_of(_DTYPES[kind], count, batch, context, prefill)) for kind in dtype for count in threads]
     results = _run(plan, blocks, console, as_json)
     if not as_json:
-        Console().print(table(results, list(systems)))
+        output().print(table(results, list(systems)))
     console.print(f"load average at the end: {host.load():.2f}")
 
 

@@ -20,6 +20,7 @@ from dsbench.handoff.ends import LAYOUT
 from dsbench.handoff.measure import Copies, Cost, Crowd, Limit, Transfer, cost, crowd, transfers
 from dsbench.handoff.whole import HandOff, hand_off, system
 from dsbench.handoff.world import World, world
+from dsctl.terminal import output
 from dskv.segment import Segment
 from dswire.errors import Failed
 
@@ -103,7 +104,7 @@ def command(
                 add(hand_off(client, TOKENS, 2 * rounds))
     if not as_json:
         for made in _tables(rows):
-            Console().print(made)
+            output().print(made)
     console.print(f"load average at the end: {host.load():.2f}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from dsbench.served import Served, data, serve_figures, show, write_log
 from dsbench.started import started
 from dsclient import AsyncClient
 from dsctl.asking import Target, find_target, target_options
+from dsctl.terminal import output
 from dssim.records import Record
 from dssim.tracefile import rows_of
 from dssim.wish import METAVAR, Wish, make
@@ -116,7 +116,7 @@ def command(
     if as_json:
         click.echo(json.dumps(data(served, measurement.slo), indent=2))
     else:
-        show(Console(width=None if sys.stdout.isatty() else 1000, highlight=False), served, measurement.slo)
+        show(output(), served, measurement.slo)
 
 
 def measure(measurement: Measurement, console: Console, timeout_s: float = 10.0) -> tuple[Served, Sent]:

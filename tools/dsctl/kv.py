@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dsctl.terminal import output
 from dsctl.topology import file_option
 
 if TYPE_CHECKING:
@@ -160,10 +160,9 @@ def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, right:
 
 
 def _print(what: object) -> None:
-    from rich.console import Console
 
     # what goes to a file or a pipe is not cut
-    Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(what)
+    output().print(what)
 
 
 def _rate(bytes_per_s: float | None) -> str:

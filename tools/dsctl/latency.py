@@ -110,13 +110,14 @@ def _show_times(
         about = {"model": latency.shape.name, "device": device, "tp": tp, "pp": pp, "source": latency.source}
         click.echo(json.dumps({**about, "steps": steps}, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from dsctl.terminal import output
 
     table = Table("step", "sequences", "tokens of each", "ms", title=f"TP {tp} PP {pp}")
     for phase, batch, tokens, ms in rows:
         table.add_row(phase, str(batch), str(tokens), f"{ms:.4g}")
-    console = Console(highlight=False)
+    console = output()
     console.print(table)
     console.print(f"{latency.source}; software: {stack.about}")
 
@@ -125,10 +126,11 @@ def _show_errors(errors: list[Error], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(one) for one in errors], indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from dsctl.terminal import output
 
     table = Table("table", "rows", "mean error", "90 % below", "median", title="the model beside measurements")
     for one in errors:
         table.add_row(one.table, str(one.rows), f"{one.mape:.1%}", f"{one.p90:.1%}", f"{one.bias:+.1%}")
-    Console(highlight=False).print(table)
+    output().print(table)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dsctl.terminal import output
 from dsctl.topology import FILE_HELP
 
 if TYPE_CHECKING:
@@ -214,10 +215,9 @@ def _saturating(profile: Profile, path: Path, tp: int) -> int:
 
 
 def _show(profile: Profile, path: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
+    console = output()
     console.print(f"[bold]{profile.subject.model}[/], {profile.subject.dtype}, {profile.subject.threads} threads")
     for tp, fit in profile.fits.items():
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")

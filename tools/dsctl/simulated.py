@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -77,10 +76,11 @@ def _retried(run: Run) -> int:
 
 def show(run: Run, summary: Summary, slo: Slo, instances: int) -> None:
     """Print the tables."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
+    from dsctl.terminal import output
+
+    console = output()
     verdict = "[green]met[/]" if summary.attainment.value >= slo.attainment else "[red]missed[/]"
     console.print(
         f"[bold]{summary.attainment.value:.1%}[/] of {summary.requests} requests "
@@ -106,12 +106,12 @@ def show(run: Run, summary: Summary, slo: Slo, instances: int) -> None:
 
 def show_rates(runs: Sequence[AtRate], slo: Slo) -> None:
     """Print a line for each rate."""
-    from rich.console import Console
     from rich.table import Table
 
+    from dsctl.terminal import output
     from dssim.rates import goodput
 
-    console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
+    console = output()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     percentiles = [f"{name} p{percent}" for name in ("TTFT", "TPOT") for percent in (50, 90, 99)]
     for heading in ("requests/s", "good", "interval", *percentiles, "busiest"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dsctl.terminal import output
 from dsctl.topology import file_option
 
 if TYPE_CHECKING:
@@ -72,11 +72,10 @@ def data(seen: Overview) -> dict[str, Any]:
 
 
 def _print(seen: Overview) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     # what goes to a file or a pipe is not cut
-    console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
+    console = output()
     by = "no supervisor here" if seen.supervisor_pid is None else f"supervisor pid {seen.supervisor_pid}"
     console.print(Text.assemble((seen.model, "bold"), f" at {seen.frontend} ({by})"), soft_wrap=True)
     console.print(table(seen))

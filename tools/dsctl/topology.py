@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,13 +57,10 @@ def show(file: Path | None, form: str, live: bool) -> None:
 
 
 def _print_tree(topology: Topology, state: Live) -> None:
-    from rich.console import Console
-
     from dsctl import drawing
+    from dsctl.terminal import output
 
-    # lines that go to a file or a pipe are not broken
-    width = None if sys.stdout.isatty() else 1000
-    Console(width=width, highlight=False).print(drawing.tree(topology, state))
+    output().print(drawing.tree(topology, state))
 
 
 def ask(topology: Topology) -> Live:
