@@ -64,6 +64,7 @@ class RunningInstance:
                 segment=segment,
                 threads=instance.threads,
                 max_model_len=topology.model.max_model_len,
+                quantization=topology.model.quantization,
             )
             for device, segment in zip(instance.devices, rank_segments(instance), strict=True)
         ]

@@ -99,6 +99,7 @@ def check_slot(facts: ModelFacts, relay: Relay, block_size: int, dtype: str, pro
 def check_memory(
     facts: ModelFacts,
     dtype: str,
+    quantization: str | None,
     nodes: Sequence[Node],
     instances: Sequence[Instance],
     relays: Sequence[Relay],
@@ -110,7 +111,7 @@ def check_memory(
     mine = [one for one in instances if one.node in local and one.devices[0].startswith("cpu")]
     pools = sum(pool_nbytes(one, facts, dtype) for one in mine)
     staging = sum(relay.staging_nbytes for relay in relays if relay.node in local and relay.data_bind)
-    weights = len(mine) * facts.weights_nbytes(dtype)
+    weights = len(mine) * facts.weights_nbytes(dtype, quantization)
     parts = f"weights {shown(weights)}, KV pools {shown(pools)}, staging {shown(staging)}"
     remedy = "lower kv.memory or relay.staging, have fewer instances, or use a smaller dtype or model"
     has = memory_nbytes()

@@ -27,13 +27,17 @@ class ModelFacts:
     max_positions: int
     #: bytes of the weights per byte of an element
     parameters: int
+    #: of those, in tables of embeddings
+    embedded: int = 0
 
     def kv_layout(self, block_size: int, dtype: str) -> KvLayout:
         """Layout of the KV blocks of an instance that holds the whole model."""
         return KvLayout(self.layers, self.kv_heads, self.head_dim, block_size, dtype)
 
-    def weights_nbytes(self, dtype: str) -> int:
-        """Bytes of the weights as ``dtype``."""
+    def weights_nbytes(self, dtype: str, quantization: str | None = None) -> int:
+        """Bytes of the weights as ``dtype``; with ``int8`` all but the embeddings take a byte, near enough."""
+        if quantization == "int8":
+            return self.parameters + self.embedded * ITEM_NBYTES[dtype]
         return self.parameters * ITEM_NBYTES[dtype]
 
 
@@ -79,4 +83,5 @@ def _facts(config: Mapping[str, Any], files_nbytes: int) -> ModelFacts:
         head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
         max_positions=int(config["max_position_embeddings"]),
         parameters=files_nbytes // ITEM_NBYTES[stored],
+        embedded=int(config.get("vocab_size", 0)) * int(config["hidden_size"]),
     )

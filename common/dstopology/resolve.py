@@ -273,14 +273,19 @@ class Resolver:
         facts = self.facts(path)
         on_gpu = any(device.startswith("cuda") for one in instances for device in one.devices)
         dtype = section.dtype or ("bfloat16" if on_gpu else "float32")
+        quantization = None if section.quantization == "none" else section.quantization
+        if quantization and on_gpu:
+            self.problems.add(
+                ("model", "quantization"), f"{quantization} weights are for CPU devices", "leave it out"
+            )
         if facts is not None:
             fit.check_shape(facts, groups, self.problems)
-            fit.check_memory(facts, dtype, nodes, instances, relays, self.shm_dir, self.problems)
+            fit.check_memory(facts, dtype, quantization, nodes, instances, relays, self.shm_dir, self.problems)
             for relay in relays[:1]:
                 if relay.data_bind:
                     fit.check_slot(facts, relay, self._block_size(groups["prefill"]), dtype, self.problems)
         length = fit.model_len(section.max_model_len, facts, instances, dtype, self.problems)
-        return Model(path, modelfacts.model_name(path), dtype, length)
+        return Model(path, modelfacts.model_name(path), dtype, length, quantization)
 
     def _security(self, network: Network) -> Security:
         written = self.file.security

@@ -30,6 +30,13 @@ class Model:
     dtype: str
     #: prompt and output tokens together
     max_model_len: int
+    #: ``int8``, or None where weights are as ``dtype``
+    quantization: str | None = None
+
+    @property
+    def weights(self) -> str:
+        """What the weights are, in a word or two."""
+        return f"{self.dtype}, {self.quantization} weights" if self.quantization else self.dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,11 @@ class ModelSection:
         "of weights and KV; default float32 on CPU devices, bfloat16 on CUDA devices",
         None,
     )
+    quantization: str = key(
+        Choice(("none", "int8")),
+        "int8 keeps the weights of matrices in a byte each; CPU devices only, activations and KV stay in dtype",
+        "none",
+    )
     max_model_len: int | None = key(
         Number(1, 10_000_000),
         "prompt and output tokens together; default what model and KV pools can take, at most 8192",

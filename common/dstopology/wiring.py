@@ -45,4 +45,5 @@ def _connected(topology: Topology, endpoint: str, identity: str, union: Any, pee
 
 def model_identity(topology: Topology, model_dir: Path) -> worker.ModelIdentity:
     """What router and workers must agree on. Reads a few blocks of the files in ``model_dir``."""
-    return worker.ModelIdentity(topology.model.name, identity(model_dir).fingerprint, topology.model.dtype)
+    model = topology.model
+    return worker.ModelIdentity(model.name, identity(model_dir).fingerprint, model.dtype, model.quantization)

@@ -199,4 +199,7 @@ class Workers:
 
 
 def _tell(model: ModelIdentity | None) -> str:
-    return f"{model.name} ({model.dtype}, {model.fingerprint[:12]})" if model is not None else "no model"
+    if model is None:
+        return "no model"
+    weights = f", {model.quantization} weights" if model.quantization else ""
+    return f"{model.name} ({model.dtype}{weights}, {model.fingerprint[:12]})"

@@ -92,6 +92,7 @@ OTHER_LAYOUT = worker.Capacity(8, KvLayout(1, 1, 4, 32, "float16"))
         (hello("decode-0"), "refused"),
         (hello(model=None), "model_mismatch"),
         (hello(model=worker.ModelIdentity("tiny", "f" * 64, "float32")), "model_mismatch"),
+        (hello(model=worker.ModelIdentity("tiny", "f" * 64, "float16", "int8")), "model_mismatch"),
         (hello(capacity=OTHER_LAYOUT), "refused"),
         (hello(capacity=None), "refused"),
         (hello(capacity=worker.Capacity(0, LAYOUT)), "refused"),

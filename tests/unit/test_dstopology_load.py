@@ -282,3 +282,11 @@ def test_finding_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert find(None, {}) == Path("deploy/topologies/laptop.yaml")
     (tmp_path / "topology.yaml").touch()
     assert find(None, {}) == Path("topology.yaml")
+
+
+def test_int8_weights_are_for_cpus(desk: Desk) -> None:
+    model = "model: {path: m, quantization: int8}\n"
+    assert desk.load(model).model.quantization == "int8"
+    assert desk.load("model: {path: m, quantization: none}\n").model.quantization is None
+    found = desk.problems(f"{model}nodes: [{{name: g, devices: [cuda:0, cuda:1]}}]\n")
+    assert found == ["1: model.quantization: int8 weights are for CPU devices"]

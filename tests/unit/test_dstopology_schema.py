@@ -16,7 +16,7 @@ from support.topologies import satisfies
 
 SCHEMA = json_schema()
 GOOD: dict[str, Any] = {
-    "model": {"path": "m", "dtype": "bfloat16", "max_model_len": 128},
+    "model": {"path": "m", "dtype": "bfloat16", "quantization": "int8", "max_model_len": 128},
     "slo": {"ttft_ms": 250, "tpot_ms": 60.5, "attainment": 0.9},
     "mode": "colocated",
     "nodes": [{"name": "n0", "host": "10.0.0.1", "bind_host": None, "devices": ["cpu:0", "cuda:12"]}],

@@ -106,7 +106,7 @@ def tree(topology: Topology, live: Live) -> Tree:
     """Nodes, devices, instances, ranks, sockets and transports."""
     root = Tree(_line(topology.path.name, topology.mode, _running(live)), guide_style="dim")
     model, slo = topology.model, topology.slo
-    root.add(_line("model", model.name, model.dtype, f"{model.max_model_len} tokens"))
+    root.add(_line("model", model.name, model.weights, f"{model.max_model_len} tokens"))
     goal = f"{slo.attainment:.0%} of requests"
     root.add(_line("SLO", f"TTFT {slo.ttft_s * 1000:g} ms", f"TPOT {slo.tpot_s * 1000:g} ms", goal))
     curve = f"on, keys in {topology.security.keys_dir}" if topology.security.encrypted else "off"

@@ -31,12 +31,14 @@ class Wanted:
     max_model_len: int
     max_batch: int
     tps: tuple[int, ...]
+    quantization: str | None = None
 
 
 @click.command()
 @click.option("-f", "--file", type=click.Path(path_type=Path), help=FILE_HELP)
 @click.option("--model", help="As model.path in a topology, instead of one.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="With --model.")
+@click.option("--quantization", type=click.Choice(["int8"]), help="Of the weights; with --model.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of a rank; with --model.")
 @click.option(
     "--tp", type=click.IntRange(1), multiple=True, help="Ranks of an instance; default the topology's, or 1."
@@ -59,6 +61,7 @@ def command(
     file: Path | None,
     model: str | None,
     dtype: str,
+    quantization: str | None,
     threads: int,
     tp: tuple[int, ...],
     max_model_len: int,
@@ -83,7 +86,7 @@ def command(
     from dsbench import host
     from dsplan.profiling import Effort
 
-    wanted = _wanted(file, model, Wanted(model or "", dtype, threads, max_model_len, 128, tp))
+    wanted = _wanted(file, model, Wanted(model or "", dtype, threads, max_model_len, 128, tp, quantization))
     console = Console(stderr=True)
     host.warn(console)
     path, profile = profile_of(wanted, out, again, Effort(point_seconds), most_tokens, console)
@@ -118,7 +121,7 @@ def wanted_by(topology: Any) -> Wanted:
     most = max(one.max_batch for one in topology.instances)
     tps = tuple(sorted({one.tp for one in topology.instances}))
     model = topology.model
-    return Wanted(model.path, model.dtype, threads.pop(), model.max_model_len, most, tps)
+    return Wanted(model.path, model.dtype, threads.pop(), model.max_model_len, most, tps, model.quantization)
 
 
 def profile_of(
@@ -130,7 +133,8 @@ def profile_of(
     from dsplan.profiling import grid
 
     model_dir, subject = _subject(wanted)
-    path = out or Path(f"profile-{subject.model}-{subject.dtype}-{subject.threads}t.json")
+    weights = "-".join(filter(None, (subject.dtype, subject.quantization)))
+    path = out or Path(f"profile-{subject.model}-{weights}-{subject.threads}t.json")
     profile = profiles.Profile(subject)
     if path.exists() and not again:
         profile = profiles.load(path)
@@ -171,7 +175,8 @@ def _subject(wanted: Wanted) -> tuple[Path, Subject]:
     # the kernel's version is no part of what was measured
     machine = host.name().rsplit(", ", 1)[0]
     fingerprint = identity(model_dir).fingerprint
-    return model_dir, Subject(machine, model_name(wanted.model), fingerprint, wanted.dtype, wanted.threads)
+    name = model_name(wanted.model)
+    return model_dir, Subject(machine, name, fingerprint, wanted.dtype, wanted.threads, wanted.quantization)
 
 
 def _measure(
@@ -192,7 +197,7 @@ def _measure(
     samples = profile.samples.setdefault(tp, [])
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("loading", total=len(steps))
-        engine = make_engine(model_dir, wanted.dtype, wanted.threads, tp, wanted.max_model_len, steps)
+        engine = make_engine(model_dir, profile.subject, tp, wanted.max_model_len, steps)
         try:
             for sample in measure(engine, steps, effort):
                 samples.append(sample)

@@ -38,6 +38,8 @@ class Subject:
     dtype: str
     #: CPU threads of one rank
     threads: int
+    #: ``int8``, or None where weights are as ``dtype``
+    quantization: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +144,9 @@ def check_topology(path: Path, topology: Topology) -> None:
     if not measured(path):
         return
     found = load(path).subject
-    wanted = {"model": topology.model.name, "dtype": topology.model.dtype}
-    fingerprint = _fingerprint(topology.model.path)
+    model = topology.model
+    wanted = {"model": model.name, "dtype": model.dtype, "quantization": model.quantization}
+    fingerprint = _fingerprint(model.path)
     if fingerprint is not None:
         wanted["fingerprint"] = fingerprint
     for instance in topology.instances:

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from dsplan.profile import Sample
+from dsplan.profile import Sample, Subject
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,9 +69,7 @@ def _room(spans: Spans) -> int:
     return sum(-(-(start + tokens) // BLOCK) * BLOCK for start, tokens in spans)
 
 
-def make_engine(
-    model_dir: Path, dtype: str, threads: int, tp: int, max_model_len: int, steps: list[Spans]
-) -> Engine:
+def make_engine(model_dir: Path, subject: Subject, tp: int, max_model_len: int, steps: list[Spans]) -> Engine:
     """An engine whose pool holds each of the steps, on ``tp`` ranks. Raises what the engine raises."""
     from dsengine.config import EngineConfig
     from dsengine.ranks import RankedEngine
@@ -79,13 +77,14 @@ def make_engine(
 
     config = EngineConfig(
         model_dir=model_dir,
-        dtype=dtype,
+        dtype=subject.dtype,
         device="cpu",
         block_size=BLOCK,
         num_blocks=max(_room(spans) for spans in steps) // BLOCK,
         segment=None,
-        threads=threads,
+        threads=subject.threads,
         max_model_len=max_model_len,
+        quantization=subject.quantization,
     )
     engine = Engine(config) if tp == 1 else RankedEngine("profile", [config] * tp, tp, 1)
     pool = engine.pool

@@ -13,12 +13,14 @@ from dswire.messages.client import Sampling
 
 
 class ModelIdentity(msgspec.Struct, frozen=True):
-    """Which weights a process serves; router and workers must agree in all three."""
+    """Which weights a process serves; router and workers must agree in all of it."""
 
     name: str
     #: digest over config, tokenizer and weight headers
     fingerprint: str
     dtype: str
+    #: ``int8``, or None where weights are as ``dtype``
+    quantization: str | None = None
 
 
 class Capacity(msgspec.Struct, frozen=True):
