@@ -26,7 +26,7 @@ from dsbench.started import started
 from dsclient import AsyncClient
 from dsctl.asking import Target, find_target
 from dsctl.profile import profile_of, wanted_by
-from dsctl.terminal import output
+from dsobserve.terminal import output
 from dsplan.profile import check_topology
 from dsplan.profile import load as load_profile
 from dsplan.profiling import MOST_TOKENS, Effort

@@ -16,7 +16,7 @@ from dsbench import host
 from dsbench.points import Measured, Point, points_of
 from dsbench.run import Plan, measure_machine, run_block
 from dsbench.table import table
-from dsctl.terminal import output
+from dsobserve.terminal import output
 
 #: peer -> the package that it needs in this environment
 _NEEDS = {

@@ -20,8 +20,8 @@ from dsbench.handoff.ends import LAYOUT
 from dsbench.handoff.measure import Copies, Cost, Crowd, Limit, Transfer, cost, crowd, transfers
 from dsbench.handoff.whole import HandOff, hand_off, system
 from dsbench.handoff.world import World, world
-from dsctl.terminal import output
 from dskv.segment import Segment
+from dsobserve.terminal import output
 from dswire.errors import Failed
 
 Row: TypeAlias = Transfer | Cost | Crowd | HandOff

@@ -22,7 +22,7 @@ from dsbench.served import Served, data, serve_figures, show, write_log
 from dsbench.started import started
 from dsclient import AsyncClient
 from dsctl.asking import Target, find_target, target_options
-from dsctl.terminal import output
+from dsobserve.terminal import output
 from dssim.records import Record
 from dssim.tracefile import rows_of
 from dssim.wish import METAVAR, Wish, make

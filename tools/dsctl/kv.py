@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsctl.terminal import output
 from dsctl.topology import file_option
+from dsobserve.terminal import output
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -112,7 +112,7 @@ def _show_times(
         return
     from rich.table import Table
 
-    from dsctl.terminal import output
+    from dsobserve.terminal import output
 
     table = Table("step", "sequences", "tokens of each", "ms", title=f"TP {tp} PP {pp}")
     for phase, batch, tokens, ms in rows:
@@ -128,7 +128,7 @@ def _show_errors(errors: list[Error], as_json: bool) -> None:
         return
     from rich.table import Table
 
-    from dsctl.terminal import output
+    from dsobserve.terminal import output
 
     table = Table("table", "rows", "mean error", "90 % below", "median", title="the model beside measurements")
     for one in errors:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsctl.terminal import output
 from dsctl.topology import FILE_HELP
+from dsobserve.terminal import output
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -78,7 +78,7 @@ def show(run: Run, summary: Summary, slo: Slo, instances: int) -> None:
     """Print the tables."""
     from rich.table import Table
 
-    from dsctl.terminal import output
+    from dsobserve.terminal import output
 
     console = output()
     verdict = "[green]met[/]" if summary.attainment.value >= slo.attainment else "[red]missed[/]"
@@ -108,7 +108,7 @@ def show_rates(runs: Sequence[AtRate], slo: Slo) -> None:
     """Print a line for each rate."""
     from rich.table import Table
 
-    from dsctl.terminal import output
+    from dsobserve.terminal import output
     from dssim.rates import goodput
 
     console = output()

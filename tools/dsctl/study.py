@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,9 +152,9 @@ def _show(study: Study, *, as_json: bool) -> None:
         found = {"study": study.title, "sentences": study.sentences, "rows": study.rows}
         click.echo(json.dumps(found, indent=2))
         return
-    from rich.console import Console
+    from dsobserve.terminal import output
 
-    console = Console(highlight=False, file=sys.stdout)
+    console = output()
     console.print(study.title, style="bold")
     for sentence in study.sentences:
         console.print(sentence)

@@ -58,7 +58,7 @@ def show(file: Path | None, form: str, live: bool) -> None:
 
 def _print_tree(topology: Topology, state: Live) -> None:
     from dsctl import drawing
-    from dsctl.terminal import output
+    from dsobserve.terminal import output
 
     output().print(drawing.tree(topology, state))
 

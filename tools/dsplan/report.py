@@ -110,10 +110,11 @@ def _candidate(kind: str, one: Tried) -> dict[str, Any]:
 
 def show(plan: Plan, confirmations: Sequence[Confirmation] = (), compared: Placement | None = None) -> None:
     """Print candidates, the choice, and why."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from dsobserve.terminal import output
+
+    console = output()
     table = Table("for", "parallelism", "devices", "requests/s", "per device", title="best candidates")
     for kind, one in best_tried(plan, 3):
         table.add_row(kind, _words(one.what), str(one.what.devices), f"{one.rate:.3g}", f"{one.per_device:.3g}")
