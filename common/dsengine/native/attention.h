@@ -67,37 +67,22 @@ Cached<E> cached(const Pool& pool, const int32_t* table, const Shape& shape, int
 }
 
 #ifdef __AVX512F__
-// 16 rows of 16 words each, turned over: element i of the result is column i.
-struct Columns {
-  __m512i at[16];
-};
-
-template <class Row>
-inline Columns turn(Row row) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(row(i));
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
+// Words 4 * quarter to 4 * quarter + 3 of 16 rows, turned over: to[i] has word i of each row. Four rows come side by
+// side by loads alone, which are cheaper than moves between the lanes of vectors.
+inline void turn(const char* const* rows, int quarter, __m512i* to) {
+  auto load = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + quarter * 16)); };
+  __m512i r[4];
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    r[i] = _mm512_castsi128_si512(load(i));
+    r[i] = _mm512_mask_broadcast_i32x4(r[i], 0x00f0, load(i + 4));
+    r[i] = _mm512_mask_broadcast_i32x4(r[i], 0x0f00, load(i + 8));
+    r[i] = _mm512_mask_broadcast_i32x4(r[i], 0xf000, load(i + 12));
   }
-  Columns columns;
-  for (int i = 0; i < 8; ++i) {
-    columns.at[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    columns.at[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-  }
-  return columns;
+  __m512i a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
+  __m512i c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
+  to[0] = _mm512_unpacklo_epi64(a, c), to[1] = _mm512_unpackhi_epi64(a, c);
+  to[2] = _mm512_unpacklo_epi64(b, d), to[3] = _mm512_unpackhi_epi64(b, d);
 }
 #endif
 
@@ -130,8 +115,13 @@ inline void pack_keys(const typename E::weight* const* rows, int head_dim, typen
   if constexpr (sizeof(typename E::weight) * E::STEP == 4) {
     constexpr int WIDE = LANES * E::STEP;
     for (; dim + WIDE <= head_dim; dim += WIDE) {
-      Columns columns = turn([&](int i) { return rows[i] + dim; });
-      for (int i = 0; i < LANES; ++i) _mm512_storeu_si512(to + (dim + i * E::STEP) * PANEL, columns.at[i]);
+      const char* at[LANES];
+      for (int i = 0; i < LANES; ++i) at[i] = reinterpret_cast<const char*>(rows[i] + dim);
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        __m512i words[4];
+        turn(at, quarter, words);
+        for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + (dim + (quarter * 4 + i) * E::STEP) * PANEL, words[i]);
+      }
     }
   }
 #endif
@@ -203,35 +193,60 @@ struct State {
 
 inline vf soft_cap(vf s, float cap) { return tanh(s / cap) * cap; }
 
+// Scale the scores of a row and take out what its position does not see; the highest one.
+template <bool MASKED>
+inline float mask_row(float* line, const Queries& queries, const Shape& shape, int row, int first) {
+  const int position = MASKED ? queries.at(row) : 0;
+  const int from = MASKED && queries.window ? position - queries.window + 1 : 0;
+  vf top = broadcast(-INFINITY);
+  for (int v = 0; v < TILE_VECTORS; ++v) {
+    vf score = load(line + v * LANES) * shape.scale;
+    if (shape.softcap != 0) score = soft_cap(score, shape.softcap);
+    if constexpr (MASKED) {
+      vi key = lane_numbers() + (first + v * LANES);
+      score = (key <= position) & (key >= from) ? score : broadcast(-INFINITY);
+    }
+    store(line + v * LANES, score);
+    top = max(top, score);
+  }
+  return largest(top);
+}
+
+// Probabilities of a row, to `p`; their sum.
+template <class E>
+inline float weigh_row(const float* line, float base, typename E::active* p) {
+  vf added{};
+  for (int v = 0; v < TILE_VECTORS; ++v) {
+    vf weight = exp(load(line + v * LANES) - base);
+    added += weight;
+    E::activate(p + v * LANES, weight);
+  }
+  return sum(added);
+}
+
 // Scores -> probabilities; the state so far shrinks where a higher score came.
 template <class E>
 void soften(Scratch<E>& scratch, const Queries& queries, const Shape& shape, int first, const State& state) {
   const size_t width = padded(shape.head_dim);
-  for (int row = 0; row < queries.rows; ++row) {
-    float* line = scratch.scores.data() + row * TILE;
-    int position = queries.at(row);
-    int from = queries.window ? position - queries.window + 1 : 0;
-    vf s[TILE_VECTORS], top = broadcast(-INFINITY);
-    for (int v = 0; v < TILE_VECTORS; ++v) {
-      vi key = lane_numbers() + (first + v * LANES);
-      vf score = load(line + v * LANES) * shape.scale;
-      if (shape.softcap != 0) score = soft_cap(score, shape.softcap);
-      s[v] = (key <= position) & (key >= from) ? score : broadcast(-INFINITY);
-      top = max(top, s[v]);
+  const int last = queries.at(queries.rows - 1);
+  const bool masked = first + TILE - 1 > queries.position || (queries.window && first <= last - queries.window);
+  for (int begin = 0; begin < queries.rows; begin += LANES) {
+    const int rows = queries.rows - begin < LANES ? queries.rows - begin : LANES;
+    float* lines = scratch.scores.data() + begin * TILE;
+    float tops[LANES] = {}, bases[LANES], factors[LANES];
+    for (int row = 0; row < rows; ++row)
+      tops[row] = masked ? mask_row<true>(lines + row * TILE, queries, shape, begin + row, first)
+                         : mask_row<false>(lines + row * TILE, queries, shape, begin + row, first);
+    vf before = load_some(state.highest + begin, rows), now = max(load(tops), before);
+    vf base = now == -INFINITY ? vf{} : now;
+    store(bases, base), store(factors, exp(before - base));
+    store_some(state.highest + begin, now, rows);
+    for (int row = 0; row < rows; ++row) {
+      float added = weigh_row<E>(lines + row * TILE, bases[row], scratch.p.data() + (begin + row) * TILE);
+      state.total[begin + row] = state.total[begin + row] * factors[row] + added;
+      float* out = state.out + (begin + row) * width;
+      for (size_t i = 0; i < width; i += LANES) store(out + i, load(out + i) * factors[row]);
     }
-    float before = state.highest[row], now = std::fmax(before, largest(top));
-    float base = now == -INFINITY ? 0 : now;
-    vf added{};
-    for (int v = 0; v < TILE_VECTORS; ++v) {
-      vf p = exp(s[v] - base);
-      added += p;
-      E::activate(scratch.p.data() + row * TILE + v * LANES, p);
-    }
-    float factor = before == now ? 1.0f : exp1(before - base);
-    if (factor != 1.0f)
-      for (size_t i = 0; i < width; i += LANES) store(state.out + row * width + i, load(state.out + row * width + i) * factor);
-    state.highest[row] = now;
-    state.total[row] = state.total[row] * factor + sum(added);
   }
 }
 
@@ -296,26 +311,27 @@ inline void reset(int rows, size_t width, const State& state) {
   std::memset(state.out, 0, rows * width * sizeof(float));
 }
 
-// The tiles of chunk number `chunk` that the queries see: each(first key, keys, a multiple of 16). False: none.
-template <class Each>
-inline bool chunk_tiles(const Queries& queries, int chunk, Each each) {
+// The tiles [begin, end) of chunk number `chunk` that the queries see.
+struct Reach {
+  int begin, end;
+  int count(int at) const { return end - at < TILE ? (end - at + LANES - 1) / LANES * LANES : TILE; }
+};
+
+inline Reach reach(const Queries& queries, int chunk) {
   int last = queries.at(queries.rows - 1) + 1, first = chunk * CHUNK;
-  int end = first + CHUNK < last ? first + CHUNK : last;
   int seen = queries.window ? queries.position - queries.window + 1 : 0;
-  int begin = first > seen ? first : seen / TILE * TILE;
-  for (int at = begin; at < end; at += TILE)
-    each(at, end - at < TILE ? (end - at + LANES - 1) / LANES * LANES : TILE);
-  return begin < end;
+  return {first > seen ? first : seen / TILE * TILE, first + CHUNK < last ? first + CHUNK : last};
 }
 
 // The keys of chunk number `chunk` that the queries see, into a fresh `state`. False where they see none.
 template <class E>
 bool attend_chunk(Scratch<E>& scratch, const Queries& queries, const Shape& shape, const Cached<E>& cache, int chunk,
                   const State& state) {
+  const Reach tiles = reach(queries, chunk);
   reset(queries.rows, padded(shape.head_dim), state);
-  return chunk_tiles(queries, chunk, [&](int first, int count) {
-    attend_tile<E>(scratch, queries, shape, cache, first, count, state);
-  });
+  for (int at = tiles.begin; at < tiles.end; at += TILE)
+    attend_tile<E>(scratch, queries, shape, cache, at, tiles.count(at), state);
+  return tiles.begin < tiles.end;
 }
 
 }  // namespace ds

@@ -11,15 +11,6 @@ inline void in_lanes(int count, Body body) {
   for (int i = 0; i < count; i += LANES) body(i, count - i < LANES ? count - i : LANES);
 }
 
-inline vf load_some(const float* p, int count) {
-  if (count == LANES) return load(p);
-  vf v{};
-  std::memcpy(&v, p, count * sizeof(float));
-  return v;
-}
-
-inline void store_some(float* p, vf v, int count) { std::memcpy(p, &v, count * sizeof(float)); }
-
 template <class E>
 inline void activate_some(typename E::active* p, vf v, int count) {
   if (count == LANES) return E::activate(p, v);

@@ -18,11 +18,11 @@ constexpr size_t TILE_NBYTES = 128 << 10;   // keys and values of a tile for all
 
 // Can this shape be computed here?
 template <class E>
-inline bool passes(const Shape& shape) {
+inline bool passes(const Shape& shape, const Pool& pool) {
 #ifdef DS_PASSES
   constexpr int WORDS = LANES * static_cast<int>(sizeof(int32_t) / sizeof(typename E::weight));
   return sizeof(typename E::weight) * E::STEP == sizeof(int32_t) && shape.head_dim % WORDS == 0 &&
-         shape.head_dim % PANEL == 0 && shape.heads / shape.kv_heads <= SINGLE_ROWS;
+         shape.head_dim % PANEL == 0 && pool.block_size % LANES == 0 && shape.heads / shape.kv_heads <= SINGLE_ROWS;
 #else
   return false;
 #endif
@@ -38,61 +38,80 @@ inline int heads_together(const Shape& shape) {
 
 #ifdef DS_PASSES
 
-// Where a tile's keys lie, and those of the tile that follows: each line of that one is asked for in the second-level
-// cache beside the load of its counterpart here. Asked for in one go they would fill the queue of loads.
+// Where a tile's keys or values lie, 16 rows a run, and those of the tile that follows: each line of that one is asked
+// for in the second-level cache beside the load of its counterpart here. Asked for in one go they would fill the queue
+// of loads.
 template <class E>
-struct Tiles {
-  const typename E::weight* const* now;
-  const typename E::weight* const* next;
-  size_t delta;  // elements from a key to what is meant
+struct Runs {
+  using weight = typename E::weight;
+  const weight* now[TILE / LANES];
+  const weight* next[TILE / LANES];
 
-  const typename E::weight* at(int key, int dim) const {
-    __builtin_prefetch(next[key] + delta + dim, 0, 2);
-    return now[key] + delta + dim;
+  // The tile at `first`, where there is a key; runs behind the last key are that of the last key once more.
+  static void find(const Cached<E>& cache, int first, const weight** runs) {
+    for (int i = 0; i < TILE / LANES; ++i)
+      runs[i] = first + i * LANES < cache.end ? cache.key(first + i * LANES) : runs[i - 1];
   }
 };
 
-// Scores of `count` keys for ROWS query rows: to scores + row * TILE.
+// A row of a run, `offset` elements from its start.
+template <class E>
+inline const typename E::weight* row_of(const Runs<E>& runs, int run, size_t offset) {
+  __builtin_prefetch(runs.next[run] + offset, 0, 2);
+  return runs.now[run] + offset;
+}
+
+// Scores of `count` keys, `behind` elements from the runs, for ROWS query rows: to scores + row * TILE.
 template <class E, int ROWS>
-inline void score_keys(const typename E::active* q, const Tiles<E>& keys, int count, int head_dim, float* scores) {
+inline void score_keys(const typename E::active* q, const Runs<E>& keys, size_t behind, int count, int head_dim,
+                       float* scores) {
   using words = decltype(E::load_weights(keys.now[0]));
   for (int dim = 0; dim < head_dim; dim += LANES * E::STEP)
     for (int key = 0; key < count; key += LANES) {
-      Columns columns = turn([&](int i) { return keys.at(key + i, dim); });
+      const char* at[LANES];
+      for (int i = 0; i < LANES; ++i)
+        at[i] = reinterpret_cast<const char*>(row_of(keys, key / LANES, behind + dim + i * head_dim));
       vf acc[ROWS];
       for (int row = 0; row < ROWS; ++row) acc[row] = dim ? load(scores + row * TILE + key) : vf{};
+#pragma GCC unroll 4
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        __m512i columns[4];
+        turn(at, quarter, columns);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)
 #pragma GCC unroll 16
-      for (int i = 0; i < LANES; ++i)
-#pragma GCC unroll 16
-        for (int row = 0; row < ROWS; ++row)
-          acc[row] = E::mac(acc[row], (words)columns.at[i], E::spread(q + row * head_dim + dim + i * E::STEP));
+          for (int row = 0; row < ROWS; ++row) {
+            auto x = E::spread(q + row * head_dim + dim + (quarter * 4 + i) * E::STEP);
+            acc[row] = E::mac(acc[row], (words)columns[i], x);
+          }
+      }
       for (int row = 0; row < ROWS; ++row) store(scores + row * TILE + key, acc[row]);
     }
 }
 
-// 32 dimensions of STEP neighbouring values.
+// 32 dimensions of STEP neighbouring values, `offset` elements from the start of their run.
 template <class E, class Words>
-inline void take_values(const Tiles<E>& values, int key, int dim, Words* to) {
+inline void take_values(const Runs<E>& values, int run, size_t offset, int head_dim, Words* to) {
   if constexpr (E::STEP == 2)
-    interleave_two(values.at(key, dim), values.at(key + 1, dim), to);
+    interleave_two(row_of(values, run, offset), row_of(values, run, offset + head_dim), to);
   else
-    to[0] = E::load_weights(values.at(key, dim)), to[1] = E::load_weights(values.at(key, dim + LANES));
+    to[0] = E::load_weights(row_of(values, run, offset)), to[1] = E::load_weights(row_of(values, run, offset + LANES));
 }
 
-// Add `count` values with weights `p` to 16 * VECTORS dimensions, from `dim` on, of ROWS rows.
+// Add `count` values, `behind` elements from the runs, with weights `p` to 16 * VECTORS dimensions of ROWS rows.
 template <class E, int ROWS, int VECTORS>
-inline void add_values(const typename E::active* p, const Tiles<E>& values, int count, int dim, size_t width,
+inline void add_values(const typename E::active* p, const Runs<E>& values, size_t behind, int count, int head_dim,
                        float* out) {
   vf acc[ROWS][VECTORS];
 #pragma GCC unroll 16
   for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; ++v) acc[row][v] = load(out + row * width + dim + v * LANES);
+    for (int v = 0; v < VECTORS; ++v) acc[row][v] = load(out + row * head_dim + v * LANES);
   for (int key = 0; key < count; key += E::STEP) {
+    const size_t offset = behind + key % LANES * head_dim;
     decltype(E::load_weights(values.now[0])) w[VECTORS];
 #pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; v += 2)
-      take_values<E>(values, key, dim + v * LANES, w + v);
+    for (int v = 0; v < VECTORS; v += 2) take_values<E>(values, key / LANES, offset + v * LANES, head_dim, w + v);
 #pragma GCC unroll 16
     for (int row = 0; row < ROWS; ++row) {
       auto x = E::spread(p + row * TILE + key);
@@ -103,62 +122,67 @@ inline void add_values(const typename E::active* p, const Tiles<E>& values, int 
 #pragma GCC unroll 16
   for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; ++v) store(out + row * width + dim + v * LANES, acc[row][v]);
+    for (int v = 0; v < VECTORS; ++v) store(out + row * head_dim + v * LANES, acc[row][v]);
 }
 
-// What the heads of a task share.
+// What the tiles of a task share.
 template <class E>
 struct Single {
-  const typename E::active* q;  // [heads][group][head_dim]
-  Queries queries;              // of one head
+  const typename E::active* q;  // [heads][ROWS][head_dim]
+  Queries queries;              // the rows of all heads, at one position
   const Shape& shape;
-  const Cached<E>& cache;       // of the first head
+  Cached<E> cache;              // of the first head
   int heads;
+  int chunk;
 };
 
-// One head's part of a tile.
 template <class E, int ROWS>
-__attribute__((noinline)) void pass_tile(Scratch<E>& scratch, const Single<E>& task, int head, int first, int count,
-                                         Tiles<E> tiles, const State& state) {
+__attribute__((noinline)) void pass_tile(Scratch<E>& scratch, const Single<E>& task, int first, int count,
+                                         const Runs<E>& runs, const State& state) {
   const int dim = task.shape.head_dim;
-  tiles.delta = static_cast<size_t>(head) * task.cache.pool->block_size * dim;
-  score_keys<E, ROWS>(task.q + static_cast<size_t>(head) * ROWS * dim, tiles, count, dim, scratch.scores.data());
+  const size_t head_size = static_cast<size_t>(task.cache.pool->block_size) * dim;
+  for (int head = 0; head < task.heads; ++head)
+    score_keys<E, ROWS>(task.q + head * ROWS * dim, runs, head * head_size, count, dim,
+                        scratch.scores.data() + head * ROWS * TILE);
   soften(scratch, task.queries, task.shape, first, state);
-  tiles.delta += task.cache.value_offset - task.cache.key_offset;
-  int from = 0;
-  if constexpr (ROWS <= 6)
-    for (; from + 2 * PANEL <= dim; from += 2 * PANEL)
-      add_values<E, ROWS, 4>(scratch.p.data(), tiles, count, from, dim, state.out);
-  for (; from < dim; from += PANEL) add_values<E, ROWS, 2>(scratch.p.data(), tiles, count, from, dim, state.out);
+  for (int head = 0; head < task.heads; ++head) {
+    const size_t behind = task.cache.value_offset - task.cache.key_offset + head * head_size;
+    const typename E::active* p = scratch.p.data() + head * ROWS * TILE;
+    float* out = state.out + head * ROWS * dim;
+    int from = 0;
+    if constexpr (ROWS <= 6)
+      for (; from + 2 * PANEL <= dim; from += 2 * PANEL)
+        add_values<E, ROWS, 4>(p, runs, behind + from, count, dim, out + from);
+    for (; from < dim; from += PANEL) add_values<E, ROWS, 2>(p, runs, behind + from, count, dim, out + from);
+  }
 }
 
-// The keys of a chunk for all heads of the task, into fresh states, one head's behind the other's.
+// The keys of a chunk for all heads of the task, into fresh states, one head's behind the other's. `after` is what this
+// thread will probably do next.
 template <class E, int ROWS>
-bool pass_chunk(Scratch<E>& scratch, const Single<E>& task, int chunk, const State& states) {
-  const size_t width = task.shape.head_dim;
-  reset(ROWS * task.heads, width, states);
-  const typename E::weight* tiles[2][TILE];
-  int now = 0, ready = -1;
-  return chunk_tiles(task.queries, chunk, [&](int first, int count) {
-    if (ready != first) task.cache.rows(first, TILE, tiles[now]);
-    const bool more = first + TILE < task.cache.end;
-    if (more) task.cache.rows(ready = first + TILE, TILE, tiles[now ^ 1]);
-    for (int head = 0; head < task.heads; ++head) {
-      const int row = head * ROWS;
-      pass_tile<E, ROWS>(scratch, task, head, first, count, {tiles[now], tiles[more ? now ^ 1 : now], 0},
-                         {states.highest + row, states.total + row, states.out + row * width});
-    }
-    now ^= 1;
-  });
+void pass_chunk(Scratch<E>& scratch, const Single<E>& task, const Single<E>* after, const State& state) {
+  const Reach tiles = reach(task.queries, task.chunk);
+  reset(task.queries.rows, task.shape.head_dim, state);
+  Runs<E> runs;
+  for (int at = tiles.begin; at < tiles.end; at += TILE) {
+    Runs<E>::find(task.cache, at, runs.now);
+    if (at + TILE < tiles.end)
+      Runs<E>::find(task.cache, at + TILE, runs.next);
+    else if (after)
+      Runs<E>::find(after->cache, reach(after->queries, after->chunk).begin, runs.next);
+    else
+      std::memcpy(runs.next, runs.now, sizeof runs.now);
+    pass_tile<E, ROWS>(scratch, task, at, tiles.count(at), runs, state);
+  }
 }
 
 // The same with the number of rows known only now.
 template <class E, int ROWS = SINGLE_ROWS>
-inline bool pass_chunk_of(Scratch<E>& scratch, const Single<E>& task, int chunk, const State& states) {
+inline void pass_chunk_of(Scratch<E>& scratch, const Single<E>& task, const Single<E>* after, const State& state) {
   if constexpr (ROWS > 1) {
-    if (task.queries.rows < ROWS) return pass_chunk_of<E, ROWS - 1>(scratch, task, chunk, states);
+    if (task.queries.rows / task.heads < ROWS) return pass_chunk_of<E, ROWS - 1>(scratch, task, after, state);
   }
-  return pass_chunk<E, ROWS>(scratch, task, chunk, states);
+  pass_chunk<E, ROWS>(scratch, task, after, state);
 }
 
 #endif

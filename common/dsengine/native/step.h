@@ -253,26 +253,37 @@ class Step {
 
   void attend(int index, const Layer& l, const Task& task) {
     static thread_local Scratch<E> scratch;
-    scratch.reserve(task.count * group_, head_width_);
+    scratch.reserve(task.count * task.heads * group_, head_width_);
     if (task.chunk < 0) return attend_prompt(scratch, index, l, task);
     attend_single(scratch, index, l, task);
     if (task.chunks == 1) finish(task, slot(task.slot));
   }
 
+#ifdef DS_PASSES
+  Single<E> single(int index, const Layer& l, const Task& task) const {
+    const int position = positions_[task.row], rows = task.heads * group_;
+    const active* q = q_.get() + task.row * q_width_ + task.head * group_ * m_.shape.head_dim;
+    auto cache = cache_of(index, task, task.head, position + 1);
+    return {q, {rows, rows, position, l.window}, m_.shape, cache, task.heads, task.chunk};
+  }
+
+  void pass(Scratch<E>& scratch, int index, const Layer& l, const Task& task) {
+    const Task* after = &task + team_.count();
+    const bool follows = after < tasks_.data() + tasks_.size() && after->chunk >= 0;
+    const Single<E> now = single(index, l, task), next = single(index, l, follows ? *after : task);
+    pass_chunk_of<E>(scratch, now, follows ? &next : nullptr, slot(task.slot));
+  }
+#endif
+
   // One chunk of the keys that a single token sees.
   void attend_single(Scratch<E>& scratch, int index, const Layer& l, const Task& task) {
+#ifdef DS_PASSES
+    if (passes<E>(m_.shape, *pool_)) return pass(scratch, index, l, task);
+#endif
     const int position = positions_[task.row];
     Queries queries{group_, group_, position, l.window};
-#ifdef DS_PASSES
-    if (passes<E>(m_.shape)) {
-      auto cache = cache_of(index, task, task.head, position + 1);
-      const active* q = q_.get() + task.row * q_width_ + task.head * group_ * m_.shape.head_dim;
-      pass_chunk_of<E>(scratch, {q, queries, m_.shape, cache, task.heads}, task.chunk, slot(task.slot));
-      return;
-    }
-#endif
     for (int head = 0; head < task.heads; ++head) {
-      take_queries(scratch, task, task.head + head, queries.rows);
+      take_queries(scratch, task, task.head + head, group_);
       auto cache = cache_of(index, task, task.head + head, position + 1);
       attend_chunk<E>(scratch, queries, m_.shape, cache, task.chunk, slot(task.slot + head));
     }

@@ -26,6 +26,16 @@ typedef uint16_t vh_any __attribute__((vector_size(32), aligned(2), may_alias));
 
 inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 inline void store(float* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
+// `count` of them, at most 16; the others are zero.
+inline vf load_some(const float* p, int count) {
+  if (count == LANES) return load(p);
+  vf v{};
+  std::memcpy(&v, p, count * sizeof(float));
+  return v;
+}
+
+inline void store_some(float* p, vf v, int count) { std::memcpy(p, &v, count * sizeof(float)); }
+
 inline vf broadcast(float x) { return vf{} + x; }
 inline vi lane_numbers() { return vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 inline vf max(vf a, vf b) { return a > b ? a : b; }
