@@ -189,8 +189,12 @@ class InstanceState(ABC):
             return False
         self._numbers += 1
         self.steps[self._numbers] = tuple([run.key for run in runs])
-        self._out.append(RunStep(self._numbers, tuple(runs)))
+        self._out.append(RunStep(self._numbers, tuple(runs), self.repeat()))
         return True
+
+    def repeat(self) -> int:
+        """How many steps like the one under way there will be, itself included, unless something comes."""
+        return 1
 
     # checks
 

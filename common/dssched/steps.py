@@ -58,6 +58,8 @@ class RunStep:
 
     number: int
     runs: tuple[Run, ...]
+    #: up to so many steps may be run as one, each from the tokens of the one before, their blocks not yet taken
+    repeat: int = 1
 
 
 # events
@@ -70,6 +72,8 @@ class Made(msgspec.Struct, frozen=True):
     #: None behind a chunk that is not the prompt's last
     token: int | None
     logprobs: Logprobs | None = None
+    #: the tokens of the steps behind, where several were run as one
+    more: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

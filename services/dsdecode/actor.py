@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsdecode.config import DecodeConfig
 from dsdecode.events import CopyChunk, CopyDirect, CopyEnded
-from dsdecode.state import DecodeConfig, DecodeState
+from dsdecode.state import DecodeState
 from dsengine.instance import RunningInstance
 from dsengine.instance_actor import InstanceActor, routes, settings
 from dskv.handle import KvHandle, KvKey

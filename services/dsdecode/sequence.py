@@ -13,11 +13,12 @@ be pulled stays with prefill, whose memory is the buffer for bursts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 from dskv.handle import KvHandle, KvKey
+from dssched.prefix import PrefixPool
 from dssched.reading import Reading
 from dswire.lifecycle import Lifecycle
 from dswire.messages.client import Sampling
@@ -91,15 +92,27 @@ class Sequence:
         last = len(work.prompt_ids) + len(outputs) - 1
         return cls(key_of(work), life, work.prompt_ids, outputs, work.sampling, last, handle, reading)
 
+    def wants(self, block_size: int) -> int:
+        """Blocks that let it in: for its tokens and one more, so that its first step finds room."""
+        return -(-(self.position + (1 if self.reading is None else 2)) // block_size)
+
+    def known_blocks(self, pool: PrefixPool) -> list[int]:
+        """Blocks of ``pool`` with which it could begin."""
+        return [] if self.reading is None else self.reading.known(pool)
+
+    def missing(self, tokens: int, block_size: int) -> int:
+        """Blocks that it lacks for the KV of so many tokens more."""
+        return -(-(self.position + tokens) // block_size) - len(self.blocks)
+
     def hold(self, blocks: Iterable[int], block_size: int) -> None:
         """It gets more blocks."""
         self.blocks = (*self.blocks, *blocks)
         self.room = len(self.blocks) * block_size
 
-    def add(self, token: int) -> None:
-        """A token was made."""
-        self.output_ids.append(token)
-        self.position += 1
+    def add(self, *tokens: int) -> None:
+        """Tokens were made."""
+        self.output_ids += tokens
+        self.position += len(tokens)
 
     @property
     def known_tokens(self) -> tuple[int, ...]:
@@ -111,9 +124,25 @@ class Sequence:
         """The digests of the first blocks, as far as they are known."""
         return (self.reading.chain if self.reading is not None else None) or []
 
+    @property
+    def steady(self) -> bool:
+        """Whether nothing about its next steps depends on the tokens that they draw, before it is out of tokens."""
+        asked = self.sampling
+        watched = asked.stop or asked.stop_token_ids or asked.logprobs is not None or not asked.ignore_eos
+        return not (watched or self.fresh)
+
     def stages(self, first_step_s: float) -> DecodeStages:
         """Where the time up to the first step went."""
         return DecodeStages(self.transfer_wait_s, self.transfer_s, self.decode_queue_s, first_step_s)
+
+
+def steps_alike(running: Collection[Sequence], pool: PrefixPool) -> int:
+    """For how many steps these go on together, before one ends or blocks run short; 1 when that is not known."""
+    most = min([one.sampling.max_tokens - len(one.output_ids) for one in running]) - 1
+    if most < 2 or not all(one.steady for one in running):
+        return 1
+    missing = sum([one.missing(most, pool.block_size) for one in running])
+    return most if missing <= pool.free else 1
 
 
 def key_of(work: DecodeWork | PrefillWork) -> KvKey:

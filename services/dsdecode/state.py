@@ -9,20 +9,20 @@ on. Blocks are given back in one place, ``_drop``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import inf
 from typing import Any
 
 import msgspec
 
+from dsdecode.config import DecodeConfig
 from dsdecode.events import CopyChunk, CopyDirect, CopyEnded
-from dsdecode.sequence import TRANSITIONS, Phase, Sequence, key_of
+from dsdecode.sequence import TRANSITIONS, Phase, Sequence, key_of, steps_alike
 from dskv.handle import KvKey
 from dskv.lifecycle import GRACE_S
 from dskv.reshard import difference
 from dssched.batching import chunk, decode_may_admit
 from dssched.finish import finish_reason
-from dssched.instance import InstanceConfig, InstanceState
+from dssched.instance import InstanceState
 from dssched.steps import ForgetSequence, Made, Run, StartSequence, Stepped
 from dswire.errors import DsError, ErrorInfo, InvalidRequest, KvCorrupt, Overloaded, TransferFailed
 from dswire.lifecycle import Lifecycle
@@ -32,16 +32,6 @@ from dswire.messages import kv, worker
 
 #: hand-offs that are under way at once; more would only share the same memory bandwidth
 MAX_PULLS = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeConfig(InstanceConfig):
-    """What a decode machine must know."""
-
-    #: whether KV can come from elsewhere; False where every prompt is read here
-    relayed: bool = True
-    #: read all prompts before the next token of anybody, instead of beside it
-    prefill_priority: bool = False
 
 
 class DecodeState(InstanceState):
@@ -136,38 +126,34 @@ class DecodeState(InstanceState):
     # admission
 
     def _admit(self, now: float) -> None:
-        waiting = self._phases[Phase.WAITING]
-        if not waiting:
-            return
-        pulling = len(self._phases[Phase.PULLING])
-        inside = pulling + self._stepping
-        for one in list(waiting.values()):
+        while (one := self._next_in()) is not None:
+            self._let_in(one, now)
+
+    def _next_in(self) -> Sequence | None:
+        """The first of those that wait, if there is room for it."""
+        for one in self._phases[Phase.WAITING].values():
             if one.handle is not None and not self.links.relay.joined:
                 # those whose prompts are read here need no relay
                 continue
+            pulling = len(self._phases[Phase.PULLING])
+            inside = pulling + self._stepping
             if inside >= self.config.max_batch or (one.handle is not None and pulling >= MAX_PULLS):
-                return
-            if not self._take_blocks(one, inside, now):
-                return
-            inside += 1
-            pulling += one.handle is not None
+                return None
+            cost = self.pool.cost(one.wants(self.pool.block_size), one.known_blocks(self.pool))
+            return one if decode_may_admit(cost, self.pool.free, inside) else None
+        return None
 
-    def _take_blocks(self, one: Sequence, inside: int, now: float) -> bool:
-        """Let a sequence in, if there are blocks for it and one token more, so that the first step finds room."""
-        count = self.config.capacity.layout.blocks_for(one.position + (1 if one.reading is None else 2))
-        known = [] if one.reading is None else one.reading.known(self.pool)
-        if not decode_may_admit(self.pool.cost(count, known), self.pool.free, inside):
-            return False
+    def _let_in(self, one: Sequence, now: float) -> None:
+        wanted = one.wants(self.pool.block_size)
         if one.reading is None:
             assert one.handle is not None
-            one.hold(self.pool.take(count), self.pool.block_size)
+            one.hold(self.pool.take(wanted), self.pool.block_size)
             one.transfer_wait_s = self._move(one, Phase.PULLING, now, "blocks taken")
             self._out.append(Send(RELAY, kv.KvPull(one.handle)))
         else:
-            one.hold(one.reading.take(self.pool, count, known), self.pool.block_size)
+            one.hold(one.reading.take(self.pool, wanted, one.known_blocks(self.pool)), self.pool.block_size)
             self._move(one, Phase.PREFILLING, now, "blocks taken")
             self._start(one)
-        return True
 
     def _start(self, one: Sequence) -> None:
         """It will take part in steps."""
@@ -292,6 +278,14 @@ class DecodeState(InstanceState):
             one.hold(self.pool.take(1), self.pool.block_size)
         return Run(one.key, (one.output_ids[-1],), one.position, one.blocks, True)
 
+    def repeat(self) -> int:
+        """Steps until one ends or blocks run short; whoever finds no room now finds none before."""
+        if not self.config.repeats or self.config.stages > 1 or self._next_in() is not None:
+            return 1
+        if self._phases[Phase.PREFILLING] or self._phases[Phase.DOOMED]:
+            return 1
+        return steps_alike(self._phases[Phase.RUNNING].values(), self.pool)
+
     def _stepped(self, step: Stepped) -> None:
         tokens: list[worker.TokenMade] = []
         for made in step.made:
@@ -335,12 +329,20 @@ class DecodeState(InstanceState):
         one.fresh = False
         one.add(made.token)
         count = len(one.output_ids)
-        reason = finish_reason(made.token, count, one.sampling, self.config.eos_ids)
+        if made.more:
+            self._go_on(one, made.more)
+        reason = finish_reason(made.token, len(one.output_ids), one.sampling, self.config.eos_ids)
         if reason:
             # the next turn of a conversation begins with this one
             self.pool.remember(one.known_tokens, one.blocks, one.chain)
             self._drop(one, step.now, f"finished: {reason}")
-        return worker.TokenMade(one.key, count - 1, made.token, made.logprobs, reason, stages)
+        return worker.TokenMade(one.key, count - 1, made.token, made.logprobs, reason, stages, made.more)
+
+    def _go_on(self, one: Sequence, tokens: tuple[int, ...]) -> None:
+        """More steps were run, none of which could be its last."""
+        one.add(*tokens)
+        if missing := one.missing(0, self.pool.block_size):
+            one.hold(self.pool.take(missing), self.pool.block_size)
 
     # ends
 

@@ -174,7 +174,7 @@ class Flow:
         else:
             self._leave(choice.prefill, choice)
             choice.life.move(Phase.PLACING, now, "token made")
-        self._token(now, request, choice, done.token, done.logprobs, done.finish_reason)
+        self._made(now, request, choice, (done.token,), done.logprobs, done.finish_reason)
 
     def sealed(self, handle: KvHandle) -> None:
         """The KV of a prompt can be fetched."""
@@ -194,25 +194,37 @@ class Flow:
                 choice.account.decoding(now, made.stages)
             holder = self.workers.get(choice.decode)
             if holder is not None:
-                holder.grow(made.key.sequence)
+                holder.grow(made.key.sequence, 1 + len(made.more))
                 if made.finish_reason and holder.kept is not None and self._config.mode != "disaggregated":
                     # the next turn of a conversation begins with this one
                     size = holder.kept.block_size
                     known = choice.digests.get(size, ())
                     holder.kept.note(digests((*request.prompt_ids, *choice.output_ids), size, known))
-            self._token(now, request, choice, made.token, made.logprobs, made.finish_reason)
+            self._made(now, request, choice, (made.token, *made.more), made.logprobs, made.finish_reason)
 
-    def _token(
-        self, now: float, request: Request, choice: Choice, token: int, logprobs: Logprobs | None, reason: str
+    def _made(
+        self,
+        now: float,
+        request: Request,
+        choice: Choice,
+        tokens: tuple[int, ...],
+        logprobs: Logprobs | None,
+        reason: str,
     ) -> None:
-        choice.output_ids.append(token)
-        text, stopped = ("", False) if reason == "stop" else choice.writer.push(token)
+        text, stopped = "", False
+        # the token that ends an answer is no part of its text
+        for number, token in enumerate(tokens if reason != "stop" else tokens[:-1]):
+            part, stopped = choice.writer.push(token)
+            text += part
+            if stopped:
+                tokens = tokens[: number + 1]
+                break
+        choice.output_ids += tokens
         finish = "stop" if stopped else reason
         if finish and not stopped:
             text += choice.writer.flush()
-        told = (_tell(choice, token, logprobs),) if logprobs is not None else ()
-        number = len(request.events)
-        self._sink.emit(request, Output(request.id, number, choice.number, (token,), text, told, finish))
+        told = (_tell(choice, tokens[-1], logprobs),) if logprobs is not None else ()
+        self._sink.emit(request, Output(request.id, len(request.events), choice.number, tokens, text, told, finish))
         if finish:
             choice.finish_reason = finish
             self.stop(choice, now, f"finished: {finish}", abort=not reason)

@@ -61,10 +61,10 @@ class Worker:
         self.tokens -= self.sequences.pop(sequence, 0)
         self.reading.pop(sequence, None)
 
-    def grow(self, sequence: str) -> None:
-        """A sequence there has one token more."""
-        self.sequences[sequence] += 1
-        self.tokens += 1
+    def grow(self, sequence: str, tokens: int = 1) -> None:
+        """A sequence there has more tokens."""
+        self.sequences[sequence] += tokens
+        self.tokens += tokens
 
 
 class Workers:

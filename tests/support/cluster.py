@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from dsdecode.state import DecodeConfig, DecodeState
+from dsdecode.config import DecodeConfig
+from dsdecode.state import DecodeState
 from dskv.shards import shards
 from dsprefill.state import PrefillConfig, PrefillState
 from dsrelay.state import RelayConfig, RelayState

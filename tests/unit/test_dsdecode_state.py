@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 import msgspec
 import pytest
 
+from dsdecode.config import DecodeConfig
 from dsdecode.events import CopyChunk, CopyDirect, CopyEnded
 from dsdecode.sequence import Phase
-from dsdecode.state import MAX_PULLS, DecodeConfig, DecodeState
+from dsdecode.state import MAX_PULLS, DecodeState
 from dskv.handle import KvHandle, KvKey
 from dskv.layout import KvLayout
 from dskv.shards import shards
@@ -567,3 +568,62 @@ def test_its_load(desk: Desk) -> None:
     desk.ping()
     (report,) = desk.told("router", worker.WorkerReport)
     assert report == worker.WorkerReport(worker.Load(waiting=1, running=1, blocks_held=4), sent=0)
+
+
+# several steps as one
+
+
+def steady(desk: Desk, name: str, tokens: int, max_tokens: int) -> KvKey:
+    """A sequence that runs until it is out of tokens, whatever they are, and has made its first one here."""
+    key = KvKey(f"{name}/0", 0)
+    sampling = Sampling(max_tokens=max_tokens, ignore_eos=True)
+    desk.say("router", worker.PrefillWork(key, tuple(range(1, tokens + 1)), (), sampling))
+    desk.step(key)
+    return key
+
+
+def repeats(desk: Desk) -> int:
+    (step,) = desk.did(RunStep)
+    return step.repeat
+
+
+def test_steps_are_run_as_one_until_somebody_ends() -> None:
+    desk = Desk(repeats=True).joined()
+    key = steady(desk, "r", 6, 9)
+    assert repeats(desk) == 1, "when the first step ends is told"
+    desk.step(key)
+    assert repeats(desk) == 6, "two of nine are made, and the last is its end"
+    desk.end(Made(key, 7, None, (8, 9)))
+    (done,) = desk.told("router", worker.StepDone)
+    assert [(made.position, made.token, made.more) for made in done.tokens] == [(2, 7, (8, 9))]
+    assert desk.state.sequences[key].output_ids == [7, 7, 7, 8, 9]
+    # eleven tokens, and the block of the one that comes
+    assert (desk.state.pool.held, repeats(desk)) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "other", "expected"),
+    [(30, "reads", 1), (30, "may end", 1), (30, "waits", 27), (30, "is pulled", 27), (58, "is pulled", 1)],
+)
+def test_steps_are_run_one_by_one_while_anything_may_happen(max_tokens: int, other: str, expected: int) -> None:
+    desk = Desk(repeats=True, blocks=16).joined()
+    key = steady(desk, "r", 6, max_tokens)
+    desk.step(key)
+    # sixteen blocks are enough for all of its tokens
+    assert repeats(desk) == desk.state.repeat() == max_tokens - 3
+    match other:
+        case "reads":
+            desk.read("a")
+        case "may end":
+            desk.running("a")
+        case "waits":
+            desk.work("a", 60, 2)
+        case "is pulled":
+            desk.work("a")
+    assert desk.state.repeat() == expected
+
+
+def test_an_engine_that_runs_one_step_at_a_time_is_asked_for_one(desk: Desk) -> None:
+    key = steady(desk, "r", 6, 30)
+    desk.step(key)
+    assert repeats(desk) == 1

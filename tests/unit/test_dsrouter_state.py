@@ -132,6 +132,19 @@ def test_from_submit_to_finish(desk: Desk) -> None:
     assert desk.told("decode-0", worker.Abort) == []
 
 
+def test_tokens_of_several_steps_come_at_once(desk: Desk) -> None:
+    desk.submit(sampling=Sampling(max_tokens=9, stop=("<10>",)))
+    key = only(desk.told("prefill-0", worker.PrefillWork)).key
+    desk.prefilled(key)
+    desk.say("decode-0", worker.StepDone((worker.TokenMade(key, 1, 8, None, "", None, (9, 11)),)))
+    assert desk.told(CLIENT, client.Output) == [client.Output("r", 2, 0, (8, 9, 11), "<8><9><11>")]
+    assert desk.state.workers.role("decode")[0].tokens == 6 + 4
+    desk.say("decode-0", worker.StepDone((worker.TokenMade(key, 4, 8, None, "", None, (10, 12)),)))
+    assert desk.told(CLIENT, client.Output) == [client.Output("r", 3, 0, (8, 10), "<8>", (), "stop")]
+    (end,) = desk.told(CLIENT, client.Finished)
+    assert end.usage == client.Usage(6, 6)
+
+
 def test_a_decode_instance_reads_the_prompt_and_goes_on() -> None:
     desk = Desk(mode="colocated").join("decode-0")
     desk.submit()

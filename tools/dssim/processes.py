@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import msgspec
 
-import dsdecode.events as decode
 import dsprefill.events as prefill
 from dsrelay.events import ChunkArrived, Complain, SendChunk, StoreChunk
 from dssched.instance import InstanceState
@@ -27,14 +26,13 @@ from dswire.errors import ErrorInfo, from_info
 from dswire.links import End, Ready
 from dswire.machine import Machine, PeerLost, Received, Send, Tick
 from dswire.messages.kv import KvChunk
-from dswire.messages.worker import Load, Preempted, WorkerReport
+from dswire.messages.worker import Load, Preempted, StepDone, WorkerReport
 
 #: every token, of prompts and answers
 TOKEN = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(msgspec.Struct, frozen=True):
     """One step that an instance ran, for timelines and traces."""
 
     instance: str
@@ -152,6 +150,9 @@ class Process:
         """The machine ends: in a simulation nothing can make it do so but a wrong set-up."""
         raise from_info(error)
 
+    def settle(self) -> None:
+        """Bring the machine up to now, where it was left behind."""
+
     def copy(self, seconds: float, end: Callable[[float], Any]) -> None:
         """Do a piece of work after the copies asked for before; then feed the event that ``end`` makes."""
         self._copies_end = max(self.kernel.now, self._copies_end) + seconds
@@ -187,6 +188,18 @@ class RouterProcess(Process):
     def __init__(self, name: str, node: str, machine: Machine, kernel: Kernel, transfers: TransferTimes) -> None:
         super().__init__(name, node, machine, kernel, transfers)
         self.clients = {}
+        #: what the machine would know by now, had it been told at once: told before it looks at anything else
+        self.untold: dict[str, Callable[[], None]] = {}
+
+    def feed(self, event: Any) -> None:
+        """Give the machine an event, and before it what it was not told yet."""
+        while self.untold:
+            self.untold.popitem()[1]()
+        super().feed(event)
+
+    def count(self, peer: str, message: StepDone) -> None:
+        """Tokens have come that end nothing: the machine only counts them, and looks at nothing else."""
+        super().feed(Received(self.kernel.now, peer, message))
 
     def send(self, peer: str, message: msgspec.Struct, nbytes: int = 0, began_s: float | None = None) -> None:
         """Send a message; a client is told at once, since what it hears changes nothing here."""
@@ -244,11 +257,17 @@ class Worker(Process):
         chunks: list[Chunk] = []
         if len(contexts) < len(step.runs):
             chunks = [(run.start, run.end) for run in step.runs if len(run.tokens) > 1 or run.start == 0]
-        whole_s = self._whole_s(chunks, contexts)
-        enters, leaves = self.pipeline.step(now, whole_s)
-        tokens = sum(end - start for start, end in chunks) + sum(contexts)
-        self.watch.step(Step(self.name, enters, whole_s / self.pipeline.stages, len(step.runs), tokens))
+        leaves = self.work(chunks, contexts)
         self.kernel.at(leaves, self._stepped, step, leaves - now)
+
+    def work(self, chunks: Sequence[Chunk], contexts: Sequence[int]) -> float:
+        """Begin a step; when it will end."""
+        whole_s = self._whole_s(chunks, contexts)
+        enters, leaves = self.pipeline.step(self.kernel.now, whole_s)
+        tokens = sum(end - start for start, end in chunks) + sum(contexts)
+        stage_s = whole_s / self.pipeline.stages
+        self.watch.step(Step(self.name, enters, stage_s, len(chunks) + len(contexts), tokens))
+        return leaves
 
     def _whole_s(self, chunks: Sequence[Chunk], contexts: Sequence[int]) -> float:
         if not chunks and self.pipeline.stages == 1:
@@ -281,22 +300,6 @@ class PrefillProcess(Worker):
     def _block_nbytes(self) -> int:
         nbytes: int = self.machine.config.capacity.layout.block_nbytes  # type: ignore[attr-defined]
         return nbytes
-
-
-class DecodeProcess(Worker):
-    """A decode instance."""
-
-    def perform(self, action: Any) -> None:
-        """Copies."""
-        match action:
-            case decode.CopyDirect(handle, _):
-                seconds = self.transfers.copy_s(handle.nbytes)
-                self.copy(seconds, lambda now: decode.CopyEnded(now, handle.key, None, True))
-            case decode.CopyChunk(handle, _, chunk, _, last):
-                seconds = self.transfers.copy_s(chunk.count * handle.layout.block_nbytes)
-                self.copy(seconds, lambda now: decode.CopyEnded(now, handle.key, chunk, last))
-            case _:
-                super().perform(action)
 
 
 class RelayProcess(Process):

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
-from dsdecode.state import DecodeConfig, DecodeState
+from dsdecode.config import DecodeConfig
+from dsdecode.state import DecodeState
 from dskv.layout import KvLayout
 from dskv.shards import shards
 from dskv.staging import halves
@@ -16,9 +17,10 @@ from dsrelay.state import RelayConfig, RelayState
 from dsrouter.config import RouterConfig
 from dsrouter.state import RouterState
 from dssim.client import PEER, Client
+from dssim.decoding import DecodeProcess
 from dssim.failure import Failure
 from dssim.kernel import Kernel
-from dssim.processes import DecodeProcess, PrefillProcess, Process, RelayProcess, RouterProcess, Way
+from dssim.processes import PrefillProcess, Process, RelayProcess, RouterProcess, Way
 from dssim.prompts import VOCABULARY
 from dssim.records import Observations, Record, Run
 from dssim.times import StepTimes, TransferTimes
@@ -58,8 +60,11 @@ class System:
         *,
         validate: bool = False,
         keep_steps: bool = False,
+        single_steps: bool = False,
     ) -> None:
         """``layout``: of a KV block. ``validate``: check every machine after every event (slow).
+
+        ``single_steps``: tell the machines of every step when it ends, even where nothing happens (slow).
 
         Raises what ``times`` raises.
         """
@@ -72,6 +77,7 @@ class System:
         self._times = times
         self._transfers = transfers
         self._validate = validate
+        self._single_steps = single_steps
         #: processes made so far, and the last of each name
         self._made = 0
         self._last: dict[str, Process] = {}
@@ -132,6 +138,7 @@ class System:
 
     def _kill(self, failure: Failure) -> None:
         gone = self.processes.pop(failure.name)
+        gone.settle()
         gone.alive = False
         self.seen.failures.append((self.kernel.now, gone.name, False))
         if failure.down_s is not None:
@@ -238,8 +245,12 @@ class System:
             pool = shards(self._layout, 1, 1, [str(instance.segment)])
             machine = PrefillState(PrefillConfig(**settings, shards=pool))
             return PrefillProcess(name, node, machine, *parts, times=times, watch=self.seen)
-        relayed, first = bool(self.topology.relays), instance.prefill_priority
-        config = DecodeConfig(**settings, relayed=relayed, prefill_priority=first)
+        config = DecodeConfig(
+            **settings,
+            relayed=bool(self.topology.relays),
+            prefill_priority=instance.prefill_priority,
+            repeats=not self._single_steps,
+        )
         return DecodeProcess(name, node, DecodeState(config), *parts, times=times, watch=self.seen)
 
     # connections

@@ -125,6 +125,8 @@ class TokenMade(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: str = ""
     #: with the first token only
     stages: DecodeStages | None = None
+    #: the tokens of the steps behind, where several were run as one
+    more: tuple[int, ...] = ()
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True):
