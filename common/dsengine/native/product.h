@@ -12,7 +12,10 @@ namespace ds {
 
 constexpr int PANEL = 32;
 constexpr int PANEL_VECTORS = PANEL / LANES;
-constexpr int AHEAD = 2048;  // bytes
+
+// Bytes that weights are asked for ahead of their use, in the second-level cache. Two panels at a time are for few rows,
+// which take weights as fast as memory gives them: there the processor looks ahead best by itself.
+constexpr int ahead(int panels) { return panels == 1 ? 12288 : 0; }
 
 inline size_t padded(size_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
@@ -32,7 +35,7 @@ struct Sums {
 };
 
 // MB rows of `a` with NP panels. Not inlined: one tight loop, whatever is done with the sums.
-template <class E, int MB, int NP>
+template <class E, int MB, int NP, int AHEAD>
 __attribute__((noinline)) void tile(const typename E::active* a, size_t lda, const typename E::weight* const* panels,
                                     int inner, const Sums& sums) {
   constexpr int NV = NP * PANEL_VECTORS;
@@ -50,8 +53,7 @@ __attribute__((noinline)) void tile(const typename E::active* a, size_t lda, con
     for (int v = 0; v < NV; ++v) {
       const typename E::weight* at = (v < PANEL_VECTORS ? first : second) + v % PANEL_VECTORS * LANES * E::STEP;
       w[v] = E::load_weights(at);
-      // The processor by itself does not look far enough ahead.
-      __builtin_prefetch(reinterpret_cast<const char*>(at) + AHEAD, 0, 3);
+      if constexpr (AHEAD > 0) __builtin_prefetch(reinterpret_cast<const char*>(at) + AHEAD, 0, 2);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < MB; ++m) {
@@ -68,13 +70,13 @@ __attribute__((noinline)) void tile(const typename E::active* a, size_t lda, con
 }
 
 // The same with the number of rows known only now.
-template <class E, int NP, int MB = MAX_ROWS / NP>
+template <class E, int NP, int AHEAD, int MB = MAX_ROWS / NP>
 inline void tile_of(int rows, const typename E::active* a, size_t lda, const typename E::weight* const* panels,
                     int inner, const Sums& sums) {
   if constexpr (MB > 1) {
-    if (rows < MB) return tile_of<E, NP, MB - 1>(rows, a, lda, panels, inner, sums);
+    if (rows < MB) return tile_of<E, NP, AHEAD, MB - 1>(rows, a, lda, panels, inner, sums);
   }
-  tile<E, MB, NP>(a, lda, panels, inner, sums);
+  tile<E, MB, NP, AHEAD>(a, lda, panels, inner, sums);
 }
 
 // Cut rows into tiles as even as can be (16 are two of 8, not one of 12 and one of 4 that starves): each(row, count).
@@ -88,13 +90,13 @@ inline void tiles(int rows, int most, Each each) {
   }
 }
 
-// Any number of rows, sums to memory.
+// Any number of rows over what is in the caches, sums to memory.
 template <class E, int NP>
 inline void strip(int rows, const typename E::active* a, size_t lda, const typename E::weight* const* panels,
                   int inner, const Sums& sums) {
   tiles(rows, MAX_ROWS / NP, [&](int row, int count) {
     const float* start = sums.start ? sums.start + row * sums.start_ld : nullptr;
-    tile_of<E, NP>(count, a + row * lda, lda, panels, inner,
+    tile_of<E, NP, 0>(count, a + row * lda, lda, panels, inner,
                    {start, sums.start_ld, sums.to + row * sums.ld, sums.ld});
   });
 }
@@ -133,10 +135,10 @@ inline void finish_tiles(int row, int count, const typename E::active* a, size_t
   tiles(count, MAX_ROWS, [&](int at, int some) {
     const typename E::active* from = a + (row + at) * lda;
     if (some <= MAX_ROWS / NP)
-      tile_of<E, NP>(some, from, lda, panels, inner, {start, 0, sums[0], NP * PANEL});
+      tile_of<E, NP, ahead(NP)>(some, from, lda, panels, inner, {start, 0, sums[0], NP * PANEL});
     else
       for (int n = 0; n < NP; ++n)
-        tile_of<E, 1>(some, from, lda, panels + n, inner,
+        tile_of<E, 1, ahead(1)>(some, from, lda, panels + n, inner,
                       {start ? start + n * PANEL : nullptr, 0, sums[0] + n * PANEL, NP * PANEL});
     for (int m = 0; m < some; ++m) each(row + at + m, sums[m]);
   });
