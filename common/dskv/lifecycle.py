@@ -83,6 +83,12 @@ class OfferedHandle:
         self.life.move(HandlePhase.PULLING, now, f"pulled by {reader}")
         self.reader = reader
 
+    def hand_on(self, now: float, reader: str) -> None:
+        """The reader has it all; another one begins to read in its place."""
+        assert self.phase is HandlePhase.PULLING, self.life.tell()
+        self.reader = reader
+        self.deadline = now + self.lease_s
+
     def withdraw(self, now: float) -> None:
         """The owner wants its blocks back: at once when nobody reads them, else when that ends."""
         if self.phase is HandlePhase.READY:

@@ -96,6 +96,14 @@ def check_slot(facts: ModelFacts, relay: Relay, block_size: int, dtype: str, pro
         problems.add(("relay", "slot"), reason, f"raise it to {shown(block, up=True)}, or lower kv.block_size")
 
 
+def check_keep(facts: ModelFacts, relay: Relay, block_size: int, dtype: str, problems: Problems) -> None:
+    """Tell of room for kept KV that cannot hold one block."""
+    block = facts.kv_layout(block_size, dtype).block_nbytes
+    if relay.keep_nbytes < block:
+        reason = f"{shown(relay.keep_nbytes)} cannot hold a KV block of {shown(block)}"
+        problems.add(("relay", "keep"), reason, f"raise it to {shown(block, up=True)} for each block to keep")
+
+
 def check_memory(
     facts: ModelFacts,
     dtype: str,
@@ -111,17 +119,20 @@ def check_memory(
     mine = [one for one in instances if one.node in local and one.devices[0].startswith("cpu")]
     pools = sum(pool_nbytes(one, facts, dtype) for one in mine)
     staging = sum(relay.staging_nbytes for relay in relays if relay.node in local and relay.data_bind)
+    kept = sum(relay.keep_nbytes for relay in relays if relay.node in local)
+    shared = pools + staging + kept
     weights = len(mine) * facts.weights_nbytes(dtype, quantization)
     parts = f"weights {shown(weights)}, KV pools {shown(pools)}, staging {shown(staging)}"
-    remedy = "lower kv.memory or relay.staging, have fewer instances, or use a smaller dtype or model"
+    if kept:
+        parts += f", kept KV {shown(kept)}"
+    remedy = "lower kv.memory, relay.staging or relay.keep, have fewer instances, or use a smaller dtype or model"
     has = memory_nbytes()
-    if has is not None and weights + pools + staging > has:
-        wants = weights + pools + staging
-        reason = f"this host has {shown(has)} of memory, and {shown(wants)} are needed: {parts}"
+    if has is not None and weights + shared > has:
+        reason = f"this host has {shown(has)} of memory, and {shown(weights + shared)} are needed: {parts}"
         problems.add(("kv",), reason, remedy)
     room = mount_nbytes(shm_dir)
-    if room is not None and pools + staging > room:
-        reason = f"{shm_dir} has room for {shown(room)}, and {shown(pools + staging)} are needed: {parts}"
+    if room is not None and shared > room:
+        reason = f"{shm_dir} has room for {shown(room)}, and {shown(shared)} are needed: {parts}"
         problems.add(("kv",), reason, f"{remedy}; or enlarge that mount, or set DS_SHM_DIR to another")
 
 

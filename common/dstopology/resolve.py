@@ -208,6 +208,7 @@ class Resolver:
         if self.file.mode == "colocated":
             return ()
         used = {instance.node for instance in instances}
+        owners = {instance.node for instance in instances if instance.role == "prefill"}
         over_tcp = self._check_transports(instances)
         found: list[Relay] = []
         for node in (one for one in nodes if one.name in used):
@@ -215,10 +216,10 @@ class Resolver:
             if over_tcp:
                 port = self.file.relay.port + len(found)
                 data = network.relay_data(node, port, ("relay", "port"))
-            found.append(self._relay(network, node, data))
+            found.append(self._relay(network, node, data, keeps=node.name in owners))
         return tuple(found)
 
-    def _relay(self, network: Network, node: Node, data: Ends | None) -> Relay:
+    def _relay(self, network: Network, node: Node, data: Ends | None, *, keeps: bool) -> Relay:
         section = self.file.relay
         staging, slot = nbytes(section.staging), nbytes(section.slot)
         if slot > staging:
@@ -238,6 +239,8 @@ class Resolver:
             transfer_timeout_s=section.transfer_timeout_s,
             transports=cast("tuple[Transport, ...]", section.transports),
             verify=section.verify,
+            keep=self.shm_dir / f"ds-{self.digest}-{name}.keep",
+            keep_nbytes=nbytes(section.keep) if section.keep is not None and keeps else 0,
         )
 
     def _check_transports(self, instances: Sequence[Instance]) -> bool:
@@ -284,6 +287,8 @@ class Resolver:
             for relay in relays[:1]:
                 if relay.data_bind:
                     fit.check_slot(facts, relay, self._block_size(groups["prefill"]), dtype, self.problems)
+            for relay in [one for one in relays if one.keep_nbytes][:1]:
+                fit.check_keep(facts, relay, self._block_size(groups["prefill"]), dtype, self.problems)
         length = fit.model_len(section.max_model_len, facts, instances, dtype, self.problems)
         return Model(path, modelfacts.model_name(path), dtype, length, quantization)
 

@@ -135,6 +135,9 @@ class Relay:
     transports: tuple[Transport, ...]
     #: checksums of all KV
     verify: bool
+    #: copies of KV whose readers decode, and room for how much of it
+    keep: Path
+    keep_nbytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -213,6 +213,9 @@ class RelaySection:
     )
     verify: bool = key(Flag(), "sum all KV where it is made and where it arrives, and compare", True)
     port: int = key(Number(1, 65_535), "TCP port of the first relay; each further one has the next port", 7100)
+    keep: str | int | None = key(
+        SIZE, "memory for KV of sequences that decode, from which another instance goes on when theirs dies", None
+    )
 
 
 @dataclass(frozen=True, slots=True)

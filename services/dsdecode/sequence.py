@@ -1,14 +1,16 @@
 """A sequence on a decode instance, and its life::
 
-    WAITING ──> PULLING ──> RUNNING ──> GONE
-      │ │          │         ^ │
-      │ └──> PREFILLING ─────┘ │
-      │            │           │
-      │            └─> DOOMED <┘        ended while a thread uses its blocks
+    WAITING ──> PULLING ──────> RUNNING ──> GONE
+      │ │          │ │           ^ │
+      │ │          │ v           │ │
+      │ └──────> PREFILLING ─────┘ │
+      │            │ │             │
+      │            └─┴─> DOOMED <──┘        ended while a thread uses its blocks
       └────────> GONE
 
-Its KV is pulled from the instance that read the prompt, or it is read here. WAITING holds no blocks: KV that is to
-be pulled stays with prefill, whose memory is the buffer for bursts.
+Its KV is pulled from the instance that read the prompt, or it is read here. Where the KV was kept for an earlier
+attempt, what that one made is read here after the pull. WAITING holds no blocks: KV that is to be pulled stays with
+prefill, whose memory is the buffer for bursts.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ _ENDS = frozenset({Phase.DOOMED, Phase.GONE})
 
 TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.WAITING: frozenset({Phase.PULLING, Phase.PREFILLING, Phase.GONE}),
-    Phase.PULLING: _ENDS | {Phase.RUNNING},
+    Phase.PULLING: _ENDS | {Phase.PREFILLING, Phase.RUNNING},
     Phase.PREFILLING: _ENDS | {Phase.RUNNING},
     Phase.RUNNING: _ENDS,
     Phase.DOOMED: frozenset({Phase.GONE}),
@@ -62,7 +64,7 @@ class Sequence:
     position: int
     #: of KV that is pulled
     handle: KvHandle | None = None
-    #: of a prompt that is read here
+    #: of a prompt, or of what an earlier attempt has made, that is read here
     reading: Reading | None = None
     blocks: tuple[int, ...] = ()
     #: tokens for which they suffice
@@ -94,7 +96,7 @@ class Sequence:
 
     def wants(self, block_size: int) -> int:
         """Blocks that let it in: for its tokens and one more, so that its first step finds room."""
-        return -(-(self.position + (1 if self.reading is None else 2)) // block_size)
+        return -(-(self.position + (2 if self.reading is not None or self.unread else 1)) // block_size)
 
     def known_blocks(self, pool: PrefixPool) -> list[int]:
         """Blocks of ``pool`` with which it could begin."""
@@ -113,6 +115,20 @@ class Sequence:
         """Tokens were made."""
         self.output_ids += tokens
         self.position += len(tokens)
+
+    @property
+    def unread(self) -> bool:
+        """Whether its handle lacks more than the last token."""
+        return self.handle is not None and self.handle.tokens < self.position
+
+    def arrived(self, now: float) -> Phase:
+        """The KV of its handle is here: where it stands next."""
+        if self.handle is None or not self.unread:
+            return Phase.RUNNING
+        work = PrefillWork(self.key, self.prompt_ids, tuple(self.output_ids), self.sampling)
+        self.reading = Reading.of(work, now)
+        self.reading.done = self.handle.tokens
+        return Phase.PREFILLING
 
     @property
     def known_tokens(self) -> tuple[int, ...]:

@@ -2,9 +2,9 @@
 
 Admission is first come first served: the head takes its blocks, then its KV is asked of the relay or its prompt is
 read here. Every sequence whose KV is there takes part in the next step; prompts are read in the room that is left
-in it, so that no token waits for a long prompt. When the running ones cannot all grow, the youngest give way: they
-are handed back to the router and prefilled again with their output, so nothing is lost and the oldest always goes
-on. Blocks are given back in one place, ``_drop``.
+in it, so that no token waits for a long prompt; so is what an earlier attempt made beyond KV that was kept. When
+the running ones cannot all grow, the youngest give way: they are handed back to the router and prefilled again with
+their output, so nothing is lost and the oldest always goes on. Blocks are given back in one place, ``_drop``.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class DecodeState(InstanceState):
             if event.chunk is not None:
                 self._out.append(Send(RELAY, kv.KvTaken(one.key, event.chunk)))
             if event.chunk is None or event.last:
-                one.transfer_s = self._move(one, Phase.RUNNING, now, "KV verified")
+                one.transfer_s = self._move(one, one.arrived(now), now, "KV verified")
                 self._out.append(Send(RELAY, kv.KvPulled(one.key)))
                 self._start(one)
 
@@ -209,9 +209,7 @@ class DecodeState(InstanceState):
 
     def _stuck_at(self, one: Sequence) -> float:
         """When the relay's last word on a pull is so old that its end must have been lost on the way."""
-        if one.copies:
-            return inf
-        return max(one.life.since, one.heard_at) + 3 * self._extend_s + GRACE_S
+        return inf if one.copies else max(one.life.since, one.heard_at) + 3 * self._extend_s + GRACE_S
 
     @property
     def _extend_s(self) -> float:
@@ -295,7 +293,7 @@ class DecodeState(InstanceState):
             if phase is Phase.RUNNING:
                 tokens.append(self._advance(one, made, step))
             elif phase is Phase.PREFILLING:
-                self._read(one, made, step.now)
+                tokens += self._read(one, made, step)
             else:
                 self._release_doomed(one, step.now)
         for key, error in step.failed:
@@ -311,17 +309,21 @@ class DecodeState(InstanceState):
             self.pool.distrust(one.blocks)
             self._fail(one, now, error, tell_relay=False)
 
-    def _read(self, one: Sequence, made: Made, now: float) -> None:
-        """A chunk of a prompt is read; with the last comes the first token."""
+    def _read(self, one: Sequence, made: Made, step: Stepped) -> list[worker.TokenMade]:
+        """A chunk is read; with the last comes a token."""
         if made.token is None or one.reading is None:
-            return
+            return []
+        if one.handle is not None:
+            self._move(one, Phase.RUNNING, step.now, "caught up")
+            return [self._advance(one, made, step)]
         one.add(made.token)
         reason = finish_reason(made.token, len(one.output_ids), one.sampling, self.config.eos_ids)
-        self._out.append(Send(ROUTER, one.reading.told(made.token, made.logprobs, reason, now)))
-        self._move(one, Phase.RUNNING, now, "prompt read")
+        self._out.append(Send(ROUTER, one.reading.told(made.token, made.logprobs, reason, step.now)))
+        self._move(one, Phase.RUNNING, step.now, "prompt read")
         self.pool.remember(one.known_tokens, one.blocks, one.chain)
         if reason:
-            self._drop(one, now, f"finished: {reason}")
+            self._drop(one, step.now, f"finished: {reason}")
+        return []
 
     def _advance(self, one: Sequence, made: Made, step: Stepped) -> worker.TokenMade:
         assert made.token is not None
@@ -352,10 +354,9 @@ class DecodeState(InstanceState):
 
     def _end(self, one: Sequence, now: float, why: str, *, tell_relay: bool = True) -> None:
         """End a sequence, at once or as soon as no thread uses its blocks. Ending it twice is harmless."""
-        phase = one.life.phase
-        if phase is Phase.DOOMED:
+        if one.life.phase is Phase.DOOMED:
             return
-        one.abort_pull = tell_relay and phase is Phase.PULLING
+        one.abort_pull = tell_relay and one.life.phase is Phase.PULLING
         if one.copies or one.in_step:
             self._move(one, Phase.DOOMED, now, why)
         else:

@@ -21,6 +21,8 @@ from dskv.inspection import inspect_pool
 from dskv.memory import read_rate
 from dskv.segment import Segment
 from dskv.staging import halves
+from dsrelay.config import RelayConfig
+from dsrelay.copies import KeptMemory
 from dsrelay.events import (
     FETCHER,
     RELAY,
@@ -28,15 +30,19 @@ from dsrelay.events import (
     WORKER,
     ChunkArrived,
     Complain,
+    CopyKept,
+    KeptCopied,
+    KeptStaged,
     PathKnown,
     PoolProved,
     ProofArrived,
     ProvePool,
     SendChunk,
     SendProof,
+    StageKept,
     StoreChunk,
 )
-from dsrelay.state import RelayConfig, RelayState
+from dsrelay.state import RelayState
 from dstopology.resolved import Topology
 from dstopology.wiring import router_route, system_keys
 from dswire import heap
@@ -68,6 +74,7 @@ class RelayActor(Actor):
         #: messages that were refused: unreadable, or against the protocol
         self.refused = 0
         self._staging = staging
+        self._kept = KeptMemory()
         self._authenticator = authenticator
         #: raw frames of the chunk at hand
         self._frames: Sequence[bytes] = ()
@@ -81,7 +88,8 @@ class RelayActor(Actor):
         self.send(ROUTER, worker.WorkerBye())
 
     def closed(self) -> None:
-        """Remove the staging segment, stop the thread that checks keys."""
+        """Remove the segments, stop the threads."""
+        self._kept.close()
         self._staging.close()
         if self._authenticator is not None:
             self._authenticator.stop()
@@ -115,6 +123,8 @@ class RelayActor(Actor):
                 self._send_bulk(peer, kv.KvProof(), self._staging.slot(0)[:nbytes])
             case ProvePool(owner, pool):
                 self.spawn(self._prove(owner, pool), "proof of a pool")
+            case CopyKept() | StageKept():
+                self.spawn(self._copy(action), "copy")
             case PathKnown(path):
                 _tell(path)
             case Complain(peer, error):
@@ -139,6 +149,19 @@ class RelayActor(Actor):
         except DsError as error:
             return PoolProved(self.now(), owner, 0.0, error.info())
         return PoolProved(self.now(), owner, rate, None)
+
+    async def _copy(self, action: CopyKept | StageKept) -> KeptCopied | KeptStaged | None:
+        key = action.kept.key
+        if isinstance(action, CopyKept):
+            error = await self._kept.keep(action)
+        else:
+            error = await self._kept.stage(action, self._staging.slot(action.slot))
+        if error is not None:
+            log.warning("kept KV cannot be copied", handle=str(key), why=error.message)
+        if isinstance(action, CopyKept):
+            return KeptCopied(self.now(), key, error)
+        # a transfer of which nothing more comes is ended
+        return KeptStaged(self.now(), key, action.chunk) if error is None else None
 
     def _complain(self, peer: str, error: DsError) -> None:
         self.refused += 1
@@ -189,6 +212,8 @@ def configure(topology: Topology, name: str) -> RelayConfig:
         direct="decode" in _roles(topology, relay.node) and topology.transport(relay.node, relay.node) == "shm",
         prove=True,
         verify=relay.verify,
+        keep=str(relay.keep),
+        keep_nbytes=relay.keep_nbytes,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from dskv.handle import KvKey
+from dskv.handle import KvHandle, KvKey
 from dswire.errors import DsError, ErrorInfo
 from dswire.links import End, Ready
 from dswire.machine import PeerLost, Received, Send, Tick
@@ -71,7 +71,42 @@ class PathKnown:
     path: PathInfo
 
 
+@dataclass(frozen=True, slots=True)
+class CopyKept:
+    """Copy an owner's blocks into those of ``kept``, which are ours; ends with :class:`KeptCopied`."""
+
+    handle: KvHandle
+    kept: KvHandle
+
+
+@dataclass(frozen=True, slots=True)
+class StageKept:
+    """Copy a chunk of KV that is kept here into a staging slot; ends with :class:`KeptStaged`."""
+
+    kept: KvHandle
+    chunk: Chunk
+    slot: int
+
+
 # events
+
+
+@dataclass(frozen=True, slots=True)
+class KeptCopied:
+    """A copy that is to be kept is there, or cannot be made."""
+
+    now: float
+    key: KvKey
+    error: ErrorInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeptStaged:
+    """The chunk is in its slot."""
+
+    now: float
+    key: KvKey
+    chunk: Chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,5 +141,17 @@ class PoolProved:
     error: ErrorInfo | None
 
 
-Action: TypeAlias = Send | StoreChunk | SendChunk | SendProof | ProvePool | PathKnown | Complain | Ready | End
-Event: TypeAlias = Received | Tick | PeerLost | ChunkArrived | ProofArrived | PoolProved
+Action: TypeAlias = (
+    Send
+    | StoreChunk
+    | SendChunk
+    | SendProof
+    | ProvePool
+    | PathKnown
+    | CopyKept
+    | StageKept
+    | Complain
+    | Ready
+    | End
+)
+Event: TypeAlias = Received | Tick | PeerLost | ChunkArrived | ProofArrived | PoolProved | KeptCopied | KeptStaged

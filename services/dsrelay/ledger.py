@@ -8,16 +8,18 @@ held for ``EARLY_S``.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, Protocol, TypeAlias
+
+import msgspec
 
 from dskv.handle import KvHandle, KvKey
 from dskv.inspection import inspect
 from dskv.lifecycle import HandlePhase, OfferedHandle
 from dsrelay.events import WORKER, Action, Complain
 from dswire.errors import ErrorInfo, Overloaded, ProtocolError, TransferFailed
-from dswire.machine import Send
 from dswire.messages import kv
 from dswire.timers import Timers
 
@@ -45,6 +47,16 @@ class Readers(Protocol):
         """The reading has ended, or cannot begin."""
 
 
+class Successor(Readers, Protocol):
+    """Reads what another reader has read, before the owner has its blocks back."""
+
+    #: its name as a reader
+    name: str
+
+    def takes(self, now: float, handle: KvHandle) -> bool:
+        """Whether it wants to, now; if so it is granted that at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ask:
     """Somebody wants to read."""
@@ -59,7 +71,12 @@ class Ask:
 class Ledger:
     """Every live offer of one node."""
 
-    def __init__(self, node: str, lease_s: float, out: list[Action]) -> None:
+    def __init__(
+        self, node: str, lease_s: float, out: list[Action], tell: Callable[[str, msgspec.Struct], None]
+    ) -> None:
+        """``tell``: a message to an owner."""
+        #: reads after the reader
+        self.successor: Successor | None = None
         self.handles: dict[KvKey, OfferedHandle] = {}
         #: askers that came before the offer; one for each key
         self.early: dict[KvKey, Ask] = {}
@@ -69,6 +86,7 @@ class Ledger:
         self._node = node
         self._lease_s = lease_s
         self._out = out
+        self._tell = tell
 
     # owners
 
@@ -79,7 +97,7 @@ class Ledger:
             self._check(owner, handle, known)
         except (ProtocolError, Overloaded) as error:
             self._out.append(Complain(WORKER + owner, error))
-            self._out.append(Send(WORKER + owner, kv.KvRelease(handle.key, "lost")))
+            self._tell(owner, kv.KvRelease(handle.key, "lost"))
             return
         if known is not None and known.handle == handle:
             return
@@ -106,7 +124,7 @@ class Ledger:
     def held(self, owner: str, key: KvKey) -> None:
         """The owner asks whether its offer is known; one that is not was released, and the word of it lost."""
         if self._offered(owner, key) is None:
-            self._out.append(Send(WORKER + owner, kv.KvRelease(key, "lost")))
+            self._tell(owner, kv.KvRelease(key, "lost"))
 
     def owner_lost(self, now: float, owner: str) -> None:
         """The worker is gone, or was started again: its handles are void."""
@@ -135,6 +153,8 @@ class Ledger:
             return "freed"
         if known is None or known.reader != peer:
             return "unknown"
+        if reason == "pulled" and self._hand_on(now, known):
+            return "freed"
         known.read_ended(now, reason)
         self._settle(known)
         return "freed"
@@ -213,6 +233,19 @@ class Ledger:
             self._reading[ask.key] = ask.readers
             ask.readers.granted(now, ask.peer, known.handle)
 
+    def _hand_on(self, now: float, known: OfferedHandle) -> bool:
+        """Let the successor read, if there is one and it wants to."""
+        next_one, key = self.successor, known.handle.key
+        if next_one is None or known.phase is not HandlePhase.PULLING or known.reader == next_one.name:
+            return False
+        if not next_one.takes(now, known.handle):
+            return False
+        known.hand_on(now, next_one.name)
+        self._leases.set(key, known.deadline)
+        self._reading[key] = next_one
+        next_one.granted(now, next_one.name, known.handle)
+        return True
+
     def _offered(self, owner: str, key: KvKey) -> OfferedHandle | None:
         known = self.handles.get(key)
         return known if known is not None and known.handle.owner == owner else None
@@ -235,7 +268,7 @@ class Ledger:
         key = known.handle.key
         if known.ended:
             self._remove(known)
-            self._out.append(Send(WORKER + known.handle.owner, kv.KvRelease(key, known.reason)))
+            self._tell(known.handle.owner, kv.KvRelease(key, known.reason))
         else:
             self._leases.set(key, known.deadline)
 
@@ -259,7 +292,7 @@ def _info(one: OfferedHandle, now: float) -> kv.HandleInfo:
     return kv.HandleInfo(
         key=handle.key,
         owner=handle.owner,
-        reader=(one.reader or "").partition(":")[2],
+        reader=(one.reader or "").rpartition(":")[2],
         state=one.phase.value,
         nbytes=handle.nbytes,
         tokens=handle.tokens,

@@ -9,13 +9,16 @@ while the owner still copies into its slot, the slot stays taken until that copy
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
+
+import msgspec
 
 from dskv.handle import KvHandle, KvKey
 from dskv.send import plan
 from dskv.staging import StagingSlots
-from dsrelay.events import WORKER, Action, SendChunk
+from dsrelay.events import Action, SendChunk
 from dsrelay.ledger import Ask, Ledger
 from dswire.errors import ErrorInfo, ProtocolError, TransferFailed
 from dswire.machine import Send
@@ -72,7 +75,9 @@ class OutgoingTransfers:
         timeout_s: float,
         orphan_s: float,
         out: list[Action],
+        tell: Callable[[str, msgspec.Struct], None],
     ) -> None:
+        """``tell``: a message to an owner."""
         self.slots = slots
         #: by handle: the ledger grants each to one reader at a time
         self.transfers: dict[KvKey, Outgoing] = {}
@@ -88,6 +93,7 @@ class OutgoingTransfers:
         self._timeout_s = timeout_s
         self._orphan_s = orphan_s
         self._out = out
+        self._tell = tell
 
     # the ledger's word
 
@@ -234,7 +240,7 @@ class OutgoingTransfers:
         one.staging[chunk.index] = slot
         one.next_stage += 1
         one.credits -= 1
-        self._out.append(Send(WORKER + one.handle.owner, kv.KvStage(key, chunk, slot)))
+        self._tell(one.handle.owner, kv.KvStage(key, chunk, slot))
 
     def _send(self, now: float, one: Outgoing) -> None:
         key = one.handle.key

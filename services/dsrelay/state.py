@@ -1,19 +1,19 @@
 """The relay machine: takes each message to the part that it concerns.
 
 The parts: ``registry`` (who is known), ``ledger`` (handles offered on this node), ``direct`` (readers of this
-node that copy straight from the owner), ``outgoing`` and ``incoming`` (transfers by staging slots). All write
-their actions to one list, in order. KV that stays on the node but must go by TCP leaves by ``outgoing`` and comes
-back by ``incoming``, the relay being its own peer.
+node that copy straight from the owner), ``outgoing`` and ``incoming`` (transfers by staging slots), ``keeper``
+(copies of what was handed over, whose owner is the relay itself). All write their actions to one list, in order.
+KV that stays on the node but must go by TCP leaves by ``outgoing`` and comes back by ``incoming``, the relay being
+its own peer.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import msgspec
 
 from dskv.handle import KvHandle, KvKey
 from dskv.staging import StagingSlots
+from dsrelay.config import RelayConfig
 from dsrelay.direct import DirectReaders
 from dsrelay.events import (
     FETCHER,
@@ -24,45 +24,22 @@ from dsrelay.events import (
     ChunkArrived,
     Complain,
     Event,
+    KeptCopied,
+    KeptStaged,
     PoolProved,
     ProofArrived,
     SendProof,
 )
 from dsrelay.incoming import IncomingTransfers
-from dsrelay.ledger import Ask, CancelResult, Ledger
+from dsrelay.keeper import Keeper
+from dsrelay.ledger import MAX_LISTED, Ask, CancelResult, Ledger
 from dsrelay.outgoing import Copy, OutgoingTransfers
 from dsrelay.paths import Paths
 from dsrelay.registry import Fetchers, Workers
 from dswire.errors import ProtocolError, TransferFailed
-from dswire.links import End, Ready
+from dswire.links import End, Link, Links, Ready
 from dswire.machine import PeerLost, Received, Send, Tick
-from dswire.membership import Membership
 from dswire.messages import PROTOCOL, kv, worker
-
-
-@dataclass(frozen=True, slots=True)
-class RelayConfig:
-    """What a relay machine must know."""
-
-    name: str
-    node: str
-    incarnation: str
-    #: file of the staging segment, as workers are told it
-    staging: str
-    #: slots to send from; they come first in the segment
-    sending_slots: int
-    receiving_slots: int
-    slot_nbytes: int
-    lease_s: float
-    transfer_timeout_s: float
-    #: nodes whose relays can be fetched from; our own among them when KV goes by TCP even here
-    sources: tuple[str, ...]
-    #: whether readers of this node may copy straight from owners of this node
-    direct: bool
-    #: try every path with a small transfer
-    prove: bool = False
-    #: workers are told to sum KV
-    verify: bool = True
 
 
 class RelayState:
@@ -71,16 +48,21 @@ class RelayState:
     def __init__(self, config: RelayConfig) -> None:
         self.config = config
         self._out: list[Action] = []
-        self.router = Membership(ROUTER, self._router_hello)
+        self.links = Links(self._router_hello, self._relay_hello, self._load, relayed=False)
         # a transfer that stands still holds blocks: no longer than a lease
         timeout_s = min(config.transfer_timeout_s, config.lease_s)
         self.workers = Workers(config.lease_s, self._out)
         self.fetchers = Fetchers()
-        self.ledger = Ledger(config.node, config.lease_s, self._out)
+        self.ledger = Ledger(config.node, config.lease_s, self._out, self._tell)
+        self.ledger.successor = self.keeper = Keeper(
+            config.name, config.node, config.keep, config.keep_nbytes, self.ledger, config.lease_s, self._out
+        )
         self.direct = DirectReaders(self._out)
         self.paths = Paths(config.node, config.slot_nbytes, self._out)
         sending: StagingSlots[Copy] = StagingSlots(0, config.sending_slots)
-        self.outgoing = OutgoingTransfers(self.ledger, sending, config.slot_nbytes, timeout_s, timeout_s, self._out)
+        self.outgoing = OutgoingTransfers(
+            self.ledger, sending, config.slot_nbytes, timeout_s, timeout_s, self._out, self._tell
+        )
         receiving: StagingSlots[KvKey] = StagingSlots(config.sending_slots, config.receiving_slots)
         self.incoming = IncomingTransfers(
             config.sources, receiving, config.slot_nbytes, timeout_s, config.lease_s, self._out
@@ -101,30 +83,36 @@ class RelayState:
                 self.paths.arrived(event)
             case PoolProved(owner=owner, bytes_per_s=rate, error=error):
                 self.paths.mapped(owner, rate, error, stand_in=self.config.node in self.config.sources)
+            case KeptCopied(now, key, error):
+                self.keeper.copied(now, key, error)
+            case KeptStaged(now, key, chunk):
+                self.outgoing.staged(now, self.config.name, key, chunk.index)
             case Tick(now):
                 self._tick(now)
             case PeerLost(now, peer):
                 self._peer_lost(now, peer)
+        self.links.count(self._out)
         actions = self._out[:]
         self._out.clear()
         return actions
 
     def next_deadline(self) -> float | None:
         """The earliest deadline of any part."""
-        parts = (self.workers, self.ledger, self.outgoing, self.incoming)
-        deadlines = [part.next_deadline() for part in parts]
-        if self._begun:
-            deadlines.append(self.router.deadline())
+        parts = (self.workers, self.ledger, self.keeper, self.outgoing, self.incoming)
+        deadlines = [self.links.deadline(), *(part.next_deadline() for part in parts)]
         return min((at for at in deadlines if at is not None), default=None)
 
     def validate(self) -> None:
         """Every part, and that each reader of a handle is one that some part still knows."""
         self.ledger.validate()
+        self.keeper.validate()
         self.outgoing.validate()
         self.incoming.validate()
         for key, one in self.ledger.handles.items():
-            assert WORKER + one.handle.owner in self.workers.known
-            if one.reader is not None and one.reader.startswith(FETCHER):
+            assert one.handle.owner == self.config.name or WORKER + one.handle.owner in self.workers.known
+            if one.reader == self.config.name:
+                assert self.keeper.kept[key].copying
+            elif one.reader is not None and one.reader.startswith(FETCHER):
                 assert key in self.outgoing.transfers
             elif one.reader is not None:
                 assert one.reader in self.workers.known
@@ -149,19 +137,30 @@ class RelayState:
             self._out.append(Send(peer, worker.HelloWanted()))
 
     def _from_router(self, now: float, message: msgspec.Struct) -> None:
-        self.router.heard(now)
+        linked = self.links.take(now, ROUTER, message)
+        if linked is not None:
+            self._linked(now, *linked)
+            return
         match message:
-            case worker.RouterPing():
-                self._out.append(Send(ROUTER, worker.WorkerReport(self._load())))
-            case worker.WorkerWelcome(lease_s=lease_s):
-                self.router.welcomed(now, lease_s)
-                self._out.append(Ready())
-            case worker.WorkerRefused(error=error):
-                self._out.append(End(error))
-            case worker.HelloWanted():
-                self._out += self.router.hello(now)
+            case worker.KvReoffer(kept=kept, key=key):
+                handle = self.keeper.reoffer(now, kept, key)
+                self._out.append(Send(ROUTER, worker.KvSealed(handle) if handle else worker.Preempted(key)))
+            case worker.KvWanted(kept=keys):
+                self.keeper.wanted(now, keys)
+            case worker.Abort(key=key):
+                self.keeper.aborted(now, key)
             case _:
                 self._out.append(Complain(ROUTER, _unexpected(message)))
+
+    def _linked(self, now: float, sends: list[Send], links: list[Link]) -> None:
+        self._out += sends
+        if self.links.refused is not None:
+            self._out.append(End(self.links.refused))
+        for link in links:
+            if link is Link.ROUTER_JOINED:
+                self._out.append(Ready())
+            else:
+                self.keeper.forget_all(now)
 
     def _from_worker(self, now: float, peer: str, message: msgspec.Struct) -> None:
         match message:
@@ -276,7 +275,7 @@ class RelayState:
     def _begin(self, now: float) -> None:
         if not self._begun:
             self._begun = True
-            self._out += self.router.hello(now)
+            self._out += self.links.begin(now)
             for node in self.config.sources:
                 self._greet(now, node)
 
@@ -287,6 +286,8 @@ class RelayState:
 
     def _hello(self, now: float, peer: str, hello: kv.KvHello) -> None:
         error = self.workers.refusal(peer, hello)
+        if hello.name == self.config.name:
+            error = ProtocolError(f"{hello.name} is this relay")
         if error is not None:
             self._out.append(Send(peer, kv.KvRefused(error.info())))
             return
@@ -332,15 +333,23 @@ class RelayState:
             self.incoming.source_lost(now, peer)
             node = peer.removeprefix(RELAY)
             self.paths.lost(node, TransferFailed(f"the relay of node {node} cannot be reached").info())
-        # the router: its queue is full; another hello is due when it was silent for its lease
+        else:
+            self._linked(now, *self.links.peer_lost(now, peer))
 
     def _tick(self, now: float) -> None:
-        if self.router.silent(now):
-            self._out += self.router.hello(now)
+        self._linked(now, *self.links.tick(now))
+        self.keeper.tick(now)
         self.workers.tick(now, self._worker_lost)
         self.ledger.tick(now)
         self.outgoing.tick(now)
         self.incoming.tick(now)
+
+    def _tell(self, owner: str, message: msgspec.Struct) -> None:
+        """A message to the owner of a handle, which may be we."""
+        if owner == self.config.name:
+            self.keeper.told(message)
+        else:
+            self._out.append(Send(WORKER + owner, message))
 
     # what others are told of us
 
@@ -351,12 +360,13 @@ class RelayState:
         return kv.RelayHello(PROTOCOL, self.config.name, self.config.incarnation)
 
     def _listing(self, now: float) -> kv.KvListing:
-        config, handles = self.config, self.ledger.listing(now)
+        config = self.config
+        handles = (*self.ledger.listing(now), *self.keeper.listing(now))[:MAX_LISTED]
         return kv.KvListing(
             relay=config.name,
             node=config.node,
             handles=handles,
-            left_off=len(self.ledger.handles) - len(handles),
+            left_off=len(self.ledger.handles) + self.keeper.idle - len(handles),
             slots_held=self.outgoing.slots.held + self.incoming.slots.held,
             slots=config.sending_slots + config.receiving_slots,
             paths=tuple(self.paths.known.values()),
@@ -365,7 +375,10 @@ class RelayState:
     def _load(self) -> worker.Load:
         waiting = len(self.incoming.waiting)
         running = len(self.incoming.transfers) - waiting + len(self.outgoing.transfers)
-        return worker.Load(waiting=waiting, running=running, handles=self.ledger.counts())
+        handles = self.ledger.counts()
+        if self.keeper.idle:
+            handles["kept"] = self.keeper.idle
+        return worker.Load(waiting=waiting, running=running, handles=handles)
 
 
 def _unexpected(message: msgspec.Struct) -> ProtocolError:

@@ -112,6 +112,7 @@ async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> 
         retries=router.retries,
         mode=topology.mode,
         threshold_tokens=topology.threshold_tokens,
+        keep_extend_s=min((one.lease_s / 3 for one in topology.relays if one.keep_nbytes), default=0.0),
     )
     keys = system_keys(topology)
     authenticator = start_authenticator(topology.security.keys_dir) if keys is not None else None

@@ -30,3 +30,5 @@ class RouterConfig:
     #: who reads prompts: see :mod:`dssched.dispatch`
     mode: str = "disaggregated"
     threshold_tokens: int = 0
+    #: how often the leases of kept KV are renewed, in seconds; 0 where relays keep none
+    keep_extend_s: float = 0.0

@@ -16,6 +16,7 @@ import msgspec
 
 from dskv.handle import KvHandle, KvKey
 from dsrouter.config import RouterConfig
+from dsrouter.keeping import Keeping
 from dsrouter.request import Choice, Phase, Request
 from dsrouter.workers import Worker, Workers
 from dssched.dispatch import reads_locally
@@ -52,6 +53,7 @@ class Flow:
         self.workers = workers
         self._sink = sink
         self._config = config
+        self.keeping = Keeping(workers, sink.send, on=config.keep_extend_s > 0)
         #: sequences that one instance of each role is given; the rest waits here, in order
         self._limits = {"prefill": config.max_prefill_queue, "decode": config.max_decode_queue}
         #: every choice that is not DONE, by sequence id, with its request
@@ -181,6 +183,7 @@ class Flow:
         found = self._current(handle.key, Phase.PLACING)
         if found is not None and found[1].handle is None:
             found[1].handle = handle
+            self.keeping.note(found[1], handle)
             self._unplaced.append(handle.key.sequence)
 
     def stepped(self, now: float, tokens: tuple[worker.TokenMade, ...]) -> None:
@@ -220,6 +223,7 @@ class Flow:
                 tokens = tokens[: number + 1]
                 break
         choice.output_ids += tokens
+        choice.account.token_at = now
         finish = "stop" if stopped else reason
         if finish and not stopped:
             text += choice.writer.flush()
@@ -238,6 +242,8 @@ class Flow:
         if found is None:
             return
         request, choice = found
+        # it may be the kept KV itself that is wrong
+        self.keeping.drop(choice)
         cause = from_info(error)
         if cause.retryable:
             self._retry(now, request, choice, cause)
@@ -245,20 +251,23 @@ class Flow:
             self._sink.fail(request, cause, now)
 
     def preempted(self, now: float, key: KvKey) -> None:
-        """A decode instance ran out of blocks; no fault of the request, so it costs no retry."""
-        found = self._current(key, Phase.PREFILLING, Phase.DECODING)
+        """A decode instance ran out of blocks, or no KV was kept; no fault of the request, so it costs no retry."""
+        found = self._current(key, Phase.PREFILLING, Phase.PLACING, Phase.DECODING)
         if found is not None:
             self._again(now, *found, "preempted")
 
     def worker_lost(self, now: float, lost: Worker, *, alive: bool = False) -> None:
-        """A worker died: whatever it held is tried again. One that lives on but has forgotten costs no retry."""
+        """A worker died: whatever it held is tried again.
+
+        That costs no retry where it lives on but has forgotten, or was a relay that was asked for kept KV.
+        """
         name = lost.hello.name
         for request, choice in list(self.choices.values()):
             held = choice.decode == name or (choice.prefill == name and choice.life.phase is not Phase.DECODING)
             if not held or not request.live:
                 continue
-            if alive:
-                self._again(now, request, choice, f"{name} said hello again")
+            if alive or lost.hello.role == "relay":
+                self._again(now, request, choice, f"{name} has forgotten it")
             else:
                 self._retry(now, request, choice, WorkerLost(f"{name} died while it held the request"))
 
@@ -270,10 +279,18 @@ class Flow:
             self._again(now, request, choice, f"retry: {cause.code}")
 
     def _again(self, now: float, request: Request, choice: Choice, why: str) -> None:
+        relay = self.keeping.at(choice)
         self._withdraw(choice, abort=True)
-        choice.account.spend("retry_s", now)
-        choice.life.move(Phase.QUEUED, now, why)
         choice.key = self.next_key(choice.key.sequence)
+        if relay is not None:
+            choice.account.resume(now)
+            choice.life.move(Phase.PLACING, now, why)
+            choice.prefill = relay.hello.name
+            self.keeping.ask(choice, relay)
+            return
+        self.keeping.drop(choice)
+        choice.account.read_again(now)
+        choice.life.move(Phase.QUEUED, now, why)
         # it has waited before: it goes first
         self._queue(request, choice).appendleft(choice.key.sequence)
 
@@ -296,6 +313,7 @@ class Flow:
     def stop(self, choice: Choice, now: float, why: str, *, abort: bool = True) -> None:
         """The choice is over; ``abort`` tells the workers to drop it."""
         self._withdraw(choice, abort=abort)
+        self.keeping.drop(choice)
         choice.life.move(Phase.DONE, now, why)
         del self.choices[choice.key.sequence]
 

@@ -14,6 +14,10 @@ class Account:
         self._since = now
         self._stages: dict[str, float] = {}
         self._first_token_at: float | None = None
+        #: when the last token was made
+        self.token_at = now
+        #: from a lost attempt whose KV may be kept to the next token
+        self._resuming = False
         self.retries = 0
 
     def _book(self, stage: str, seconds: float) -> None:
@@ -25,8 +29,22 @@ class Account:
 
     def spend(self, stage: str, now: float) -> None:
         """Book the time since the last booking to a stage; going back to prefill after a token is ``retry_s``."""
+        if self._resuming:
+            stage = "resume_s"
         resumed = self._first_token_at is not None and stage in ("router_queue_s", "prefill_wire_s")
         self._book("retry_s" if resumed else stage, self._elapsed(now))
+
+    def resume(self, now: float) -> None:
+        """An attempt was lost, and another is to go on from KV that was kept: a pause since the last token."""
+        if not self._resuming and self.token_at > self._since:
+            self._book("decode_s", self._elapsed(self.token_at))
+        self._resuming = True
+        self.spend("resume_s", now)
+
+    def read_again(self, now: float) -> None:
+        """An attempt was lost, and begins with its prompt."""
+        self.spend("retry_s", now)
+        self._resuming = False
 
     def prefilled(self, now: float, queue_s: float, prefill_s: float) -> None:
         """A prefill instance answered with a token."""
@@ -41,6 +59,10 @@ class Account:
 
     def decoding(self, now: float, stages: DecodeStages) -> None:
         """A decode instance made its first token."""
+        if self._resuming:
+            self.spend("resume_s", now)
+            self._resuming = False
+            return
         parts = {
             "transfer_wait_s": stages.transfer_wait_s,
             "transfer_s": stages.transfer_s,

@@ -6,7 +6,8 @@
       └────────────┴─────────────┴─────────────┘           an attempt was lost: next epoch
 
 A choice is one sequence; its output survives a lost attempt, the next one continues it. Where a decode instance
-reads the prompt, there is nothing to place.
+reads the prompt, there is nothing to place. Where a relay may have kept the KV, a lost attempt leads from DECODING
+to PLACING again.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.QUEUED: frozenset({Phase.PREFILLING, Phase.DONE}),
     Phase.PREFILLING: _ENDS | {Phase.PLACING, Phase.DECODING},
     Phase.PLACING: _ENDS | {Phase.DECODING},
-    Phase.DECODING: _ENDS,
+    Phase.DECODING: _ENDS | {Phase.PLACING},
     Phase.DONE: frozenset(),
 }
 
@@ -76,10 +77,12 @@ class Choice:
     life: Lifecycle[Phase]
     account: Account
     key: KvKey
-    #: where the prompt was or is prefilled; it may hold KV of ours
+    #: where the prompt was or is prefilled, or the relay that kept its KV; it may hold KV of ours
     prefill: str | None = None
     decode: str | None = None
     handle: KvHandle | None = None
+    #: a copy that may be kept while it decodes: its key, and the node of the relay
+    kept: tuple[KvKey, str] | None = None
     output_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
     #: of prompt and output as this attempt reads them, by block size

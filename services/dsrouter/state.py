@@ -61,9 +61,11 @@ class RouterState:
         self._started = now
         self._make_writer = make_writer
         self._random = random
-        #: ("ping", ""), ("claim", worker), ("deadline", request) and ("forget", request)
+        #: ("ping", ""), ("keep", ""), ("claim", worker), ("deadline", request) and ("forget", request)
         self._timers: Timers[tuple[str, str]] = Timers()
         self._timers.set(("ping", ""), now)
+        if config.keep_extend_s:
+            self._timers.set(("keep", ""), now + config.keep_extend_s)
         self._registrar = Registrar(config, self.workers, self.flow, self._timers, self.send)
         self._out: list[Action] = []
 
@@ -319,6 +321,9 @@ class RouterState:
         match kind:
             case "ping":
                 self._ping(now)
+            case "keep":
+                self._timers.set(("keep", ""), now + self.config.keep_extend_s)
+                self.flow.keeping.extend(choice for _, choice in self.flow.choices.values())
             case "claim":
                 self._registrar.probed(now, name)
             case "deadline":

@@ -23,6 +23,9 @@ SHAPES = (
     replace(SMALL, prefill=(), mode="colocated", decode_tokens=16, prefill_priority=True, stages=2),
     replace(SMALL, mode="conditional", threshold_tokens=20, decode_tokens=8),
     replace(SMALL, target_tokens=16, stages=3, prefix_cache=False),
+    replace(SMALL, decode=("n0", "n0"), keep_blocks=24),
+    replace(SMALL, prefill=("n0", "n1"), decode=("n0", "n1"), keep_blocks=12),
+    replace(TCP, prefill=("n0",), decode=("n0", "n0"), decode_blocks=24, slots=1, keep_blocks=40),
 )
 CLIENTS = ("c", "d")
 #: codes that trouble may lead to

@@ -13,7 +13,8 @@ from dsdecode.config import DecodeConfig
 from dsdecode.state import DecodeState
 from dskv.shards import shards
 from dsprefill.state import PrefillConfig, PrefillState
-from dsrelay.state import RelayConfig, RelayState
+from dsrelay.config import RelayConfig
+from dsrelay.state import RelayState
 from dsrouter.config import RouterConfig
 from dsrouter.state import RouterState
 from dswire.errors import ErrorInfo
@@ -66,6 +67,8 @@ class Shape:
     decode_queue: int = 64
     #: two blocks each
     slots: int = 4
+    #: blocks of KV that each relay keeps for readers that die
+    keep_blocks: int = 0
     retries: int = 2
     lease_s: float = LEASE_S
     transfer_timeout_s: float = 5.0
@@ -168,6 +171,7 @@ class Cluster:
         assert name not in self.processes
         if name in self._started:
             self.memory.remove(self._started[name].segment)
+            self.memory.remove(self._started[name].segment + ".keep")
         self._started[name] = self.processes[name] = made = self._make(name)
         self.wires.started(name)
         made.feed(Tick(self.now))
@@ -216,6 +220,7 @@ class Cluster:
         incarnation = str(self._incarnations)
         role = self.shape.roles.get(name, "router")
         self.memory.create(f"/shm/{name}/{incarnation}")
+        self.memory.create(f"/shm/{name}/{incarnation}.keep")
         made = {"router": self._router, "relay": self._relay, "prefill": self._prefill, "decode": self._decode}[
             role
         ](name, incarnation)
@@ -260,6 +265,7 @@ class Cluster:
             retries=shape.retries,
             mode=shape.mode,
             threshold_tokens=shape.threshold_tokens,
+            keep_extend_s=shape.lease_s / 3 if shape.keep_blocks else 0.0,
         )
         machine = RouterState(config, ScriptWriter, Random(0), self.now)
         return RouterProcess(self, name, incarnation, machine)
@@ -312,6 +318,8 @@ class Cluster:
             transfer_timeout_s=self.shape.transfer_timeout_s,
             sources=self._sources(self.node(name)),
             direct=self.shape.direct,
+            keep=f"/shm/{name}/{incarnation}.keep",
+            keep_nbytes=self.shape.keep_blocks * LAYOUT.block_nbytes,
         )
         return RelayProcess(self, name, incarnation, RelayState(config))
 
@@ -383,5 +391,6 @@ def _held(machine: object) -> dict[str, int]:
                 "outgoing": len(outgoing.transfers) + len(outgoing.asked) + len(outgoing.orphans),
                 "incoming": len(incoming.transfers),
                 "slots": outgoing.slots.held + incoming.slots.held,
+                "kept": len(machine.keeper.kept),
             }
     return {}

@@ -18,7 +18,16 @@ import dsprefill.events as prefill
 from dsdecode.state import DecodeState
 from dskv.handle import KvHandle, KvKey
 from dsprefill.state import PrefillState
-from dsrelay.events import ChunkArrived, Complain, SendChunk, StoreChunk
+from dsrelay.events import (
+    ChunkArrived,
+    Complain,
+    CopyKept,
+    KeptCopied,
+    KeptStaged,
+    SendChunk,
+    StageKept,
+    StoreChunk,
+)
 from dsrelay.state import RelayState
 from dsrouter.events import Tokenize, Tokenized
 from dsrouter.state import RouterState
@@ -45,6 +54,7 @@ class Pace:
     copy_s: float = 0.01
     stage_s: float = 0.003
     chunk_s: float = 0.003
+    keep_s: float = 0.01
     step_s: float = 0.01
 
 
@@ -405,6 +415,10 @@ class RelayProcess(Process):
                 contents = self.world.memory.slot(self.segment, slot)
                 assert len(contents) * LAYOUT.block_nbytes == nbytes
                 self.send(peer, message, contents, lost)
+            case CopyKept():
+                self._keep(action)
+            case StageKept():
+                self.copy("stage", lambda: self._staged(action))
             case Complain(peer, error):
                 self.world.note(f"complaint about {peer}: {error}")
             case Ready():
@@ -413,3 +427,25 @@ class RelayProcess(Process):
                 self.world.ended(self, error)
             case _:
                 super().perform(action, lost)
+
+    def _keep(self, action: CopyKept) -> None:
+        handle, kept, memory = action.handle, action.kept, self.world.memory
+        if not memory.exists(handle.shards[0].segment):
+            error = TransferFailed(f"{handle.shards[0].segment} is gone").info()
+            self.copy("keep", lambda: KeptCopied(self.now, handle.key, error))
+            return
+        source = memory.pool(handle.shards[0].segment)
+        before = read(source, handle.blocks)
+
+        def end() -> KeptCopied:
+            for block, content in zip(kept.blocks, torn(before, read(source, handle.blocks)), strict=True):
+                memory.write(kept.shards[0].segment, block, content)
+            return KeptCopied(self.now, handle.key)
+
+        self.copy("keep", end)
+
+    def _staged(self, action: StageKept) -> KeptStaged:
+        kept, chunk, memory = action.kept, action.chunk, self.world.memory
+        blocks = kept.blocks[chunk.first : chunk.first + chunk.count]
+        memory.fill_slot(self.segment, action.slot, read(memory.pool(kept.shards[0].segment), blocks))
+        return KeptStaged(self.now, kept.key, chunk)

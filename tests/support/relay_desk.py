@@ -7,8 +7,9 @@ from typing import TypeVar
 import msgspec
 
 from dskv.handle import KvKey
+from dsrelay.config import RelayConfig
 from dsrelay.events import Action, ChunkArrived, Event
-from dsrelay.state import RelayConfig, RelayState
+from dsrelay.state import RelayState
 from dswire.machine import PeerLost, Received, Send, Tick
 from dswire.messages import PROTOCOL, kv
 from support.handles import LAYOUT
@@ -107,6 +108,7 @@ class Desk:
         assert not state.outgoing.asked
         assert not state.outgoing.orphans
         assert not state.incoming.transfers
+        assert not state.keeper.kept
         assert state.outgoing.slots.held == state.incoming.slots.held == 0
 
 

@@ -96,6 +96,7 @@ def test_a_silent_or_restarted_router_is_greeted_again_and_handles_stay(offered:
     offered.say("router", worker.WorkerWelcome("router-0", "1", 5.0))
     offered.pass_time(5.0, alive=("prefill-0",))
     assert len(offered.sent("router", worker.WorkerHello)) == 1
+    offered.say("router", worker.WorkerWelcome("router-0", "1", 5.0))
     offered.say("router", worker.HelloWanted())
     assert len(offered.sent("router", worker.WorkerHello)) == 1
     assert KEY in offered.state.ledger.handles

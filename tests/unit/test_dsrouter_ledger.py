@@ -57,6 +57,33 @@ def test_prefilling_again_after_a_token_is_the_price_of_the_retry() -> None:
     assert booked(ledger) == ledger.total_s == 7.5
 
 
+def test_a_pause_is_from_the_last_token_to_the_next() -> None:
+    account = Account(0.0)
+    account.prefilled(1.0, 0.25, 0.5)
+    account.spend("placement_s", 1.5)
+    account.decoding(2.0, DecodeStages(0.0, 0.25, 0.0, 0.25))
+    account.token_at = 3.5
+    account.retries += 1
+    account.resume(4.0)
+    account.spend("placement_s", 4.5)
+    account.decoding(5.0, DecodeStages(0.0, 0.25, 0.0, 0.125))
+    ledger = account.close(7.0)
+    assert (ledger.resume_s, ledger.decode_s, ledger.retry_s, ledger.transfer_s) == (1.5, 3.5, 0.0, 0.25)
+    assert booked(ledger) == ledger.total_s == 7.0
+
+
+def test_a_pause_whose_kept_kv_is_gone_ends_in_reading_again() -> None:
+    account = Account(0.0)
+    account.prefilled(1.0, 0.25, 0.5)
+    account.resume(2.0)
+    account.read_again(2.5)
+    account.spend("router_queue_s", 3.0)
+    account.prefilled(4.0, 0.5, 0.5)
+    ledger = account.close(4.5)
+    assert (ledger.resume_s, ledger.retry_s) == (1.5, 1.5)
+    assert booked(ledger) == ledger.total_s == 4.5
+
+
 @pytest.mark.parametrize("arrived", [0.0, 5.0])
 def test_a_choice_without_a_token(arrived: float) -> None:
     ledger = Account(arrived).close(arrived + 2.0)

@@ -86,6 +86,14 @@ def test_slots_must_hold_a_block_where_kv_goes_over_tcp(desk: Desk) -> None:
     assert desk.problems(text + "force_transport: tcp\n") == [told]
 
 
+def test_room_for_kept_kv_must_hold_a_block_where_prompts_are_read(desk: Desk) -> None:
+    told = "2: relay.keep: 2KiB cannot hold a KV block of 4KiB"
+    assert desk.problems("model: tiny\nrelay: {keep: 2KiB}\n") == [told]
+    relay = desk.load("model: tiny\nrelay: {keep: 1MiB}\n").relays[0]
+    assert (relay.keep_nbytes, relay.keep.suffix) == (1 << 20, ".keep")
+    assert desk.load("model: tiny\n").relays[0].keep_nbytes == 0
+
+
 def test_what_does_not_fit_the_host_is_refused_with_its_parts(desk: Desk) -> None:
     desk.model("huge", files_nbytes=1 << 40)
     found = desk.problems("model: huge\nkv: {memory: 700TiB}\n")

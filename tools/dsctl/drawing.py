@@ -173,6 +173,8 @@ def _add_relay(branch: Tree, relay: Relay, live: Live) -> None:
     slots = relay.staging_nbytes // relay.slot_nbytes
     staging = f"{shown(relay.staging_nbytes)} in {slots} slots of {shown(relay.slot_nbytes)}"
     here.add(_line("staging", staging, style=""))
+    if relay.keep_nbytes:
+        here.add(_line("keep", f"{shown(relay.keep_nbytes)} of handed-over KV", style=""))
 
 
 def _add_device(branch: Tree, topology: Topology, node: Node, device: str, live: Live) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 #: exit status when a relay does not answer, or a path cannot be used
 DOWN = 5
-STYLES = {"ready": "green", "pulling": "cyan", "quarantined": "yellow"}
+STYLES = {"ready": "green", "pulling": "cyan", "quarantined": "yellow", "kept": "blue"}
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -40,8 +40,8 @@ def command() -> None:
 def ls(file: Path | None, as_json: bool) -> int:
     """List every live handle: owner, reader, state, age, size and what is left of its lease.
 
-    A handle lives from the end of its prefill until the decode instance has its KV. The exit status is 0 when
-    every relay answers, else 5.
+    A handle lives from the end of its prefill until the decode instance has its KV; with relay.keep a copy is kept
+    until the end of the request. The exit status is 0 when every relay answers, else 5.
     """
     answers = _answers(file)
     if as_json:

@@ -22,6 +22,7 @@ _LABELS = {
     "decode_wire_s": "decode: messages",
     "decode_s": "decode: all further steps",
     "retry_s": "lost attempts",
+    "resume_s": "taken over by another decode",
 }
 #: stages up to the first token
 _TTFT = ("router_queue_s", "prefill_queue_s", "prefill_s", "prefill_wire_s")
@@ -46,7 +47,7 @@ def table(completion: Completion) -> Table:
     shown.add_column("")
     total_s = ledger.total_s or 1.0
     for name, seconds in stages(ledger).items():
-        if name == "retry_s" and not ledger.retries:
+        if name in ("retry_s", "resume_s") and not seconds:
             continue
         share = seconds / total_s
         colour = "cyan" if name in _TTFT else "magenta"

@@ -13,7 +13,8 @@ from dskv.layout import KvLayout
 from dskv.shards import shards
 from dskv.staging import halves
 from dsprefill.state import PrefillConfig, PrefillState
-from dsrelay.state import RelayConfig, RelayState
+from dsrelay.config import RelayConfig
+from dsrelay.state import RelayState
 from dsrouter.config import RouterConfig
 from dsrouter.state import RouterState
 from dssim.client import PEER, Client

@@ -100,6 +100,8 @@ class Ledger(msgspec.Struct, frozen=True, omit_defaults=True):
     decode_s: float = 0.0
     #: attempts that were lost, and prefilling again after them
     retry_s: float = 0.0
+    #: pauses in which another decode instance took over, going on from KV that was kept
+    resume_s: float = 0.0
 
     #: from the router receiving the request to its first token being sent
     ttft_s: float = 0.0

@@ -179,13 +179,13 @@ class HandleInfo(msgspec.Struct, frozen=True):
     owner: str
     #: "" while nobody reads it
     reader: str
-    #: "ready", "pulling" or "quarantined"
+    #: "ready", "pulling" or "quarantined"; "kept" for a copy that nobody was offered
     state: str
     nbytes: int
     tokens: int
     #: since it was offered
     age_s: float
-    #: until its lease, or its quarantine, is over
+    #: until its lease, or its quarantine, is over; a kept copy has a lease from the router
     lease_left_s: float
 
 

@@ -75,8 +75,8 @@ class WorkerReport(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Answer to a :class:`RouterPing`."""
 
     load: Load
-    #: messages sent since the hello, reports not counted; None where nobody counts (relays). The router forgets
-    #: a worker of which it has received another number: a connection that broke and healed took some with it
+    #: messages sent since the hello, reports not counted; None where nobody counts. The router forgets a worker
+    #: of which it has received another number: a connection that broke and healed took some with it
     sent: int | None = None
 
 
@@ -100,7 +100,10 @@ class PrefillDone(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
 
 class KvSealed(msgspec.Struct, frozen=True, tag=True):
-    """Prefill -> router: the KV is complete, checksummed and offered to the relay."""
+    """The KV is complete, checksummed and offered.
+
+    Prefill -> router, of KV that it has made; relay -> router, of a copy, as answer to :class:`KvReoffer`.
+    """
 
     handle: KvHandle
 
@@ -136,7 +139,10 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
 
 
 class Preempted(msgspec.Struct, frozen=True, tag=True):
-    """Decode -> router: out of blocks; the sequence was dropped, its prompt must be read again with its output."""
+    """The prompt must be read again, with its output.
+
+    Decode -> router: it is out of blocks and has dropped the sequence; relay -> router: the copy is gone.
+    """
 
     key: KvKey
 
@@ -198,12 +204,38 @@ class DecodeWork(msgspec.Struct, frozen=True, tag=True):
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """Router -> prefill, decode: drop the sequence. Not knowing it is no error."""
+    """Router -> prefill, decode: drop the sequence; to relay: drop the copy. Not knowing it is no error."""
 
     key: KvKey
+
+
+class KvReoffer(msgspec.Struct, frozen=True, tag=True):
+    """Router -> relay: the reader of that KV is gone; offer the copy under the key of a new attempt.
+
+    Answer: :class:`KvSealed`, or :class:`Preempted` when there is none.
+    """
+
+    kept: KvKey
+    key: KvKey
+
+
+class KvWanted(msgspec.Struct, frozen=True, tag=True):
+    """Router -> relay: these copies may still be needed; their leases begin anew."""
+
+    kept: tuple[KvKey, ...]
 
 
 FromWorker: TypeAlias = (
     WorkerHello | WorkerReport | WorkerBye | PrefillDone | KvSealed | StepDone | Preempted | SequenceFailed
 )
-ToWorker: TypeAlias = WorkerWelcome | WorkerRefused | HelloWanted | RouterPing | PrefillWork | DecodeWork | Abort
+ToWorker: TypeAlias = (
+    WorkerWelcome
+    | WorkerRefused
+    | HelloWanted
+    | RouterPing
+    | PrefillWork
+    | DecodeWork
+    | Abort
+    | KvReoffer
+    | KvWanted
+)
