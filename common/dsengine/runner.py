@@ -127,6 +127,11 @@ class Engine:
             ) from error
 
     @property
+    def kernel_s(self) -> float | None:
+        """Wall time that all steps so far have spent inside the compiled kernels; None without them."""
+        return self._model.spent_s if isinstance(self._model, NativeDecoder) else None
+
+    @property
     def lost(self) -> DsError | None:
         """Why no step will ever succeed again; None while all is well."""
         return None

@@ -24,6 +24,8 @@ from dsengine.randomness import uniform
 from dswire.errors import EngineFailed
 from dswire.messages.client import Sampling
 
+#: numbers of a row whose highest is found at once
+_RUN = 128
 #: top-p looks at this many likeliest tokens, then at more, before it sorts the whole vocabulary
 _TOP_P_GLANCES = (1024, 8192)
 
@@ -94,7 +96,7 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
     Raises :class:`EngineFailed` when logits are not numbers.
     """
     _refuse_non_finite(logits)
-    likeliest = logits.argmax(-1).tolist() if any(state.plain for state in states) else []
+    likeliest = highest(logits).tolist() if any(state.plain for state in states) else []
     drawn = [
         Sampled(likeliest[row]) if state.plain else _sample_row(logits[row], state)
         for row, state in enumerate(states)
@@ -102,6 +104,24 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
     for state, sampled in zip(states, drawn, strict=True):
         state.push(sampled.token)
     return drawn
+
+
+def highest(logits: Tensor) -> Tensor:
+    """The first of the highest of each row of ``[batch, vocab_size]``: ``[batch]``.
+
+    As ``argmax``, which on a CPU takes several times as long: it keeps an index beside every number.
+    """
+    vocab = logits.shape[1]
+    whole = vocab - vocab % _RUN
+    if not whole or logits.device.type != "cpu":
+        return logits.argmax(-1)
+    runs = logits[:, :whole].unflatten(1, (-1, _RUN))
+    run, row = runs.amax(-1).argmax(-1), torch.arange(len(logits))
+    found = run * _RUN + runs[row, run].argmax(-1)
+    if whole == vocab:
+        return found
+    rest = logits[:, whole:].max(-1)
+    return torch.where(rest.values > logits[row, found], whole + rest.indices, found)
 
 
 def _refuse_non_finite(logits: Tensor) -> None:

@@ -17,7 +17,8 @@ from dsbench.points import Measured, Point
 from dsbench.table import table
 from support.tiny_llama import make_model
 
-KEYS = {"system", "phase", "dtype", "threads", "batch", "context", "seconds", "tokens_per_s", "roofline_fraction"}
+KEYS = {"system", "phase", "dtype", "threads", "batch", "context", "seconds", "tokens_per_s"}
+KEYS |= {"roofline_fraction", "outside_fraction"}
 QUICK = ["--rounds", "1", "--round-seconds", "0.01", "--threads", "1", "--dtype", "f32"]
 
 
@@ -37,6 +38,9 @@ def test_every_system_at_every_point(model_dir: Path) -> None:
     assert "load average" in done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert all(set(one) == KEYS and one["seconds"] > 0 and one["roofline_fraction"] > 0 for one in found)
+    # only compiled kernels know how long they were at work
+    assert all((one["outside_fraction"] is None) == (one["system"] != "distserve") for one in found)
+    assert all(0 < one["outside_fraction"] < 1 for one in found if one["system"] == "distserve")
     for system in ("distserve", "distserve-torch", "transformers"):
         made = {(one["phase"], one["batch"], one["context"]) for one in found if one["system"] == system}
         assert made == {
@@ -47,13 +51,14 @@ def test_every_system_at_every_point(model_dir: Path) -> None:
 
 def test_the_table_shows_each_system_beside_the_best_peer() -> None:
     point = Point("decode", "float32", 1, 2, 20)
-    results = [Measured("distserve", point, 0.004, 0.5), Measured("transformers", point, 0.006, 0.33)]
+    results = [Measured("distserve", point, 0.004, 0.5, 0.021), Measured("transformers", point, 0.006, 0.33)]
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(table(results, ["distserve", "transformers", "llama.cpp"]))
     text = console.export_text()
     assert "4.00 · 500 · 50%" in text
     assert "6.00 · 333 · 33%" in text
     assert "1.50x" in text
+    assert "2.1%" in text
     assert "roofline" in text
 
 

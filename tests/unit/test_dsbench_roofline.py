@@ -75,4 +75,5 @@ def test_a_figure_as_json(phase: str, tokens: float) -> None:
         "seconds": 0.5,
         "tokens_per_s": tokens,
         "roofline_fraction": 0.8,
+        "outside_fraction": None,
     }

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from dsengine.randomness import uniform
-from dsengine.sampler import SamplerState, adjust, probabilities, sample
+from dsengine.sampler import SamplerState, adjust, highest, probabilities, sample
 from dswire.errors import EngineFailed
 from dswire.messages.client import Sampling
 
@@ -152,6 +152,13 @@ def test_ties_go_to_the_lowest_id() -> None:
     logits[:, [400, 700]] = 1
     drawn = sample(logits, [state(Sampling(temperature=0)), state(Sampling(temperature=0, logprobs=1))])
     assert [sampled.token for sampled in drawn] == [400, 400]
+
+
+@given(rows=st.integers(1, 3), vocab=st.integers(1, 400), values=st.sampled_from([2, 5, 1000]), seed=st.integers())
+def test_the_first_of_the_highest_is_found(rows: int, vocab: int, values: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed % 2**32)
+    logits = torch.randint(values, (rows, vocab), generator=random).float() - values
+    assert highest(logits).tolist() == [line.index(max(line)) for line in logits.tolist()]
 
 
 def test_ties_at_a_border_stay_together() -> None:

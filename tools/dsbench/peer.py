@@ -45,6 +45,8 @@ class Peer:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=environment
         )
         self._buffer = b""
+        #: of what was measured last, the seconds inside kernels; None where that is not known
+        self.kernel_s: float | None = None
         try:
             self.load_s: float = self._answer(LOAD_S)["load_s"]
         except PeerFailed:
@@ -61,7 +63,9 @@ class Peer:
 
     def measure(self, for_s: float) -> list[float]:
         """Seconds of each step, for about ``for_s`` seconds and at least one. Raises :class:`PeerFailed`."""
-        seconds: list[float] = self._ask({"for_s": for_s})["seconds"]
+        answer = self._ask({"for_s": for_s})
+        self.kernel_s = answer["kernel_s"]
+        seconds: list[float] = answer["seconds"]
         return seconds
 
     def close(self) -> None:

@@ -37,6 +37,8 @@ class Measured:
     seconds: float
     #: the least time that the machine as measured allows, divided by ``seconds``
     roofline_fraction: float
+    #: of the steps' time, the part that is not spent inside kernels; None where that is not known
+    outside_fraction: float | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -51,6 +53,7 @@ class Measured:
             "seconds": self.seconds,
             "tokens_per_s": self.tokens_per_s,
             "roofline_fraction": self.roofline_fraction,
+            "outside_fraction": self.outside_fraction,
         }
 
 

@@ -73,21 +73,28 @@ def _measure(plan: Plan, machine: Machine, point: Point, peers: Sequence[Peer], 
             peer.prepare_point(point)
             ready.append(peer)
     taken: dict[str, list[float]] = {peer.system: [] for peer in ready}
+    inside: dict[str, float] = {}
     for _ in range(plan.rounds):
         for peer in list(ready):
             if sum(taken[peer.system]) > plan.point_s:
                 continue
             try:
                 taken[peer.system].extend(peer.measure(plan.round_s))
+                if peer.kernel_s is not None:
+                    inside[peer.system] = inside.get(peer.system, 0.0) + peer.kernel_s
             except PeerFailed as error:
                 tell(str(error))
                 ready.remove(peer)
     least = work(plan.arch, point).seconds(machine)
     return [
-        Measured(system, point, middle := median(seconds), least / middle)
+        Measured(system, point, middle := median(seconds), least / middle, _outside(seconds, inside.get(system)))
         for system, seconds in taken.items()
         if seconds
     ]
+
+
+def _outside(seconds: Sequence[float], inside_s: float | None) -> float | None:
+    return None if inside_s is None else 1 - inside_s / sum(seconds)
 
 
 def _room(points: Sequence[Point]) -> int:

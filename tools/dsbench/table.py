@@ -12,14 +12,19 @@ from dsbench.points import Measured, Point
 #: within 1.3 of the roofline
 _GOOD = 1 / 1.3
 _POOR = 0.5
+#: of a step's time, what Python and sampling may take
+_OUTSIDE = 0.05
 
 
 def table(results: Sequence[Measured], systems: Sequence[str]) -> Table:
-    """One row a point; each system's milliseconds, tokens a second and fraction of the roofline, the best bold."""
+    """One row a point; each system's milliseconds, tokens a second and fraction of the roofline, the best bold.
+
+    Last, what part of our steps was spent outside the kernels, with Python and drawing.
+    """
     made = Table(title="step in ms · tokens/s · roofline")
     for column in ("phase", "dtype"):
         made.add_column(column)
-    for column in ("threads", "batch", "tokens", *systems, "to the best peer"):
+    for column in ("threads", "batch", "tokens", *systems, "to the best peer", "outside kernels"):
         made.add_column(column, justify="right")
     points = list(dict.fromkeys(result.point for result in results))
     for point in points:
@@ -34,7 +39,7 @@ def _row(point: Point, here: dict[str, Measured], systems: Sequence[str]) -> lis
         Text(text) for text in (point.phase, point.dtype, str(point.threads), str(point.batch), str(point.context))
     ]
     cells += [_cell(here.get(system), least) for system in systems]
-    return [*cells, _ratio(here, systems[0])]
+    return [*cells, _ratio(here, systems[0]), _outside(here.get(systems[0]))]
 
 
 def _cell(result: Measured | None, least: float) -> Text:
@@ -46,6 +51,12 @@ def _cell(result: Measured | None, least: float) -> Text:
     return Text.assemble(
         (f"{result.seconds * 1e3:.2f} · {result.tokens_per_s:,.0f} · ", style), (f"{fraction:.0%}", colour)
     )
+
+
+def _outside(ours: Measured | None) -> Text:
+    if ours is None or ours.outside_fraction is None:
+        return Text("-", style="dim")
+    return Text(f"{ours.outside_fraction:.1%}", style="green" if ours.outside_fraction < _OUTSIDE else "yellow")
 
 
 def _ratio(here: dict[str, Measured], ours: str) -> Text:

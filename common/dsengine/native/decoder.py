@@ -124,6 +124,11 @@ class NativeDecoder:
         self._peers.send(goes)
         return None
 
+    @property
+    def spent_s(self) -> float:
+        """Wall time inside the kernels so far."""
+        return self._session.spent_s
+
     def close(self) -> None:
         """End the threads. Doing it twice is harmless."""
         self._session.close()

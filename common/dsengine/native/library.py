@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 import weakref
 from ctypes import POINTER, byref, c_int32, c_void_p, sizeof
 from functools import cache
@@ -64,11 +65,16 @@ class Session:
     def __init__(self, c: ctypes.CDLL, handle: int) -> None:
         self._c = c
         self._handle = handle
+        #: wall time of all steps so far
+        self.spent_s = 0.0
         self._close = weakref.finalize(self, c.ds_close, handle)
 
     def forward(self, batch: CBatch, pool: CPool) -> None:
         """One step. Raises :class:`OutOfMemory`."""
-        if self._c.ds_forward(self._handle, byref(batch), byref(pool)):
+        begin = time.perf_counter()
+        failed = self._c.ds_forward(self._handle, byref(batch), byref(pool))
+        self.spent_s += time.perf_counter() - begin
+        if failed:
             raise OutOfMemory(
                 f"no room for a step of {batch.rows} tokens", remedy="lower the batch limits in the topology"
             )

@@ -6,7 +6,10 @@ from typing import Protocol
 
 
 class System(Protocol):
-    """A loaded model, or whatever else answers with seconds."""
+    """A loaded model, or whatever else answers with seconds.
+
+    One that knows how long it has been inside its kernels tells so by ``kernel_s()``, seconds of all steps so far.
+    """
 
     def prepare(self, phase: str, batch: int, context: int) -> None:
         """Bring everything into the state before the step; not timed."""

@@ -62,6 +62,10 @@ class Ours:
         self._do()
         return time.perf_counter() - begin
 
+    def kernel_s(self) -> float | None:
+        """Of all steps so far, inside the kernels."""
+        return self._engine.kernel_s
+
 
 class OursTorch(Ours):
     """Without the compiled kernels."""
