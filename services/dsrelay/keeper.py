@@ -129,11 +129,13 @@ class Keeper:
         return handle if key in self._offers else None
 
     def wanted(self, now: float, keys: tuple[KvKey, ...]) -> None:
-        """These may still be needed."""
+        """These may still be needed, and their offers while no reader has come."""
         for key in keys:
             one = self.kept.get(key)
             if one is not None and not one.dropped:
                 self._extend(now, one)
+                for offer in one.offers:
+                    self._ledger.extend(now, offer)
 
     def aborted(self, now: float, key: KvKey) -> None:
         """An attempt, or what was kept for it, is of no use any more."""

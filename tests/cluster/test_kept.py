@@ -100,6 +100,16 @@ def test_two_deaths_are_two_pauses() -> None:
     assert (read(cluster), ledger.retries) == (1, 2)
 
 
+def test_it_waits_for_longer_than_a_lease_for_an_instance() -> None:
+    cluster, heard, victim = decoding(replace(KEEPS, decode=("n0",)))
+    cluster.kill(victim)
+    cluster.run(2 * LEASE_S)
+    cluster.start(victim)
+    ledger = ends_well(cluster, heard)
+    assert (read(cluster), ledger.retries) == (1, 1)
+    assert ledger.resume_s > 2 * LEASE_S - 1
+
+
 def test_the_second_instance_dies_while_it_pulls() -> None:
     cluster, heard, victim = decoding(replace(KEEPS, decode=("n0", "n0", "n0")))
     cluster.hold("copy")
