@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dsengine.linear import Peaks
+
 #: rows up to which torch's kernel beats widening the matrix (measured with AVX-512 and AMX)
 KERNEL_ROWS = 32
 #: rows of the matrix that are widened at once
@@ -26,9 +28,9 @@ _KERNEL_COLUMNS = 16
 class Int8Linear:
     """``y = x Wᵀ + b`` with ``W`` in int8."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, peaks: Peaks | None = None) -> None:
         """``weight`` ``[out, in]`` on the CPU, ``bias`` ``[out]``."""
-        self._q, scale = quantise(weight)
+        self._q, scale = quantise(weight, peaks)
         self._scale = scale.to(weight.dtype)
         self._bias = bias
         self._has_kernel = weight.dtype != torch.float32 and weight.shape[1] % _KERNEL_COLUMNS == 0
@@ -46,9 +48,18 @@ class Int8Linear:
         return functional.linear(x, self._q[piece].to(x.dtype) * self._scale[piece, None])
 
 
-def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``[out, in]`` -> int8 of the same shape, and the scale of each row ``[out]`` in float32."""
+def quantise(weight: Tensor, peaks: Peaks | None = None) -> tuple[Tensor, Tensor]:
+    """``[out, in]`` -> int8 of the same shape, and the scale of each row ``[out]`` in float32.
+
+    With ``peaks`` the scales are those of the whole matrix: ranks that share its columns have the same ones.
+    """
     wide = weight.float()
-    scale = wide.abs().amax(1) / 127
+    scale = (peaks_of(wide) if peaks is None else peaks()) / 127
     scale = torch.where(scale == 0, 1.0, scale)
     return (wide / scale[:, None]).round_().to(torch.int8), scale
+
+
+def peaks_of(weight: Tensor) -> Tensor:
+    """max|row| of ``[out, in]``, in float32."""
+    low, high = weight.aminmax(dim=1)
+    return torch.maximum(-low, high).float()

@@ -7,6 +7,7 @@ many rows come with it. Where that is not to be had (other devices, float16 with
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -15,6 +16,10 @@ from torch.nn import functional
 
 #: rows that the packed layout is tuned for: a decode batch
 _PACK_ROWS = 8
+
+
+#: max|row| ``[out]`` in float32 of a matrix of which this place has only some columns, for those that quantise
+Peaks = Callable[[], Tensor]
 
 
 class AnyLinear(Protocol):
@@ -28,8 +33,8 @@ class AnyLinear(Protocol):
 class Linear:
     """``y = x Wᵀ + b``."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """``weight`` ``[out, in]``, ``bias`` ``[out]``."""
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, peaks: Peaks | None = None) -> None:
+        """``weight`` ``[out, in]``, ``bias`` ``[out]``; ``peaks`` is of no use here."""
         packed = _pack(weight)
         self._packed = packed is not None
         self._weight = weight if packed is None else packed

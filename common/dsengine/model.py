@@ -99,7 +99,7 @@ def _native(
     """The model on the compiled kernels; None, and the reason in the log, where they cannot serve it."""
     if not config.kernels or device.type != "cpu":
         return None
-    reason = "int8 weights" if config.quantization else obstacle(arch, part)
+    reason = obstacle(arch, part)
     if reason is not None:
         _log.info("%s goes without compiled kernels: they have no %s", arch.name, reason)
         return None
@@ -112,7 +112,8 @@ def _native(
         return None
     _log.info("%s is served by compiled kernels%s", arch.name, "" if part.whole else f", {part}")
     parts = Parts(arch, Checkpoint(config.model_dir, DTYPES[config.dtype], device), RawLinear, part)
-    return NativeDecoder(parts, kernels, config.max_model_len, config.threads, peers)
+    int8 = config.quantization == "int8"
+    return NativeDecoder(parts, kernels, config.max_model_len, config.threads, peers, int8=int8)
 
 
 def _lean(arch: Architecture, config: EngineConfig, device: torch.device, part: Part, peers: Peers) -> Decoder:

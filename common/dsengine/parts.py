@@ -7,20 +7,29 @@ or has another shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 from torch import Tensor
 
 from dsengine.architecture import Architecture
-from dsengine.linear import AnyLinear, Linear
+from dsengine.int8 import peaks_of
+from dsengine.linear import AnyLinear, Linear, Peaks
 from dsengine.mlp import AnyMlp, GatedMlp, MixtureOfExperts, Mlp, SharedExpert
 from dsengine.norm import AnyNorm, LayerNorm, RmsNorm, RmsNormPlusOne
 from dsengine.parallel import WHOLE, Part
 from dsengine.weights import Checkpoint
 
-#: makes a matrix of weights ready for use: ``(weight, bias) -> linear``
-MakeLinear = Callable[[Tensor, Tensor | None], AnyLinear]
+
+class MakeLinear(Protocol):
+    """Makes a matrix of weights ready for use; ``peaks`` where only some of its columns are here."""
+
+    def __call__(self, weight: Tensor, bias: Tensor | None = None, peaks: Peaks | None = None) -> AnyLinear:
+        """``weight`` ``[out, in]``, ``bias`` ``[out]``."""
+        ...
+
 
 _ALL = slice(None)
 
@@ -205,7 +214,10 @@ class Parts:
         if by_head:
             weight = self._sorted_by_kind(weight)
             offset = None if offset is None else self._sorted_by_kind(offset)
-        return self._make(weight, offset)
+        return self._make(weight, offset, None if inner == _ALL else partial(self._peaks, names[0], rows, columns))
+
+    def _peaks(self, name: str, rows: Sequence[_Rows], columns: int) -> Tensor:
+        return peaks_of(self._rows([f"{name}.weight"], rows, columns))
 
     def _rows(self, names: Sequence[str], rows: Sequence[_Rows], *columns: int, inner: slice = _ALL) -> Tensor:
         pieces: list[Tensor] = []

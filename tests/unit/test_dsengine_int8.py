@@ -11,12 +11,17 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from dsengine import int8
-from dsengine.int8 import KERNEL_ROWS, Int8Linear, quantise
+from dsengine.int8 import KERNEL_ROWS, Int8Linear, peaks_of, quantise
+from dsengine.native import build
+from dsengine.native.decoder import NativeDecoder
 from dsengine.runner import Engine
 from dswire.errors import EngineFailed
+from support.rank_threads import ThreadedEngine
 from support.tiny_families import make_family
 from support.tiny_llama import Reference, engine_config, generate, make_model, prompt_of
 from support.whole_logits import logits_of
+
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
 
 
 @given(st.integers(0, 2**32), st.floats(1e-6, 1e6))
@@ -59,22 +64,70 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     assert torch.equal(linear(x)[3:4], linear(x[3:4]))
 
 
+def test_ranks_that_share_columns_round_as_one_would() -> None:
+    weight = torch.randn(6, 20)
+    (q, scale), peaks = quantise(weight), peaks_of(weight)
+    left, right = (quantise(part, lambda: peaks) for part in weight.split(10, 1))
+    assert torch.equal(torch.cat([left[0], right[0]], 1), q)
+    assert torch.equal(left[1], scale)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "qwen2-moe"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_stay_near_the_unquantised_model(tmp_path: Path, family: str, dtype: str) -> None:
     make_family(tmp_path, family, initializer_range=0.1)
-    engine = Engine(engine_config(tmp_path, dtype=dtype, quantization="int8"))
     tokens = prompt_of(60)
-    got, want = logits_of(engine, tokens, 50), Reference(tmp_path).logits(tokens)
-    error = (got - want).norm() / want.norm()
-    assert 1e-5 < float(error) < 0.05  # it is quantised, and it is near
+    want = Reference(tmp_path).logits(tokens)
+    for kernels in (True, False):
+        engine = Engine(engine_config(tmp_path, dtype=dtype, quantization="int8", kernels=kernels))
+        error = (logits_of(engine, tokens, 50) - want).norm() / want.norm()
+        assert 1e-5 < float(error) < 0.05  # it is quantised, and it is near
+        engine.close()
 
 
-def test_greedy_tokens_do_not_depend_on_the_batch(tmp_path: Path) -> None:
-    engine = Engine(engine_config(make_model(tmp_path), dtype="bfloat16", quantization="int8"))
+@needs_compiler
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_kernels_and_torch_have_the_same_weights(tmp_path: Path, family: str) -> None:
+    make_family(tmp_path, family, initializer_range=0.1)
+    on_kernels, in_torch = (
+        Engine(engine_config(tmp_path, quantization="int8", kernels=kernels)) for kernels in (True, False)
+    )
+    assert isinstance(on_kernels._model, NativeDecoder)
+    tokens = prompt_of(40)
+    torch.testing.assert_close(
+        logits_of(on_kernels, tokens, 30), logits_of(in_torch, tokens, 30), rtol=0, atol=1e-4
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_on_kernels_a_row_has_the_same_bits_however_it_is_reached(tmp_path: Path, dtype: str) -> None:
+    make_family(tmp_path, "qwen2", initializer_range=0.1)
+    engine, tokens = Engine(engine_config(tmp_path, dtype=dtype, quantization="int8", threads=2)), prompt_of(40)
+    assert isinstance(engine._model, NativeDecoder)
+    whole = logits_of(engine, tokens, 40)
+    for chunks in ([], [1, 15, 14], [5, 12]):
+        assert torch.equal(logits_of(engine, tokens, *chunks), whole)
+    engine.close()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_greedy_tokens_do_not_depend_on_the_batch(tmp_path: Path, kernels: bool) -> None:
+    make_model(tmp_path)
+    engine = Engine(engine_config(tmp_path, dtype="bfloat16", quantization="int8", kernels=kernels))
     prompts = [prompt_of(length) for length in (20, 20, 20)]
     together = generate(engine, prompts, 10)
     assert together == [generate(engine, [prompt], 10)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize(("family", "kernels"), [("qwen2", True), ("gpt2", True), ("qwen2-moe", False)])
+def test_greedy_tokens_do_not_depend_on_the_shares(tmp_path: Path, family: str, kernels: bool) -> None:
+    make_family(tmp_path, family, initializer_range=0.1)
+    prompts = [prompt_of(length) for length in (1, 20, 37)]
+    whole = Engine(engine_config(tmp_path, quantization="int8", kernels=kernels))
+    shared = ThreadedEngine(tmp_path, 2, 2, quantization="int8", kernels=kernels)
+    assert generate(shared, prompts, 5) == generate(whole, prompts, 5)
+    shared.close()
 
 
 def test_what_is_not_to_be_had() -> None:

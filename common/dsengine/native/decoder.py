@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from dsengine.architecture import Activation, Architecture, LayerPlan
+from dsengine.int8 import quantise
+from dsengine.linear import Peaks
 from dsengine.mlp import GatedMlp, Mlp
 from dsengine.native.arena import Arena
 from dsengine.native.library import Library, linear, padded
@@ -41,7 +43,8 @@ class RawLinear:
 
     #: ``[out, in]``
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor | None = None
+    peaks: Peaks | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[rows, in] -> [rows, out]``."""
@@ -70,12 +73,16 @@ def obstacle(arch: Architecture, part: Part = WHOLE) -> str | None:
 class NativeDecoder:
     """One replica, or one rank's part of one, on this host's CPU."""
 
-    def __init__(self, parts: Parts, library: Library, max_len: int, threads: int, peers: Peers) -> None:
-        """Take every tensor from ``parts``, which makes :class:`RawLinear`; ``max_len`` positions get a rotation.
+    def __init__(
+        self, parts: Parts, library: Library, max_len: int, threads: int, peers: Peers, *, int8: bool = False
+    ) -> None:
+        """Take every tensor from ``parts``, which makes :class:`RawLinear`; ``max_len`` positions get a rotation;
+        ``int8``: matrices are kept in that.
 
         Raises :class:`~dswire.errors.UnsupportedModel`, :class:`~dswire.errors.OutOfMemory`.
         """
         self._library = library
+        self._int8 = int8
         self._arena = Arena()
         self._kept: list[Tensor] = []
         self._ropes: dict[Rope, tuple[int, int]] = {}
@@ -194,7 +201,7 @@ class NativeDecoder:
             return embedding, positions, CLinear()
         head = parts.head(embedding[parts.vocabulary] if tied and embedding is not None else None)
         assert isinstance(head, RawLinear)
-        return embedding, positions, self._linear(head.weight, head.bias)
+        return embedding, positions, self._linear(head)
 
     def _layer(self, parts: Parts, index: int, plan: LayerPlan) -> CLayer:
         arch, names, prefix = parts.arch, parts.arch.names, parts.layer(index)
@@ -214,8 +221,8 @@ class NativeDecoder:
             after_mlp=norm(names.mlp_after),
             q_norm=norm(names.q_norm, arch.head_dim),
             k_norm=norm(names.k_norm, arch.head_dim),
-            qkv=self._linear(qkv.weight, qkv.bias),
-            attention_out=self._linear(out.weight, out.bias),
+            qkv=self._linear(qkv),
+            attention_out=self._linear(out),
             gate=gate,
             up=up,
             down=down,
@@ -231,23 +238,31 @@ class NativeDecoder:
         first = mlp.gate_up if isinstance(mlp, GatedMlp) else mlp.up
         assert isinstance(first, RawLinear)
         assert isinstance(mlp.down, RawLinear)
-        down = self._linear(mlp.down.weight, mlp.down.bias)
+        down = self._linear(mlp.down)
         if isinstance(mlp, Mlp):
-            return CLinear(), self._linear(first.weight, first.bias), down
+            return CLinear(), self._linear(first), down
         weights = first.weight.chunk(2)
         biases = (None, None) if first.bias is None else first.bias.chunk(2)
-        gate, up = (self._linear(weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        gate, up = (self._linear(RawLinear(weight, bias)) for weight, bias in zip(weights, biases, strict=True))
         return gate, up, down
 
-    def _linear(self, weight: Tensor, bias: Tensor | None) -> CLinear:
-        rows, columns = weight.shape
+    def _linear(self, raw: RawLinear) -> CLinear:
+        (rows, columns), weight, bias, scale = raw.weight.shape, raw.weight, raw.bias, None
+        if self._int8:
+            weight, scale = quantise(weight, raw.peaks)
+            bias = torch.zeros(rows) if bias is None else bias
         panels = self._library.pack(weight, self._arena)
         self._kept.append(panels)
-        if bias is not None:
-            wide = torch.zeros(padded(rows))
-            wide[:rows] = bias
-            self._kept.append(bias := wide)
-        return linear(panels, bias, rows, columns)
+        return linear(panels, self._padded(bias), self._padded(scale), rows, columns)
+
+    def _padded(self, values: Tensor | None) -> Tensor | None:
+        """In float32, to whole panels."""
+        if values is None:
+            return None
+        wide = torch.zeros(padded(len(values)))
+        wide[: len(values)] = values
+        self._kept.append(wide)
+        return wide
 
     def _norm(self, norm: AnyNorm | None) -> CNorm:
         if norm is None:

@@ -29,6 +29,10 @@ void ds_pack(const void* weights, int32_t out, int32_t in, void* panels) {
   pack<Element>(static_cast<const Element::weight*>(weights), out, in, static_cast<Element::weight*>(panels));
 }
 
+void ds_pack_int8(const void* weights, int32_t out, int32_t in, void* panels) {
+  pack_int8<Element>(static_cast<const int8_t*>(weights), out, in, static_cast<uint8_t*>(panels));
+}
+
 // `model` and what it points to, but for itself, must outlive the session. Null where there is no memory.
 void* ds_open(const Model* model, int32_t threads) {
   try {

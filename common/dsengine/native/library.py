@@ -8,6 +8,7 @@ import weakref
 from ctypes import POINTER, byref, c_int32, c_void_p, sizeof
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from dsengine.native import structs
@@ -39,16 +40,18 @@ class Library:
         self._c.ds_forward.argtypes = (c_void_p, POINTER(CBatch), POINTER(CPool))
         self._c.ds_close.argtypes, self._c.ds_close.restype = (c_void_p,), None
         self._c.ds_pack.argtypes, self._c.ds_pack.restype = (c_void_p, c_int32, c_int32, c_void_p), None
+        self._c.ds_pack_int8.argtypes, self._c.ds_pack_int8.restype = (c_void_p, c_int32, c_int32, c_void_p), None
         sizes = (c_int32 * len(structs.ALL))()
         self._c.ds_sizes(sizes)
         if list(sizes) != [sizeof(kind) for kind in structs.ALL]:
             raise EngineFailed(f"{path} was built of other sources", remedy=f"remove {path}")
 
     def pack(self, weight: Tensor, arena: Arena) -> Tensor:
-        """``weight`` ``[out, in]``, ``in`` even, in panels: a flat tensor out of ``arena``."""
+        """``weight`` ``[out, in]``, ``in`` even, of the dtype or int8, in panels taken from ``arena``."""
         rows, columns = weight.shape
         panels = arena.take(padded(rows) * columns, weight.dtype)
-        self._c.ds_pack(weight.contiguous().data_ptr(), rows, columns, panels.data_ptr())
+        pack = self._c.ds_pack_int8 if weight.dtype == torch.int8 else self._c.ds_pack
+        pack(weight.contiguous().data_ptr(), rows, columns, panels.data_ptr())
         return panels
 
     def open(self, model: CModel, threads: int) -> Session:
@@ -90,6 +93,7 @@ def library(dtype: str) -> Library:
     return Library(dtype)
 
 
-def linear(panels: Tensor, bias: Tensor | None, rows: int, columns: int) -> CLinear:
-    """``panels`` of ``[rows, columns]``, with ``bias`` float32 of ``padded(rows)``."""
-    return CLinear(panels.data_ptr(), None if bias is None else bias.data_ptr(), columns, rows)
+def linear(panels: Tensor, bias: Tensor | None, scale: Tensor | None, rows: int, columns: int) -> CLinear:
+    """``panels`` of ``[rows, columns]``, with ``bias`` and ``scale`` float32 of ``padded(rows)``."""
+    addresses = (None if one is None else one.data_ptr() for one in (panels, bias, scale))
+    return CLinear(*addresses, columns, rows)

@@ -34,6 +34,18 @@ struct Sums {
   size_t ld;
 };
 
+// Weights of one step of a panel, as they are multiplied.
+template <class E, int AHEAD, class Wide>
+inline void load_panel(const typename E::weight* at, Wide* w) {
+  for (size_t line = 0; AHEAD > 0 && line < PANEL * E::STEP * sizeof(*at); line += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(at) + line + AHEAD, 0, 2);
+  if constexpr (requires { E::load_panel(at, w); })
+    E::load_panel(at, w);
+  else
+#pragma GCC unroll 16
+    for (int v = 0; v < PANEL_VECTORS; ++v) w[v] = E::load_weights(at + v * LANES * E::STEP);
+}
+
 // MB rows of `a` with NP panels. Not inlined: one tight loop, whatever is done with the sums.
 template <class E, int MB, int NP, int AHEAD>
 __attribute__((noinline)) void tile(const typename E::active* a, size_t lda, const typename E::weight* const* panels,
@@ -49,12 +61,8 @@ __attribute__((noinline)) void tile(const typename E::active* a, size_t lda, con
   const typename E::weight* second = panels[NP - 1];
   for (int k = 0; k < inner; k += E::STEP) {
     decltype(E::load_weights(first)) w[NV];
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) {
-      const typename E::weight* at = (v < PANEL_VECTORS ? first : second) + v % PANEL_VECTORS * LANES * E::STEP;
-      w[v] = E::load_weights(at);
-      if constexpr (AHEAD > 0) __builtin_prefetch(reinterpret_cast<const char*>(at) + AHEAD, 0, 2);
-    }
+    load_panel<E, AHEAD>(first, w);
+    if constexpr (NP > 1) load_panel<E, AHEAD>(second, w + PANEL_VECTORS);
 #pragma GCC unroll 16
     for (int m = 0; m < MB; ++m) {
       auto x = E::spread(a + m * lda + k);
@@ -120,17 +128,39 @@ inline void strips(int rows, const typename E::active* a, size_t lda, const type
 // One weight matrix, `in` even.
 struct Linear {
   const void* panels;
-  const float* bias;  // [padded(out)] or null
+  const float* bias;   // [padded(out)] or null
+  const float* scale;  // [padded(out)] where weights are int8, with a bias then; else null
   int32_t in;
   int32_t out;
 };
 
 constexpr int ROW_BLOCK = 96;  // activations of so many rows stay in the second-level cache
 
+// A panel of weights that are kept narrower than they are multiplied, widened in the cache.
+template <class E>
+inline const typename E::Plain::weight* widened(const typename E::weight* panel, int inner, int number) {
+  static thread_local std::vector<float> room[2];
+  room[number].resize(static_cast<size_t>(inner) * PANEL * sizeof(typename E::Plain::weight) / sizeof(float));
+  float* to = room[number].data();
+  for (int k = 0; k < inner; k += E::STEP, panel += PANEL * E::STEP, to += PANEL) {
+    decltype(E::load_weights(panel)) w[PANEL_VECTORS];
+    load_panel<E, ahead(1)>(panel, w);
+    for (int v = 0; v < PANEL_VECTORS; ++v) store(to + v * LANES, (vf)w[v]);
+  }
+  return reinterpret_cast<const typename E::Plain::weight*>(room[number].data());
+}
+
 // Rows [row, row + count) with two panels (or one): each(row, sums of 64 or 32 columns) while they are in the cache.
 template <class E, int NP, class Each>
 inline void finish_tiles(int row, int count, const typename E::active* a, size_t lda,
                          const typename E::weight* const* panels, int inner, const float* start, Each each) {
+  if constexpr (requires { typename E::Plain; }) {
+    if (count > MAX_ROWS) {
+      const typename E::Plain::weight* wide[NP];
+      for (int n = 0; n < NP; ++n) wide[n] = widened<E>(panels[n], inner, n);
+      return finish_tiles<typename E::Plain, NP>(row, count, a, lda, wide, inner, start, each);
+    }
+  }
   alignas(64) float sums[MAX_ROWS][NP * PANEL];
   tiles(count, MAX_ROWS, [&](int at, int some) {
     const typename E::active* from = a + (row + at) * lda;

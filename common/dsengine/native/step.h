@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "int8.h"
 #include "rows.h"
 
 namespace ds {
@@ -179,7 +180,7 @@ class Step {
   void join(const Linear& linear, const active* from, size_t width, const Norm& after) {
     bool apart = after.weight || m_.reduce;
     float* to = apart ? extra_.get() : hidden_.get();
-    product<E>(team_, b_->rows, from, width, linear, [&](int row, int column, vf y) {
+    multiply<E>(team_, b_->rows, from, width, linear, [&](int row, int column, vf y) {
       float* at = to + row * hidden_width_ + column;
       store(at, apart ? y : load(at) + y);
     });
@@ -196,7 +197,7 @@ class Step {
 
   void attention(int index, const Layer& l) {
     norm_rows(l.before_attention);
-    product<E>(team_, b_->rows, normed_.get(), hidden_width_, l.qkv,
+    multiply<E>(team_, b_->rows, normed_.get(), hidden_width_, l.qkv,
                [&](int row, int column, vf y) { store(qkv_.get() + row * qkv_width_ + column, y); });
     rows(b_->rows, [&](int row) { place(index, l, row); });
     team_.share(static_cast<int>(tasks_.size()), 1, [&](int task, int) { attend(index, l, tasks_[task]); });
@@ -212,12 +213,12 @@ class Step {
     if (!m_.parallel) norm_rows(l.before_mlp);
     auto keep = [&](int row, int column, vf y) { E::activate(mlp_.get() + row * mlp_width_ + column, y); };
     if (l.gate.panels)
-      gated_product<E>(team_, b_->rows, normed_.get(), hidden_width_, l.gate, l.up,
+      multiply_gated<E>(team_, b_->rows, normed_.get(), hidden_width_, l.gate, l.up,
                        [&](int row, int column, vf gate, vf up) {
                          keep(row, column, activation(m_.activation, gate) * up);
                        });
     else
-      product<E>(team_, b_->rows, normed_.get(), hidden_width_, l.up,
+      multiply<E>(team_, b_->rows, normed_.get(), hidden_width_, l.up,
                  [&](int row, int column, vf y) { keep(row, column, activation(m_.activation, y)); });
     join(l.down, mlp_.get(), mlp_width_, l.after_mlp);
   }
@@ -344,7 +345,7 @@ class Step {
                 [&](int i, int n, vf y) { activate_some<E>(to + i, y, n); });
     });
     size_t width = padded(m_.vocab);
-    product<E>(team_, b_->logit_rows, normed_.get(), hidden_width_, m_.head, [&](int row, int column, vf y) {
+    multiply<E>(team_, b_->logit_rows, normed_.get(), hidden_width_, m_.head, [&](int row, int column, vf y) {
       if (m_.logit_softcap != 0) y = soft_cap(y, m_.logit_softcap);
       store(b_->logits + row * width + column, y);
     });
