@@ -115,7 +115,7 @@ def highest(logits: Tensor) -> Tensor:
     whole = vocab - vocab % _RUN
     if not whole or logits.device.type != "cpu":
         return logits.argmax(-1)
-    runs = logits[:, :whole].unflatten(1, (-1, _RUN))
+    runs = logits[:, :whole].view(len(logits), -1, _RUN)
     run, row = runs.amax(-1).argmax(-1), torch.arange(len(logits))
     found = run * _RUN + runs[row, run].argmax(-1)
     if whole == vocab:
