@@ -62,6 +62,10 @@ class Sequence:
     sampling: Sampling
     #: place of the last token; while it is RUNNING also the number of tokens whose KV is there
     position: int
+    #: place of the token that will be its last, unless it ends before
+    ends: int
+    #: whether anything but that depends on the tokens that it draws
+    watched: bool
     #: of KV that is pulled
     handle: KvHandle | None = None
     #: of a prompt, or of what an earlier attempt has made, that is read here
@@ -91,8 +95,10 @@ class Sequence:
         handle = work.handle if isinstance(work, DecodeWork) else None
         reading = Reading.of(work, now) if isinstance(work, PrefillWork) else None
         outputs = list(work.output_ids)
-        last = len(work.prompt_ids) + len(outputs) - 1
-        return cls(key_of(work), life, work.prompt_ids, outputs, work.sampling, last, handle, reading)
+        prompt, asked = work.prompt_ids, work.sampling
+        last, ends = len(prompt) + len(outputs) - 1, len(prompt) + asked.max_tokens - 1
+        watched = bool(asked.stop or asked.stop_token_ids) or asked.logprobs is not None or not asked.ignore_eos
+        return cls(key_of(work), life, prompt, outputs, asked, last, ends, watched, handle, reading)
 
     def wants(self, block_size: int) -> int:
         """Blocks that let it in: for its tokens and one more, so that its first step finds room."""
@@ -140,13 +146,6 @@ class Sequence:
         """The digests of the first blocks, as far as they are known."""
         return (self.reading.chain if self.reading is not None else None) or []
 
-    @property
-    def steady(self) -> bool:
-        """Whether nothing about its next steps depends on the tokens that they draw, before it is out of tokens."""
-        asked = self.sampling
-        watched = asked.stop or asked.stop_token_ids or asked.logprobs is not None or not asked.ignore_eos
-        return not (watched or self.fresh)
-
     def stages(self, first_step_s: float) -> DecodeStages:
         """Where the time up to the first step went."""
         return DecodeStages(self.transfer_wait_s, self.transfer_s, self.decode_queue_s, first_step_s)
@@ -154,11 +153,12 @@ class Sequence:
 
 def steps_alike(running: Collection[Sequence], pool: PrefixPool) -> int:
     """For how many steps these go on together, before one ends or blocks run short; 1 when that is not known."""
-    most = min([one.sampling.max_tokens - len(one.output_ids) for one in running]) - 1
-    if most < 2 or not all(one.steady for one in running):
+    most = min([one.ends - one.position for one in running]) - 1
+    if most < 2 or any(one.fresh or one.watched for one in running):
         return 1
-    missing = sum([one.missing(most, pool.block_size) for one in running])
-    return most if missing <= pool.free else 1
+    if len(running) * -(-most // pool.block_size) <= pool.free:
+        return most
+    return most if sum([one.missing(most, pool.block_size) for one in running]) <= pool.free else 1
 
 
 def key_of(work: DecodeWork | PrefillWork) -> KvKey:
