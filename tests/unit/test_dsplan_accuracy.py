@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from dsctl.latency import command
 from dsplan import accuracy
 from dsplan.accuracy import Row, errors, measured, published, step_s
-from dsplan.devices import find_device
+from dsplan.devices import find_device, unseen
 from dsplan.errors import PlanInput
-from dsplan.roofline import STACKS, RooflineLatency
+from dsplan.roofline import STACKS, RooflineLatency, efficiencies
 from dsplan.shapes import find_model
 
 MEASURED = Path(__file__).parents[3] / "shared" / "data" / "gpu"
@@ -25,6 +25,18 @@ def test_errors_by_hand() -> None:
     first, second = errors(rows)
     assert (first.table, first.rows, first.mape, first.p90) == pytest.approx(("a", 2, 0.2, 0.3))
     assert (second.mape, second.bias) == (0.0, 0.0)
+
+
+def test_the_error_of_an_unseen_device_is_told_where_it_can_be() -> None:
+    first, second = errors([Row("a", 1.0, 1.1, 1.2), Row("a", 1.0, 0.9, 0.6), Row("b", 1.0, 1.0)])
+    assert first.blind == pytest.approx(0.3)
+    assert second.blind is None
+
+
+def test_an_unseen_device_has_the_efficiencies_of_the_others() -> None:
+    for name in ("a100-80g", "h100", "h200"):
+        device = find_device(name)
+        assert efficiencies(unseen(device).efficiency)["gemm"] != efficiencies(device.efficiency)["gemm"]
 
 
 def test_own_measurements_are_read_and_compared(tmp_path: Path) -> None:
@@ -64,6 +76,7 @@ def test_public_measurements_are_met() -> None:
     assert found["GEMMs of a layer, a100-80g"] < 0.08
     assert found["GEMMs of a layer, h100"] < 0.13
     assert found["decode attention, a100-80g"] < 0.16
+    assert max(one.blind for one in errors(published(MEASURED)) if one.blind and "batch" not in one.table) < 0.22
     assert found["Splitwise decode, Llama-2-70B TP 4 (held out)"] < 0.05
     assert found["Splitwise prefill of one prompt, Llama-2-70B TP 4 (held out)"] < 0.1
 

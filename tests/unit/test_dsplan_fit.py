@@ -29,7 +29,7 @@ def test_the_fit_finds_the_parameters_that_made_the_rows() -> None:
     random = np.random.default_rng(1)
     inputs = np.exp2(random.integers(0, 14, size=(3, 400))).astype(np.float64)
     inputs[1:] = np.maximum(inputs[1:], 256)
-    truth = (4e-6, 0.7, 0.6, 3e-10, 1.7, 0.2, 1.1)
+    truth = (6e3, 0.7, 0.6, 50.0, 2.0, 4e3)
     rows = inputs, fit.predicted(GEMM, truth, device, inputs)
     split = fit.Split(device, rows, rows)
     assert fit.report(GEMM, fit.fit(GEMM, [split]), split)["mape"] < 0.5

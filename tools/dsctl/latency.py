@@ -131,6 +131,11 @@ def _show_errors(errors: list[Error], as_json: bool) -> None:
     from dsobserve.terminal import output
 
     table = Table("table", "rows", "mean error", "90 % below", "median", title="the model beside measurements")
+    table.add_column("device unseen")
     for one in errors:
-        table.add_row(one.table, str(one.rows), f"{one.mape:.1%}", f"{one.p90:.1%}", f"{one.bias:+.1%}")
-    output().print(table)
+        blind = "" if one.blind is None else f"{one.blind:.1%}"
+        table.add_row(one.table, str(one.rows), f"{one.mape:.1%}", f"{one.p90:.1%}", f"{one.bias:+.1%}", blind)
+    console = output()
+    console.print(table)
+    if any(one.blind is not None for one in errors):
+        console.print("device unseen: the mean error with kernel efficiencies fitted on other devices only.")

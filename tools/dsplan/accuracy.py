@@ -2,9 +2,10 @@
 
 Two sources. :func:`published` reads public measurements from a directory that the user names (Vidur's kernels,
 Splitwise's whole steps) and DistServe's profile of OPT, which is shipped; nothing but the two hand-set numbers of
-the stack "eager-2023" was set on any of it. :func:`measured` reads a CSV of one's own, with the columns
-:data:`COLUMNS`: a model (a known name or a config), a device, ``tp``, ``pp``, ``phase`` (prefill or decode),
-``batch``, ``tokens`` of each prompt or of each context, and ``ms`` of the step.
+the stack "eager-2023" was set on any of it. Each of these rows is also modelled as if nobody had measured its
+device, with efficiencies fitted on the other devices: the error to expect of an unknown one. :func:`measured` reads
+a CSV of one's own, with the columns :data:`COLUMNS`: a model (a known name or a config), a device, ``tp``, ``pp``,
+``phase`` (prefill or decode), ``batch``, ``tokens`` of each prompt or of each context, and ``ms`` of the step.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from dsplan import kernels
-from dsplan.devices import find_device
+from dsplan.devices import find_device, unseen
 from dsplan.errors import PlanInput
 from dsplan.latency import Instance
 from dsplan.linear import distserve_latency
@@ -39,11 +40,18 @@ class Row:
     table: str
     measured_s: float
     modelled_s: float
+    #: by efficiencies that were fitted on other devices only; None where the device's were not fitted on it
+    blind_s: float | None = None
 
     @property
     def error(self) -> float:
         """Relative, without sign."""
         return abs(self.modelled_s / self.measured_s - 1)
+
+    @property
+    def blind_error(self) -> float | None:
+        """The same for a device that nobody measured."""
+        return None if self.blind_s is None else abs(self.blind_s / self.measured_s - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,8 @@ class Error:
     p90: float
     #: of the median row, with its sign: above 0 the model is too slow
     bias: float
+    #: mean error with the efficiencies of other devices only, where that can be told
+    blind: float | None = None
 
 
 def errors(rows: list[Row]) -> list[Error]:
@@ -67,7 +77,10 @@ def errors(rows: list[Row]) -> list[Error]:
     for name, each in tables.items():
         sizes = sorted(row.error for row in each)
         bias = median(row.modelled_s / row.measured_s - 1 for row in each)
-        found.append(Error(name, len(each), mean(sizes), sizes[min(int(len(sizes) * 0.9), len(sizes) - 1)], bias))
+        ninth = sizes[min(int(len(sizes) * 0.9), len(sizes) - 1)]
+        unseen_errors = [row.blind_error for row in each if row.blind_error is not None]
+        blind = mean(unseen_errors) if unseen_errors else None
+        found.append(Error(name, len(each), mean(sizes), ninth, bias, blind))
     return found
 
 
@@ -149,7 +162,7 @@ def _vidur_gemm(directory: Path) -> Iterator[Row]:
     for path in sorted(directory.glob("*_mlp.csv.gz")):
         gpu = path.name.partition("_")[0]
         device = find_device({"a100": "a100-80g"}.get(gpu, gpu))
-        gemm = efficiencies(device.efficiency)["gemm"]
+        fitted = [efficiencies(each.efficiency)["gemm"] for each in (device, unseen(device))]
         for row in _rows(path):
             tp, tokens, hidden = (int(row[n]) for n in ("num_tensor_parallel_workers", "num_tokens", "n_embd"))
             heads, kv, inner = int(row["n_head"]), int(row["n_kv_head"]), int(row["n_expanded_embd"])
@@ -163,13 +176,13 @@ def _vidur_gemm(directory: Path) -> Iterator[Row]:
             for name, (n, k) in shapes.items():
                 told = row[f"time_stats.{name}.median"]
                 if told and float(told) > 0:
-                    modelled = kernels.gemm_s(gemm, device, tokens, n, k)
-                    yield Row(f"GEMMs of a layer, {device.name}", float(told) / 1e3, float(modelled))
+                    times = [float(kernels.gemm_s(gemm, device, tokens, n, k)) for gemm in fitted]
+                    yield Row(f"GEMMs of a layer, {device.name}", float(told) / 1e3, *times)
 
 
 def _vidur_attention(directory: Path) -> Iterator[Row]:
     device = find_device("a100-80g")
-    fitted = efficiencies(device.efficiency)["generation"]
+    fitted = [efficiencies(each.efficiency)["generation"] for each in (device, unseen(device))]
     for path in sorted(directory.glob("a100_attention*.csv.gz")):
         for row in _rows(path):
             if row["is_prefill"] == "True" or int(row["kv_cache_size"]) == 0:
@@ -177,8 +190,8 @@ def _vidur_attention(directory: Path) -> Iterator[Row]:
             tp, dim = int(row["num_tensor_parallel_workers"]), int(row["n_embd"]) // int(row["n_q_head"])
             heads, kv = int(row["n_q_head"]) // tp, int(row["n_kv_head"]) // tp
             batch, held = int(row["batch_size"]), int(row["kv_cache_size"])
-            modelled = kernels.generation_s(fitted, device, batch, held, heads, kv, dim)
-            yield Row("decode attention, a100-80g", float(row["time_stats.attn_decode.median"]) / 1e3, modelled)
+            times = [kernels.generation_s(each, device, batch, held, heads, kv, dim) for each in fitted]
+            yield Row("decode attention, a100-80g", float(row["time_stats.attn_decode.median"]) / 1e3, *times)
 
 
 def _splitwise(path: Path) -> list[Row]:
@@ -188,17 +201,23 @@ def _splitwise(path: Path) -> list[Row]:
         key = int(row["tensor_parallel"]), int(row["batch_size"]), int(row["prompt_size"])
         if key[:2] != (2, 64):
             cells[key].append((float(row["prompt_time"]), float(row["token_time"])))
-    latency = RooflineLatency(find_model("Llama-2-70B"), find_device("a100-80g"), STACKS["eager-2023"])
+    latencies = _both("Llama-2-70B", "a100-80g", STACKS["eager-2023"])
     rows = []
     for (tp, batch, tokens), times in cells.items():
-        instance = latency.instance(tp, 1)
+        instances = [latency.instance(tp, 1) for latency in latencies]
         told = "held out" if tp == 4 else "set on"
         for phase, column, length in (("prefill", 0, tokens), ("decode", 1, tokens + _SPLITWISE_STEPS)):
             seconds = median(one[column] for one in times) / 1e3
             what = "decode" if column else "prefill of one prompt" if batch == 1 else "prefill of a batch"
             name = f"Splitwise {what}, Llama-2-70B TP {tp} ({told})"
-            rows.append(Row(name, seconds, step_s(instance, phase, batch, length)))
+            rows.append(Row(name, seconds, *(step_s(each, phase, batch, length) for each in instances)))
     return rows
+
+
+def _both(model: str, device: str, stack: Stack) -> tuple[RooflineLatency, RooflineLatency]:
+    """As it is, and as it would be had the device never been measured."""
+    shape, known = find_model(model), find_device(device)
+    return RooflineLatency(shape, known, stack), RooflineLatency(shape, unseen(known), stack)
 
 
 def distserve_rows() -> list[Row]:
@@ -206,13 +225,15 @@ def distserve_rows() -> list[Row]:
     rows = []
     device = find_device(distserve()["device"])
     for model, fits in distserve()["engines"]["distserve"].items():
-        theirs, ours = distserve_latency(model, device.name), RooflineLatency(find_model(model), device)
+        theirs, ours = distserve_latency(model, device.name), _both(model, device.name, STACKS["graphs"])
         for tp in (tp for tp in map(int, fits) if find_model(model).heads % tp == 0):
-            one, other = theirs.instance(tp, 1), ours.instance(tp, 1)
+            one, others = theirs.instance(tp, 1), [each.instance(tp, 1) for each in ours]
             for tokens in (256, 512, 1024, 2048):
                 told = step_s(one, "prefill", 1, tokens)
-                rows.append(Row(f"DistServe prefill, {model} a100-80g", told, step_s(other, "prefill", 1, tokens)))
+                times = [step_s(each, "prefill", 1, tokens) for each in others]
+                rows.append(Row(f"DistServe prefill, {model} a100-80g", told, *times))
             for batch in (1, 8, 32, 64, 128):
                 told = step_s(one, "decode", batch, 512)
-                rows.append(Row(f"DistServe decode, {model} a100-80g", told, step_s(other, "decode", batch, 512)))
+                times = [step_s(each, "decode", batch, 512) for each in others]
+                rows.append(Row(f"DistServe decode, {model} a100-80g", told, *times))
     return rows

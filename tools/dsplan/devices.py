@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from dsplan.errors import PlanInput
+
+#: before the name of a device in ``data/efficiency.json``: fitted on all measured devices but that one
+WITHOUT = "without "
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,8 @@ class Device:
     memory_nbytes: float
     #: units that tiles of work are spread over
     multiprocessors: int
+    #: their clock under load that power does not limit
+    clock_hz: float
     #: to another device of the node, one direction
     node_bytes_per_s: float
     #: to a device of another node, one direction
@@ -58,7 +63,12 @@ def find_device(name: str) -> Device:
 def checked(device: Device) -> Device:
     """The device, unless a number of it is absurd (:class:`PlanInput`)."""
     limits = {"flops": (1e9, 1e17), "bytes_per_s": (1e8, 1e14), "memory_nbytes": (1e8, 1e13)}
-    limits |= {"multiprocessors": (1, 1e5), "node_bytes_per_s": (1e6, 1e13), "network_bytes_per_s": (1e6, 1e13)}
+    limits |= {
+        "multiprocessors": (1, 1e5),
+        "clock_hz": (1e8, 1e11),
+        "node_bytes_per_s": (1e6, 1e13),
+        "network_bytes_per_s": (1e6, 1e13),
+    }
     for field in fields(device):
         value = getattr(device, field.name)
         if field.name in limits and not limits[field.name][0] <= value <= limits[field.name][1]:
@@ -68,3 +78,8 @@ def checked(device: Device) -> Device:
                 remedy=f"give it between {low:g} and {high:g}; bytes and seconds, not gigabits",
             )
     return device
+
+
+def unseen(device: Device) -> Device:
+    """The device as if nobody had measured it: with the efficiencies of the other measured ones."""
+    return replace(device, efficiency=f"{WITHOUT}{device.efficiency}")

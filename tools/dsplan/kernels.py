@@ -2,8 +2,9 @@
 
 Written with operators only, so that the same formula takes numbers and, in :mod:`dsplan.fit`, whole columns of
 measurements. Each formula adds up, as a p-norm, the times that its bounds would take alone (a roofline with a soft
-knee): arithmetic, memory, and the serial path of one tile. Parameters are tuples in the order of ``*_NAMES``; all
-are positive. Seconds, bytes, elements of two bytes.
+knee): arithmetic, memory, and the serial path of one tile. What a multiprocessor does in order takes cycles, not
+seconds, so that it carries over to a device of another clock. Parameters are tuples in the order of ``*_NAMES``;
+all are positive. Seconds, bytes, elements of two bytes.
 """
 
 from __future__ import annotations
@@ -12,21 +13,24 @@ from typing import Any
 
 from dsplan.devices import Device
 
-GEMM_NAMES = ("launch_s", "flops_share", "bytes_share", "serial_s", "knee", "wave", "activation")
+GEMM_NAMES = ("launch_cycles", "flops_share", "bytes_share", "edge_bytes", "knee", "split_cycles")
 CONTEXT_NAMES = ("launch_s", "flops_share", "serial_s", "knee", "bytes_share", "wave", "width")
 GENERATION_NAMES = (
-    "launch_s",
+    "launch_cycles",
     "bytes_share",
     "flops_share",
-    "serial_s",
+    "serial_cycles",
     "knee",
-    "head_s",
+    "head_cycles",
     "extra_tokens",
-    "ungrouped_serial_s",
+    "ungrouped_serial_cycles",
 )
 ALLREDUCE_NAMES = ("launch_s", "hop_s", "bytes_share")
 
-#: rows and columns of a tile of a GEMM, rows of one of attention
+#: rows and columns of the tiles that a library chooses from for a GEMM, and the parts it may cut the inner sum in
+GEMM_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 64), (16, 64))
+GEMM_SPLITS = (1, 2, 4, 8)
+#: rows of a tile of attention
 TILE = 128
 #: head dimension that kernels are tuned for
 HEAD_DIM = 128
@@ -44,13 +48,35 @@ def _waves(tiles: Real, device: Device) -> Real:
     return -(-tiles // units) * units / tiles
 
 
+def _larger(a: Real, b: Real) -> Real:
+    return (a + b + abs(a - b)) / 2
+
+
+def _smaller(a: Real, b: Real) -> Real:
+    return (a + b - abs(a - b)) / 2
+
+
 def gemm_s(p: Parameters, device: Device, m: Real, n: Real, k: Real, groups: Real = 1) -> Real:
-    """(m, k) x (k, n); with ``groups`` the rows go evenly to as many matrices (the experts of a mixture)."""
-    launch, flops_share, bytes_share, serial, knee, wave, activation = p
-    tiles = groups * -(-(m / groups) // TILE) * -(-n // TILE)
-    arithmetic = 2 * m * n * k / (device.flops * flops_share) * _waves(tiles, device) ** wave
-    memory = 2 * (m * k * activation + groups * k * n + m * n * activation) / (device.bytes_per_s * bytes_share)
-    return launch + (arithmetic**knee + memory**knee + (serial * k) ** knee) ** (1 / knee)
+    """(m, k) x (k, n); with ``groups`` the rows go evenly to as many matrices (the experts of a mixture).
+
+    By the best of :data:`GEMM_TILES`, each over all of k or over a part of it (:data:`GEMM_SPLITS`): whole waves of
+    tiles, of which each takes what its arithmetic or the bytes of its two edges take, whatever is longer. Parts of
+    k are written out in 32 bits, read, and added up.
+    """
+    launch, flops_share, bytes_share, edge_bytes, knee, split = p
+    units, clock = device.multiprocessors, device.clock_hz
+    memory = 2 * (m * k + groups * k * n + m * n) / (device.bytes_per_s * bytes_share)
+    best: Real = None
+    for rows, columns in GEMM_TILES:
+        arithmetic = 2 * rows * columns * units / (device.flops * flops_share)
+        step_s = _larger(arithmetic, 2 * (rows + columns) / (edge_bytes * clock))
+        tiles = groups * -(-(m / groups) // rows) * -(-n // columns)
+        for parts in GEMM_SPLITS:
+            time = ((-(-tiles * parts // units) * k / parts * step_s) ** knee + memory**knee) ** (1 / knee)
+            if parts > 1:
+                time = time + split / clock + 8 * parts * m * n / (device.bytes_per_s * bytes_share)
+            best = time if best is None else _smaller(best, time)
+    return launch / clock + best
 
 
 def context_s(p: Parameters, device: Device, batch: Real, tokens: Real, heads: Real, kv: Real, dim: Real) -> Real:
@@ -72,11 +98,13 @@ def generation_s(
     Heads that share no KV may have a kernel of their own, which does not split a long context.
     """
     launch, bytes_share, flops_share, serial, knee, head, extra, ungrouped = p
-    serial = serial + ungrouped * (heads == kv)
+    clock = device.clock_hz
+    serial = (serial + ungrouped * (heads == kv)) / clock
     memory = 4 * batch * kv * dim * (tokens + extra) / (device.bytes_per_s * bytes_share)
     arithmetic = 4 * batch * heads * dim * (tokens + extra) / (device.flops * flops_share)
-    bounds = memory**knee + arithmetic**knee + (serial * tokens) ** knee + (batch * kv * head) ** knee
-    return launch + bounds ** (1 / knee)
+    bounds = memory**knee + arithmetic**knee + (serial * tokens) ** knee
+    bounds = bounds + (batch * kv * head / clock) ** knee
+    return launch / clock + bounds ** (1 / knee)
 
 
 def allreduce_s(p: Parameters, device: Device, ranks: Real, nbytes: Real) -> Real:

@@ -94,6 +94,8 @@ class RooflineInstance:
     spread: bool = False
     #: times of a layer without attention, by rows: they do not depend on anything else
     _dense: dict[int, float] = field(default_factory=dict, compare=False, repr=False)
+    #: times of GEMMs by their sizes, shared by the instances of a latency model
+    _gemms: dict[tuple[float, ...], float] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def _layers(self) -> float:
@@ -101,6 +103,12 @@ class RooflineInstance:
 
     def _kernels(self) -> dict[str, Parameters]:
         return efficiencies(self.device.efficiency)
+
+    def _gemm_s(self, m: float, n: float, k: float, groups: float = 1) -> float:
+        sizes = m, n, k, groups
+        if sizes not in self._gemms:
+            self._gemms[sizes] = float(kernels.gemm_s(self._kernels()["gemm"], self.device, m, n, k, groups))
+        return self._gemms[sizes]
 
     def layer_dense_s(self, rows: int) -> float:
         """One layer over ``rows`` tokens, all but attention; many rows are rounded up to :data:`ROWS`."""
@@ -110,11 +118,10 @@ class RooflineInstance:
         return self._dense[rows]
 
     def _layer_dense_s(self, rows: int) -> float:
-        s, tp, device = self.shape, self.tp, self.device
-        gemm = self._kernels()["gemm"]
+        s, tp = self.shape, self.tp
         heads, kv = s.heads * s.head_dim / tp, max(s.kv_heads / tp, 1) * s.head_dim
-        total = kernels.gemm_s(gemm, device, rows, heads + 2 * kv, s.hidden)
-        total += kernels.gemm_s(gemm, device, rows, s.hidden, heads)
+        total = self._gemm_s(rows, heads + 2 * kv, s.hidden)
+        total += self._gemm_s(rows, s.hidden, heads)
         total += self._moved_s(rows * (RESIDUAL_PASSES * s.hidden + 2 * (heads + kv)))
         if s.sparse < 1:
             total += (1 - s.sparse) * self._mlp_s(rows, s.intermediate)
@@ -124,17 +131,17 @@ class RooflineInstance:
 
     def _mlp_s(self, rows: float, width: int, groups: float = 1) -> float:
         """Two GEMMs and what is between them."""
-        gemm, device, hidden = self._kernels()["gemm"], self.device, self.shape.hidden
+        hidden = self.shape.hidden
         inner = width / self.tp
         wide = (2 if self.shape.gated else 1) * inner
-        total = kernels.gemm_s(gemm, device, rows, wide, hidden, groups)
-        total += kernels.gemm_s(gemm, device, rows, hidden, inner, groups)
-        return float(total) + self._moved_s(rows * (wide + inner))
+        total = self._gemm_s(rows, wide, hidden, groups)
+        total += self._gemm_s(rows, hidden, inner, groups)
+        return total + self._moved_s(rows * (wide + inner))
 
     def _mixture_s(self, rows: int) -> float:
         """Router, experts and shared experts of a layer; the rows are gathered, and added up again."""
         s = self.shape
-        total = float(kernels.gemm_s(self._kernels()["gemm"], self.device, rows, s.experts, s.hidden))
+        total = self._gemm_s(rows, s.experts, s.hidden)
         total += self._mlp_s(rows * s.active, s.expert_width, s.hit_experts(rows))
         total += self._moved_s(3 * rows * s.active * s.hidden)
         return total + (self._mlp_s(rows, s.shared_width) if s.shared_width else 0.0)
@@ -156,7 +163,7 @@ class RooflineInstance:
 
     def _output_s(self, rows: int) -> float:
         columns = self.shape.vocab / self.tp
-        return float(kernels.gemm_s(self._kernels()["gemm"], self.device, rows, columns, self.shape.hidden))
+        return self._gemm_s(rows, columns, self.shape.hidden)
 
     def _software_s(self, kernels_s: float, count: int, *, prompts: bool) -> float:
         """``count`` sequences of one stage's batch."""
@@ -211,6 +218,7 @@ class RooflineLatency:
     stack: Stack = STACKS["graphs"]
     #: ranks of an instance that one node holds; stages of larger ones talk over the network
     node_devices: int = 8
+    _gemms: dict[tuple[float, ...], float] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def source(self) -> str:
@@ -230,4 +238,5 @@ class RooflineLatency:
                 f"by TP {tp} and PP {pp}",
                 remedy="choose a TP that divides the heads and a PP of at most the layers",
             )
-        return RooflineInstance(self.shape, self.device, self.stack, tp, pp, tp * pp > self.node_devices)
+        spread = tp * pp > self.node_devices
+        return RooflineInstance(self.shape, self.device, self.stack, tp, pp, spread, _gemms=self._gemms)
