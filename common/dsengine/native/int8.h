@@ -4,8 +4,6 @@
 // bits however many come together, as in product.h. Only the sum is scaled.
 #pragma once
 
-#include <type_traits>
-
 #include "product.h"
 
 namespace ds {
@@ -19,7 +17,6 @@ template <class E>
 struct Int8 {
   using weight = uint8_t;
   using active = typename E::active;
-  using Plain = F32;  // what a panel is widened to for many rows
   static constexpr int STEP = 1;
   static size_t place(int column, int) { return column; }
   static weight encoded(int8_t q) { return static_cast<weight>(q); }
@@ -35,14 +32,15 @@ template <>
 struct Int8<Bf16> {
   using weight = uint8_t;
   using active = Bf16::active;
-  using Plain = Bf16;
   static constexpr int STEP = Bf16::STEP;
   static vi spread(const active* p) { return Bf16::spread(p); }
   static vf mac(vf acc, vi w, vi x) { return Bf16::mac(acc, w, x); }
 #if defined(__AVX512VBMI__) && defined(__AVX512BW__)
   // Sign and magnitude, so that the two bytes of a bfloat16 can be looked up, sixty-four at once. Columns lie as
   // unpacking wants them.
-  static size_t place(int column, int step) { return column % LANES / 4 * 16 + column / LANES * 8 + column % 4 * 2 + step; }
+  static size_t place(int column, int step) {
+    return column % LANES / 4 * 16 + column / LANES * 8 + column % 4 * 2 + step;
+  }
   static weight encoded(int8_t q) { return static_cast<weight>(q < 0 ? 0x80 | -q : q); }
   struct Bytes {
     alignas(64) uint8_t low[128], high[128];
@@ -69,7 +67,8 @@ struct Int8<Bf16> {
   static weight encoded(int8_t q) { return static_cast<weight>(q); }
   static vi load_weights(const weight* p) {
     vi pairs = (vi)__builtin_convertvector(*reinterpret_cast<const vpairs_any*>(p), vpairs);
-    vi first = (vi)__builtin_convertvector((pairs << 16) >> 16, vf), second = (vi)__builtin_convertvector(pairs >> 16, vf);
+    vi first = (vi)__builtin_convertvector((pairs << 16) >> 16, vf);
+    vi second = (vi)__builtin_convertvector(pairs >> 16, vf);
     return ((first >> 16) & 0xffff) | (second & static_cast<int32_t>(0xffff0000));
   }
 #endif

@@ -136,31 +136,10 @@ struct Linear {
 
 constexpr int ROW_BLOCK = 96;  // activations of so many rows stay in the second-level cache
 
-// A panel of weights that are kept narrower than they are multiplied, widened in the cache.
-template <class E>
-inline const typename E::Plain::weight* widened(const typename E::weight* panel, int inner, int number) {
-  static thread_local std::vector<float> room[2];
-  room[number].resize(static_cast<size_t>(inner) * PANEL * sizeof(typename E::Plain::weight) / sizeof(float));
-  float* to = room[number].data();
-  for (int k = 0; k < inner; k += E::STEP, panel += PANEL * E::STEP, to += PANEL) {
-    decltype(E::load_weights(panel)) w[PANEL_VECTORS];
-    load_panel<E, ahead(1)>(panel, w);
-    for (int v = 0; v < PANEL_VECTORS; ++v) store(to + v * LANES, (vf)w[v]);
-  }
-  return reinterpret_cast<const typename E::Plain::weight*>(room[number].data());
-}
-
 // Rows [row, row + count) with two panels (or one): each(row, sums of 64 or 32 columns) while they are in the cache.
 template <class E, int NP, class Each>
 inline void finish_tiles(int row, int count, const typename E::active* a, size_t lda,
                          const typename E::weight* const* panels, int inner, const float* start, Each each) {
-  if constexpr (requires { typename E::Plain; }) {
-    if (count > MAX_ROWS) {
-      const typename E::Plain::weight* wide[NP];
-      for (int n = 0; n < NP; ++n) wide[n] = widened<E>(panels[n], inner, n);
-      return finish_tiles<typename E::Plain, NP>(row, count, a, lda, wide, inner, start, each);
-    }
-  }
   alignas(64) float sums[MAX_ROWS][NP * PANEL];
   tiles(count, MAX_ROWS, [&](int at, int some) {
     const typename E::active* from = a + (row + at) * lda;
