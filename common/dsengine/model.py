@@ -19,14 +19,16 @@ from dsengine.families import FAMILIES, load_architecture
 from dsengine.foreign_shape import ForeignShape, load_foreign_shape
 from dsengine.int8 import Int8Linear
 from dsengine.linear import Linear
-from dsengine.native.decoder import NativeDecoder, RawLinear, obstacle
-from dsengine.native.library import library
+from dsengine.native.decoder import NativeDecoder, Share, obstacle
+from dsengine.native.library import Library, library
+from dsengine.native.packing import Packed, Packing, RawLinear, Shelf
+from dsengine.native.shared import Wanted, packed
 from dsengine.parallel import WHOLE, Alone, Part, Peers
 from dsengine.parts import Parts
 from dsengine.pool import DTYPES
 from dsengine.rope import RopeTable
 from dsengine.rope_settings import Rope
-from dsengine.weights import Checkpoint
+from dsengine.weights import Checkpoint, weight_files
 from dswire.errors import EngineFailed, Failed, OutOfMemory, UnsupportedModel
 
 _log = logging.getLogger(__name__)
@@ -111,9 +113,20 @@ def _native(
         )
         return None
     _log.info("%s is served by compiled kernels%s", arch.name, "" if part.whole else f", {part}")
-    parts = Parts(arch, Checkpoint(config.model_dir, DTYPES[config.dtype], device), RawLinear, part)
-    int8 = config.quantization == "int8"
-    return NativeDecoder(parts, kernels, config.max_model_len, config.threads, peers, int8=int8)
+    share = Share(arch, DTYPES[config.dtype], part, peers)
+    return NativeDecoder(share, _packed(share, config, kernels), kernels, config.max_model_len, config.threads)
+
+
+def _packed(share: Share, config: EngineConfig, kernels: Library) -> Packed:
+    def fill(shelf: Shelf) -> None:
+        checkpoint = Checkpoint(config.model_dir, share.dtype, torch.device("cpu"))
+        parts = Parts(share.arch, checkpoint, RawLinear, share.part)
+        Packing(parts, kernels, shelf, int8=config.quantization == "int8").run()
+
+    files = (config.model_dir / "config.json", *weight_files(config.model_dir))
+    part = share.part
+    form = f"{kernels.name}-{config.quantization or 'plain'}-{part.tp}x{part.pp}.{part.rank}"
+    return packed(Wanted(config.model_dir, files, form), fill)
 
 
 def _lean(arch: Architecture, config: EngineConfig, device: torch.device, part: Part, peers: Peers) -> Decoder:

@@ -41,7 +41,7 @@ class Checkpoint:
         self.dtype = dtype
         self._device = device
         self._files: dict[str, Any] = {}
-        for path in _weight_files(model_dir):
+        for path in weight_files(model_dir):
             reader = _open(path)
             self._files.update(dict.fromkeys(reader.keys(), reader))
         self._left = set(self._files)
@@ -103,7 +103,8 @@ class Checkpoint:
             )
 
 
-def _weight_files(model_dir: Path) -> list[Path]:
+def weight_files(model_dir: Path) -> list[Path]:
+    """The files that hold the weights. Raises :class:`ModelNotFound`."""
     index = model_dir / "model.safetensors.index.json"
     if index.is_file():
         try:

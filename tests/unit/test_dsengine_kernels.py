@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dsengine.families import load_architecture
 from dsengine.native import build, library, structs
-from dsengine.native.decoder import NativeDecoder, RawLinear, obstacle
-from dsengine.parallel import Alone
+from dsengine.native.decoder import NativeDecoder, Share, obstacle
+from dsengine.native.packing import OwnShelf, Packing, RawLinear
+from dsengine.parallel import WHOLE, Alone
 from dsengine.parts import Parts
 from dsengine.pool import DTYPES, KvPool
 from dsengine.runner import Engine
@@ -40,8 +41,10 @@ class Bare:
     def __init__(self, model_dir: Path, dtype: str = "float32", threads: int = 1, block_size: int = 16) -> None:
         arch = load_architecture(model_dir)
         assert obstacle(arch) is None
-        parts = Parts(arch, Checkpoint(model_dir, DTYPES[dtype], CPU), RawLinear)
-        self.decoder = NativeDecoder(parts, library.library(dtype), LONGEST, threads, Alone())
+        shelf, kernels = OwnShelf(), library.library(dtype)
+        Packing(Parts(arch, Checkpoint(model_dir, DTYPES[dtype], CPU), RawLinear), kernels, shelf).run()
+        share = Share(arch, DTYPES[dtype], WHOLE, Alone())
+        self.decoder = NativeDecoder(share, shelf.packed(), kernels, LONGEST, threads)
         self.pool = KvPool(KvLayout(arch.layers, arch.kv_heads, arch.head_dim, block_size, dtype), BLOCKS, CPU)
 
     def logits(self, *spans: Span) -> Tensor:

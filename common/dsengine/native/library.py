@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from dsengine.native import structs
-from dsengine.native.arena import Arena
 from dsengine.native.build import build
-from dsengine.native.structs import CBatch, CLinear, CModel, CPool
+from dsengine.native.structs import CBatch, CModel, CPool
 from dswire.errors import EngineFailed, OutOfMemory
 
 #: output columns of one panel of packed weights
@@ -32,6 +31,8 @@ class Library:
     def __init__(self, dtype: str) -> None:
         """Build where needed, and load. Raises :class:`EngineFailed`."""
         path = build(dtype)
+        #: another one for other sources, compilers or processors
+        self.name = path.stem
         try:
             self._c = ctypes.CDLL(str(path))
         except OSError as error:
@@ -46,13 +47,17 @@ class Library:
         if list(sizes) != [sizeof(kind) for kind in structs.ALL]:
             raise EngineFailed(f"{path} was built of other sources", remedy=f"remove {path}")
 
-    def pack(self, weight: Tensor, arena: Arena) -> Tensor:
-        """``weight`` ``[out, in]``, ``in`` even, of the dtype or int8, in panels taken from ``arena``."""
+    def pack(self, weight: Tensor, panels: Tensor) -> None:
+        """Bring ``weight`` ``[out, in]``, ``in`` even, of the dtype or int8, into the flat ``panels``.
+
+        They have ``padded(out) * in`` elements.
+        """
         rows, columns = weight.shape
-        panels = arena.take(padded(rows) * columns, weight.dtype)
+        assert len(panels) == padded(rows) * columns
         pack = self._c.ds_pack_int8 if weight.dtype == torch.int8 else self._c.ds_pack
-        pack(weight.contiguous().data_ptr(), rows, columns, panels.data_ptr())
-        return panels
+        # a name of its own keeps a copy alive during the call
+        whole = weight.contiguous()
+        pack(whole.data_ptr(), rows, columns, panels.data_ptr())
 
     def open(self, model: CModel, threads: int) -> Session:
         """A session of ``model``; all that it points to must outlive the session."""
@@ -91,9 +96,3 @@ class Session:
 def library(dtype: str) -> Library:
     """The kernels for ``dtype``, loaded once a process. Raises :class:`EngineFailed`."""
     return Library(dtype)
-
-
-def linear(panels: Tensor, bias: Tensor | None, scale: Tensor | None, rows: int, columns: int) -> CLinear:
-    """``panels`` of ``[rows, columns]``, with ``bias`` and ``scale`` float32 of ``padded(rows)``."""
-    addresses = (None if one is None else one.data_ptr() for one in (panels, bias, scale))
-    return CLinear(*addresses, columns, rows)
