@@ -244,6 +244,7 @@ void soften(Scratch<E>& scratch, const Queries& queries, const Shape& shape, int
     for (int row = 0; row < rows; ++row) {
       float added = weigh_row<E>(lines + row * TILE, bases[row], scratch.p.data() + (begin + row) * TILE);
       state.total[begin + row] = state.total[begin + row] * factors[row] + added;
+      if (factors[row] == 1) continue;
       float* out = state.out + (begin + row) * width;
       for (size_t i = 0; i < width; i += LANES) store(out + i, load(out + i) * factors[row]);
     }

@@ -38,7 +38,23 @@ inline void store_some(float* p, vf v, int count) { std::memcpy(p, &v, count * s
 
 inline vf broadcast(float x) { return vf{} + x; }
 inline vi lane_numbers() { return vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
-inline vf max(vf a, vf b) { return a > b ? a : b; }
+
+// The greater and the lesser of two; `b` where one is no number.
+inline vf max(vf a, vf b) {
+#ifdef __AVX512F__
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline vf min(vf a, vf b) {
+#ifdef __AVX512F__
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 inline float sum(vf v) {
 #ifdef __AVX512F__
@@ -63,10 +79,11 @@ inline float largest(vf v) {
 // e^x to about one unit in the last place (Cephes' expf). exp(0) is exactly 1 and exp(-inf) exactly 0: masked
 // keys change no bit of a result. NaN stays NaN.
 inline vf exp(vf x) {
-  const vf magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  vf bounded = x < -87.0f ? broadcast(-87.0f) : x;
-  bounded = bounded > 88.0f ? broadcast(88.0f) : bounded;
-  vf n = (bounded * 1.44269504f + magic) - magic;
+  // 1.5 * 2^23: adding it rounds to an integer, which then is in the last bits
+  const vf magic = broadcast(12582912.0f);
+  vf bounded = min(broadcast(88.0f), max(broadcast(-87.0f), x));
+  vf rounded = bounded * 1.44269504f + magic;
+  vf n = rounded - magic;
   vf r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
   vf p = 1.9875691500e-4f * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -74,7 +91,7 @@ inline vf exp(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  vi power = (__builtin_convertvector(n, vi) + 127) << 23;
+  vi power = ((vi)rounded << 23) + (127 << 23);
   return x < -87.0f ? vf{} : p * (vf)power;
 }
 
