@@ -152,13 +152,16 @@ class Sequence:
 
 
 def steps_alike(running: Collection[Sequence], pool: PrefixPool) -> int:
-    """For how many steps these go on together, before one ends or blocks run short; 1 when that is not known."""
+    """For how many steps at least these go on together, before one ends or blocks run short."""
     most = min([one.ends - one.position for one in running]) - 1
     if most < 2 or any(one.fresh or one.watched for one in running):
         return 1
-    if len(running) * -(-most // pool.block_size) <= pool.free:
-        return most
-    return most if sum([one.missing(most, pool.block_size) for one in running]) <= pool.free else 1
+    # the first guess is too high, but quickly made
+    while most > 1 and len(running) * -(-most // pool.block_size) > pool.free:
+        if sum([one.missing(most, pool.block_size) for one in running]) <= pool.free:
+            break
+        most //= 2
+    return most
 
 
 def key_of(work: DecodeWork | PrefillWork) -> KvKey:
