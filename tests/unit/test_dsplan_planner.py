@@ -11,7 +11,7 @@ import yaml
 from click.testing import CliRunner
 
 from dsctl.plan import command
-from dsplan import pareto, report
+from dsplan import branches, pareto, report
 from dsplan.confirm import agreed, checked, confirm, confirmations
 from dsplan.devices import find_device
 from dsplan.errors import PlanInput, ProfileMismatch, UnreachableSlo
@@ -51,6 +51,17 @@ def question(**changes: object) -> Question:
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     return Planner(question()).run()
+
+
+def test_searches_beside_each_other_find_what_they_find_one_by_one(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(branches, "WORTHWHILE", 1)
+    beside = Planner(question()).run(processes=2)
+    assert beside.placements == plan.placements
+    assert beside.high == plan.high
+    assert beside.low == plan.low
+    assert (beside.notes, beside.strict) == (plan.notes, plan.strict)
 
 
 def test_three_devices_for_13b_serve_about_what_the_papers_system_did(plan: Plan) -> None:
@@ -192,6 +203,12 @@ def test_the_simulator_finds_the_highest_rate_that_attains() -> None:
     assert len(runs) > 1
     assert found.attainment >= 0.9 > runs[0].attainment
     assert all(one.rate <= found.rate for one in runs if one.attainment >= 0.9)
+    plan.placements = [plan.chosen]
+    assert checked(plan, 50) == [found]
+    assert plan.placements == [plan.chosen]
+    told = plan.chosen.goodput
+    assert (told.rate, told.high) == (found.rate, optimistic.high)
+    assert told.low <= told.rate
 
 
 def test_what_no_topology_can_say_is_not_simulated_but_noted(plan: Plan) -> None:
@@ -264,7 +281,9 @@ def test_the_command_writes_json_a_topology_and_a_report(tmp_path: Path) -> None
     assert found["cost_per_million_tokens"] > 0
     assert yaml.safe_load(path.read_text())["prefill"]["tp"] == found["prefill"]["tp"]
     html = page.read_text()
-    assert html.count("<svg") == html.count("</svg>") == 2
+    # two devices hold one system, of which there is no front
+    assert html.count("<svg") == html.count("</svg>") == 1
+    assert "Only one system was found" in html
     assert "src=" not in html
     again = CliRunner().invoke(
         command, [*ARGUMENTS, "--mode", "disaggregated", "--compare", str(path)], catch_exceptions=False
@@ -277,7 +296,7 @@ def test_the_command_writes_json_a_topology_and_a_report(tmp_path: Path) -> None
     [
         (["--price", "cheap"], "is not understood"),
         (["--price", "h100=2"], "names h100, which is not planned for"),
-        (["--network", "0.0001"], "network_bytes_per_s"),
+        (["--network", "0.0001"], "0.0001 Gbit/s is absurd"),
         (["--compare", "/nowhere.yaml"], "cannot be read"),
         (["--device", "h900"], "device h900 is not known"),
         (["--workload", "/nowhere.csv"], "/nowhere.csv"),

@@ -105,6 +105,7 @@ def command(
     dsctl plan --model OPT-13B --compare mine.yaml --report plan.html
     """
     from dsplan import report as told
+    from dsplan.branches import cores
     from dsplan.goodput import make_workload
     from dsplan.planner import Planner
 
@@ -117,7 +118,7 @@ def command(
     with progress(quiet=as_json) as tell:
         planner = Planner(question, tell)
         spec = _given(planner, compare)
-        plan = planner.run()
+        plan = planner.run(processes=cores())
         given = planner.measured(spec) if spec is not None else None
         runs = _checked(plan, tell) if check else []
         if report is not None:
@@ -162,12 +163,17 @@ def _question(wanted: dict[str, object], workload: object, slo: Slo) -> Question
 def _hardware(name: str, wanted: dict[str, object]) -> Hardware:
     from dataclasses import replace
 
-    from dsplan.devices import checked, find_device
+    from dsplan.devices import find_device
+    from dsplan.errors import PlanInput
     from dsplan.question import Hardware
 
     device = find_device(name)
     if isinstance(wanted["network"], float):
-        device = checked(replace(device, network_bytes_per_s=wanted["network"] * 1e9 / 8))
+        if not 0.01 <= wanted["network"] <= 80_000:
+            raise PlanInput(
+                f"--network {wanted['network']:g} Gbit/s is absurd", remedy="give it between 0.01 and 80000 Gbit/s"
+            )
+        device = replace(device, network_bytes_per_s=wanted["network"] * 1e9 / 8)
     return Hardware(device, _latency(wanted, device))
 
 

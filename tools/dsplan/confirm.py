@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dsplan.goodput import Goodput
 from dsplan.latency import Instance as PlannedInstance
 from dsplan.latency import Steps
 from dsplan.linear import LinearInstance
@@ -42,7 +43,7 @@ HALVINGS = 4
 
 def checked(plan: Plan, requests: int) -> list[Confirmation]:
     """The choice at the highest rate that the simulator agrees to, and the best of another mode that it can run;
-    notes say what it thinks."""
+    notes say what it thinks, and the goodputs of the plan become the simulator's where those are less."""
     chosen = plan.chosen
     found: list[tuple[Placement, Confirmation]] = []
     for one in (chosen, *(other for other in plan.placements if other.spec.mode != chosen.spec.mode)):
@@ -63,7 +64,22 @@ def checked(plan: Plan, requests: int) -> list[Confirmation]:
                 f"by the simulator's own goodputs mode {found[1][0].spec.mode} is {rivals / worth - 1:.0%} ahead: "
                 "the verdict is open"
             )
+    for one, run in found:
+        _correct(plan, one, run)
     return [run for _, run in found]
+
+
+def _correct(plan: Plan, one: Placement, run: Confirmation) -> None:
+    """Where the simulator agrees to less than the search found, that is the goodput; the interval holds both."""
+    own, hopeful = run.rate, one.goodput
+    if own >= hopeful.rate or run.attainment < plan.question.slo.attainment:
+        return
+    better = replace(one, goodput=Goodput(own, min(hopeful.low, own), hopeful.high))
+    plan.placements = [better if other is one else other for other in plan.placements]
+    if one is plan.chosen:
+        plan.chosen = better
+        if plan.strict.rate > own:
+            plan.strict = Goodput(own, own, own)
 
 
 def _less(one: Placement, run: Confirmation, own: Confirmation) -> str:

@@ -26,6 +26,8 @@ table { border-collapse: collapse; margin: 1rem 0 } th, td { border-bottom: 1px 
 text-align: left } td.n { text-align: right; font-variant-numeric: tabular-nums } tr.chosen { background: #e6f4ea }
 .verdict { font-size: 1.25rem; font-weight: 600 } svg { max-width: 100%; height: auto }"""
 
+_NUMBER = ' class="n"'
+
 
 def check() -> None:
     """Raise :class:`StartFailed` where plots cannot be drawn."""
@@ -72,25 +74,31 @@ def _table(head: Sequence[str], rows: Sequence[tuple[bool, Sequence[str]]]) -> s
     out = ["<table><tr>", *(f"<th>{escape(one)}</th>" for one in head), "</tr>"]
     for chosen, cells in rows:
         out.append('<tr class="chosen">' if chosen else "<tr>")
-        out += [f'<td class="n">{c}</td>' if c[:1].isdigit() else f"<td>{escape(c)}</td>" for c in cells]
+        out += [f"<td{_NUMBER if _numeric(cell) else ''}>{escape(cell)}</td>" for cell in cells]
         out.append("</tr>")
     return "".join([*out, "</table>"])
 
 
+def _numeric(cell: str) -> bool:
+    """A number, a share or a range of numbers."""
+    return all(part.rstrip("%").replace(".", "", 1).isdigit() for part in cell.split(" to "))
+
+
 def _systems(plan: Plan, compared: Placement | None) -> str:
-    head = ("mode", "system", "devices", "requests/s", "a device", "95 %", "cost of 1M tokens")
+    priced = any(one.price for one in plan.placements)
+    head = ["mode", "system", "devices", "requests/s", "a device", "95 %"] + ["cost of 1M tokens"] * priced
     rows = []
     for one in [*plan.placements, *([compared] if compared else [])]:
         rate, cost = one.per_device, one.cost(plan.question.workload.mean_output)
-        cells = (
+        cells = [
             "yours: " + one.spec.mode if one is compared else one.spec.mode,
             f"{one.spec}",
             f"{one.spec.devices}",
             f"{one.goodput.rate:.3g}",
             f"{rate.rate:.3g}",
             f"{rate.low:.3g} to {rate.high:.3g}",
-            "" if cost is None else f"{cost:.3g}",
-        )
+        ]
+        cells += ["" if cost is None else f"{cost:.3g}"] * priced
         rows.append((one is plan.chosen, cells))
     return _table(head, rows)
 
@@ -157,6 +165,8 @@ def _front(planner: Planner, plan: Plan) -> str:
     ]
     if not good:
         return "<p>No system was found that serves this rate.</p>"
+    if len(each) == 1:
+        return f"<p>Only one system was found that serves {rate:.3g} requests/s.</p>{_table(head, rows)}"
     panel = Panel(f"at {rate:.3g} requests/s", "TTFT p90, ms", "TPOT p90, ms", lines, scatter=True)
     about = f"Systems that no other of the {len(each)} looked at beats in all of TTFT, TPOT and devices."
     return f"<p>{about}</p>{drawing.svg([panel])}{_table(head, rows)}"

@@ -16,7 +16,7 @@ MOST = 4
 #: the percentile that is compared
 PERCENT = 90
 #: share of the chosen system's goodput at which systems are compared where no rate is wanted
-LOAD = 0.9
+LOAD = 0.5
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from dsplan import reach
+from dsplan import branches, reach
+from dsplan.branches import Part
 from dsplan.errors import DoesNotFit
 from dsplan.goodput import Goodput
 from dsplan.memory import fitting
@@ -81,34 +82,54 @@ class Planner:
         fits = fitting(shape, hardware.device, cut, question.workload.longest)
         return {Parallel(tp, pp) for tp, pp in fits}
 
-    def run(self) -> Plan:
-        """Search, and measure what was found. Raises the errors of :mod:`dsplan.errors`."""
+    def run(self, processes: int = 1) -> Plan:
+        """Search, and measure what was found. Raises the errors of :mod:`dsplan.errors`.
+
+        With ``processes`` the searches of algorithms and modes run beside each other; none changes its answer.
+        """
         began = time.perf_counter()
         question = self.question
-        wanted, modes = question.algorithm, question.modes
-        high = low = None
-        placements: list[Placement] = []
-        if wanted in ("high", "auto") and modes != ("colocated",):
-            high = self._search_high()
-            placements += self._place_high(high)
-        if wanted in ("low", "auto") and modes != ("colocated",) and question.decode_hardware is None:
-            low = self._search_low()
-            placements += self._place_low(low)
-        if "conditional" in modes:
-            placements += [better for one in placements for better in self._conditional(one)]
-        mixed: tuple[Tried, ...] = ()
-        if "colocated" in modes:
-            mixed, found = self._colocated()
-            placements += found
-        placements = [one for one in placements if one.spec.mode in modes and one.goodput.rate > 0]
+        parts = branches.run(self, self._parts(), processes)
+        self.notes += [note for part in parts for note in part.notes]
+        placements = [one for part in parts for one in part.own] + [one for part in parts for one in part.derived]
+        placements = [one for one in placements if one.spec.mode in question.modes and one.goodput.rate > 0]
+        high = next((part.high for part in parts if part.high), None)
+        low = next((part.low for part in parts if part.low), None)
         if not placements:
             self._explain(high, low)
         placements.sort(key=_order, reverse=True)
         chosen = placements[0]
         self._warn(chosen)
         strict = self.oracles.goodput(chosen.spec, attainment=0.99, interval=False)
+        mixed = tuple(one for part in parts for one in part.mixed)
         seconds = time.perf_counter() - began
         return Plan(question, chosen, placements, high, low, mixed, self.notes, seconds, strict)
+
+    def _parts(self) -> list[str]:
+        """The searches that the question asks for."""
+        wanted, question = self.question.algorithm, self.question
+        apart = question.modes != ("colocated",)
+        parts = ["high"] if apart and wanted in ("high", "auto") else []
+        if apart and wanted in ("low", "auto") and question.decode_hardware is None:
+            parts.append("low")
+        return [*parts, "colocated"] if "colocated" in question.modes else parts
+
+    def part(self, name: str) -> Part:
+        """One of the searches, and the systems that it leads to."""
+        before = len(self.notes)
+        found = Part()
+        if name == "colocated":
+            found.mixed, found.own = self._colocated()
+        elif name == "high":
+            found.high = self._search_high()
+            found.own = self._place_high(found.high)
+        else:
+            found.low = self._search_low()
+            found.own = self._place_low(found.low)
+        if name != "colocated" and "conditional" in self.question.modes:
+            found.derived = [better for one in found.own for better in self._conditional(one)]
+        found.notes, self.notes = self.notes[before:], self.notes[:before]
+        return found
 
     def _explain(self, high: High | None, low: Low | None) -> None:
         if self.question.decode_hardware is None:

@@ -76,10 +76,12 @@ def _placement(one: Placement) -> str:
 def _bound(plan: Plan) -> str:
     chosen, beyond = plan.chosen, plan.chosen.beyond
     if chosen.saturated:
-        return (
-            f"What bites first is {chosen.saturated}: it cannot serve more without end, while both objectives "
-            f"still hold at its limit ({_WHY[chosen.saturated]}); the interval has no width: no sample decides it."
+        told = (
+            f"What bites first is {chosen.saturated}: it cannot serve more without end ({_WHY[chosen.saturated]})"
         )
+        if chosen.goodput.low < chosen.goodput.high:
+            return f"{told}."
+        return f"{told}, with both objectives held at its limit; no sample decides it: the interval has no width."
     if beyond.ttft_misses >= beyond.tpot_misses:
         return _prefill_bound(plan)
     if beyond.transfer_misses * 2 > beyond.tpot_misses:
