@@ -1,7 +1,8 @@
 """The engine of one instance of a topology: loaded, identified, and run off the event loop.
 
 Steps run in one thread and KV copies in another, each in the order in which they were asked for, so that a copy
-neither waits for a step nor overtakes a copy that was asked for before it. The other ranks of an instance hear of a
+neither waits for a step nor overtakes a copy that was asked for before it. A copy that takes less than the way to a
+thread and back is made at once. The other ranks of an instance hear of a
 step when it is asked for, and need not wait for the end of those before it.
 """
 
@@ -20,7 +21,7 @@ from dsengine.runner import Engine, StepItem
 from dsengine.sampler import Sampled
 from dsengine.store import resolve
 from dskv.layout import KvLayout
-from dskv.memory import RankPools
+from dskv.memory import SMALL_NBYTES, RankPools
 from dskv.segment import SegmentCache
 from dskv.shards import KvShard, copies, shards
 from dstopology.resolved import Instance, Topology
@@ -41,6 +42,8 @@ class RunningInstance:
         self._mapped = SegmentCache()
         self._steps = ThreadPoolExecutor(1, thread_name_prefix="step")
         self._copies = ThreadPoolExecutor(1, thread_name_prefix="copy")
+        #: asked for and not at their end
+        self._copying = 0
 
     @classmethod
     async def load(cls, topology: Topology, instance: Instance, phase: Callable[[str], None]) -> RunningInstance:
@@ -118,9 +121,15 @@ class RunningInstance:
                 return [error.info()]
         return [(await self.step([item]))[0] for item in batch]
 
-    async def copy(self, run: Callable[[], T]) -> T:
-        """Run in the copy thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._copies, run)
+    async def copy(self, nbytes: int, run: Callable[[], T]) -> T:
+        """Run in the copy thread, or at once where ``nbytes`` are few and no copy is before them."""
+        if nbytes <= SMALL_NBYTES and not self._copying:
+            return run()
+        self._copying += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._copies, run)
+        finally:
+            self._copying -= 1
 
     def close(self) -> None:
         """End the threads after what they are at, and give the memory back."""

@@ -18,6 +18,8 @@ from dskv.reshard import Placement, canonical, plan, runs
 from dskv.segment import Segment, SegmentCache
 from dskv.shards import KvShard
 
+#: copied or summed in less time than it takes to have a thread do it
+SMALL_NBYTES = 512 << 10
 #: read of each rank's pool to prove that it can be
 PROOF_NBYTES = 4 << 20
 

@@ -73,6 +73,11 @@ class Links:
         #: messages to the router since the hello, and from it since the welcome; pings and reports do not count
         self._sent = self._received = 0
 
+    @property
+    def early(self) -> bool:
+        """Whether KV of this node may be copied before the relay's word."""
+        return self.staging is not None and self.staging.early
+
     def begin(self, now: float) -> list[Send]:
         """The first hello, once."""
         if self._begun:

@@ -52,7 +52,7 @@ class DecodeActor(InstanceActor):
             receiver.copy_direct(source)
             receiver.verify()
 
-        error = await self._running.copy(lambda: _error_of(run))
+        error = await self._running.copy(handle.nbytes, lambda: _error_of(run))
         return CopyEnded(self.now(), handle.key, None, True, error)
 
     async def _copy_chunk(self, action: CopyChunk) -> CopyEnded:
@@ -70,7 +70,8 @@ class DecodeActor(InstanceActor):
             if action.last:
                 receiver.verify()
 
-        error = await self._running.copy(lambda: _error_of(run))
+        nbytes = action.chunk.count * handle.layout.block_nbytes
+        error = await self._running.copy(nbytes, lambda: _error_of(run))
         if error is not None:
             # should it come once more, then from the beginning
             self._receivers.pop(handle.key, None)

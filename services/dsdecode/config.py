@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from dssched.instance import InstanceConfig
 
+#: hand-offs that are under way at once; more would only share the same memory bandwidth
+MAX_PULLS = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeConfig(InstanceConfig):

@@ -75,6 +75,9 @@ class Sequence:
     room: int = 0
     #: copies running in threads
     copies: int = 0
+    #: the copy under way has not waited for the relay's word, which has come meanwhile or has not
+    early: bool = False
+    granted: bool = False
     #: part of a step that is under way
     in_step: bool = False
     #: when the relay last moved its hand-off on
@@ -145,6 +148,21 @@ class Sequence:
     def chain(self) -> list[bytes]:
         """The digests of the first blocks, as far as they are known."""
         return (self.reading.chain if self.reading is not None else None) or []
+
+    def validate(self, block_size: int) -> None:
+        """What it holds is what its phase allows."""
+        phase = self.life.phase
+        assert phase is not Phase.GONE
+        assert self.position == len(self.prompt_ids) + len(self.output_ids) - 1
+        assert self.room == len(self.blocks) * block_size
+        assert phase is not Phase.RUNNING or self.position <= self.room
+        assert (phase is Phase.WAITING) == (not self.blocks)
+        assert self.copies == 0 or phase in (Phase.PULLING, Phase.DOOMED)
+        assert self.copies or not self.early
+        assert not self.in_step or phase in (Phase.PREFILLING, Phase.RUNNING, Phase.DOOMED)
+        assert phase is not Phase.DOOMED or self.copies or self.in_step
+        assert phase is not Phase.PULLING or self.handle is not None
+        assert phase is not Phase.PREFILLING or self.reading is not None
 
     def stages(self, first_step_s: float) -> DecodeStages:
         """Where the time up to the first step went."""

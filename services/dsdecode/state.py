@@ -14,24 +14,21 @@ from typing import Any
 
 import msgspec
 
-from dsdecode.config import DecodeConfig
+from dsdecode.config import MAX_PULLS, DecodeConfig
 from dsdecode.events import CopyChunk, CopyDirect, CopyEnded
+from dsdecode.refusal import refusal
 from dsdecode.sequence import TRANSITIONS, Phase, Sequence, key_of, steps_alike
-from dskv.handle import KvKey
+from dskv.handle import KvHandle, KvKey
 from dskv.lifecycle import GRACE_S
-from dskv.reshard import difference
 from dssched.batching import chunk, decode_may_admit
 from dssched.finish import finish_reason
 from dssched.instance import InstanceState
 from dssched.steps import ForgetSequence, Made, Run, StartSequence, Stepped
-from dswire.errors import DsError, ErrorInfo, InvalidRequest, KvCorrupt, Overloaded, TransferFailed
+from dswire.errors import ErrorInfo, KvCorrupt, TransferFailed
 from dswire.lifecycle import Lifecycle
 from dswire.links import RELAY, ROUTER
 from dswire.machine import Send
 from dswire.messages import kv, worker
-
-#: hand-offs that are under way at once; more would only share the same memory bandwidth
-MAX_PULLS = 8
 
 
 class DecodeState(InstanceState):
@@ -47,6 +44,8 @@ class DecodeState(InstanceState):
         self.sequences: dict[KvKey, Sequence] = {}
         #: the same by phase, in the order in which they came to it
         self._phases: dict[Phase, dict[KvKey, Sequence]] = {phase: {} for phase in Phase}
+        #: whose KV was copied and verified before the relay's word came
+        self._unanswered: set[KvKey] = set()
         #: when the leases of wanted handles are extended next
         self._extend_at: float | None = None
 
@@ -56,18 +55,9 @@ class DecodeState(InstanceState):
         self._validate((one.blocks for one in everyone), (one.key for one in everyone if one.in_step))
         assert sum(map(len, self._phases.values())) == len(everyone)
         for one in everyone:
-            phase = one.life.phase
-            assert phase is not Phase.GONE
-            assert self._phases[phase][one.key] is one
-            assert one.position == len(one.prompt_ids) + len(one.output_ids) - 1
-            assert one.room == len(one.blocks) * self.pool.block_size
-            assert phase is not Phase.RUNNING or one.position <= one.room
-            assert (phase is Phase.WAITING) == (not one.blocks)
-            assert one.copies == 0 or phase in (Phase.PULLING, Phase.DOOMED)
-            assert not one.in_step or phase in (Phase.PREFILLING, Phase.RUNNING, Phase.DOOMED)
-            assert phase is not Phase.DOOMED or one.copies or one.in_step
-            assert phase is not Phase.PULLING or one.handle is not None
-            assert phase is not Phase.PREFILLING or one.reading is not None
+            one.validate(self.pool.block_size)
+            assert self._phases[one.life.phase][one.key] is one
+        assert self._unanswered.isdisjoint(self._phases[Phase.PULLING])
 
     # messages
 
@@ -80,13 +70,11 @@ class DecodeState(InstanceState):
                 if one is not None:
                     self._end(one, now, "aborted")
             case kv.KvGrant(key=key):
-                one = self._pulling(key)
-                if one is not None and one.handle is not None:
-                    one.copies, one.heard_at = one.copies + 1, now
-                    self._out.append(CopyDirect(one.handle, one.blocks))
+                self._granted(now, key)
             case kv.KvChunkReady():
                 self._chunk_ready(now, message)
             case kv.KvFailed(key=key, error=error):
+                self._unanswered.discard(key)
                 one = self._pulling(key)
                 if one is not None:
                     self._fail(one, now, error, tell_relay=False)
@@ -100,28 +88,14 @@ class DecodeState(InstanceState):
         known = self.sequences.get(key)
         if known is not None and known.life.phase is not Phase.DOOMED:
             return
-        refusal = self._refusal(work) if known is None else Overloaded(f"{self.config.name} still drops {key}")
-        if refusal is not None:
-            self._fail_at_router(key, refusal.info())
+        error = refusal(work, self.config, len(self._phases[Phase.WAITING]), dropped=known is not None)
+        if error is not None:
+            self._fail_at_router(key, error.info())
             return
         life = Lifecycle(f"sequence {key}", TRANSITIONS, Phase.WAITING, now)
         self.sequences[key] = self._phases[Phase.WAITING][key] = one = Sequence.of(work, life, now)
         if one.handle is not None and self._extend_at is None:
             self._extend_at = now + self._extend_s
-
-    def _refusal(self, work: worker.DecodeWork | worker.PrefillWork) -> DsError | None:
-        name, capacity = self.config.name, self.config.capacity
-        longest = len(work.prompt_ids) + work.sampling.max_tokens
-        waiting = len(self._phases[Phase.WAITING])
-        if waiting >= self.config.max_queue:
-            return Overloaded(f"{waiting} sequences wait at {name} already")
-        if capacity.layout.blocks_for(longest) > capacity.blocks:
-            room = capacity.blocks * capacity.layout.block_size
-            return InvalidRequest(
-                f"prompt and max_tokens are {longest} tokens, the KV pool of {name} has room for {room}",
-                remedy="lower max_tokens, or raise kv.memory in the topology",
-            )
-        return difference(work.handle.layout, capacity.layout) if isinstance(work, worker.DecodeWork) else None
 
     # admission
 
@@ -150,6 +124,9 @@ class DecodeState(InstanceState):
             one.hold(self.pool.take(wanted), self.pool.block_size)
             one.transfer_wait_s = self._move(one, Phase.PULLING, now, "blocks taken")
             self._out.append(Send(RELAY, kv.KvPull(one.handle)))
+            if self.links.early and one.handle.node == self.config.node:
+                one.early = True
+                self._copy(one, one.handle)
         else:
             one.hold(one.reading.take(self.pool, wanted, one.known_blocks(self.pool)), self.pool.block_size)
             self._move(one, Phase.PREFILLING, now, "blocks taken")
@@ -160,6 +137,20 @@ class DecodeState(InstanceState):
         self._out.append(StartSequence(one.key, one.prompt_ids, tuple(one.output_ids), one.sampling))
 
     # pulls
+
+    def _copy(self, one: Sequence, handle: KvHandle) -> None:
+        one.copies += 1
+        self._out.append(CopyDirect(handle, one.blocks))
+
+    def _granted(self, now: float, key: KvKey) -> None:
+        if key in self._unanswered:
+            self._unanswered.discard(key)
+            self._out.append(Send(RELAY, kv.KvPulled(key)))
+        one = self._pulling(key)
+        if one is not None and one.handle is not None:
+            one.granted, one.heard_at = True, now
+            if not one.early:
+                self._copy(one, one.handle)
 
     def _chunk_ready(self, now: float, ready: kv.KvChunkReady) -> None:
         one = self._pulling(ready.key)
@@ -174,8 +165,12 @@ class DecodeState(InstanceState):
         assert isinstance(event, CopyEnded)
         now, one = event.now, self.sequences[event.key]
         one.copies -= 1
+        early, one.early = one.early, False
         if one.life.phase is Phase.DOOMED:
             self._release_doomed(one, now)
+        elif event.error is not None and early:
+            if one.granted and one.handle is not None:
+                self._copy(one, one.handle)
         elif event.error is not None and event.error.code == KvCorrupt.code and not one.again:
             one.again, one.heard_at = True, now
             self._out.append(Send(RELAY, kv.KvAgain(one.key)))
@@ -187,7 +182,10 @@ class DecodeState(InstanceState):
                 self._out.append(Send(RELAY, kv.KvTaken(one.key, event.chunk)))
             if event.chunk is None or event.last:
                 one.transfer_s = self._move(one, one.arrived(now), now, "KV verified")
-                self._out.append(Send(RELAY, kv.KvPulled(one.key)))
+                if early and not one.granted:
+                    self._unanswered.add(one.key)
+                else:
+                    self._out.append(Send(RELAY, kv.KvPulled(one.key)))
                 self._start(one)
 
     def _tick(self, now: float) -> None:
@@ -217,6 +215,7 @@ class DecodeState(InstanceState):
         return self._lease_s / 3
 
     def _relay_lost(self, now: float) -> None:
+        self._unanswered.clear()
         error = TransferFailed(f"the relay of node {self.config.node} was lost in mid-transfer").info()
         for one in list(self._phases[Phase.PULLING].values()):
             self._fail(one, now, error, tell_relay=False)

@@ -33,7 +33,8 @@ class PrefillActor(InstanceActor):
     async def _seal(self, action: Seal) -> Sealed:
         welcome, checksum = self.machine.links.staging, 0
         if welcome is None or welcome.verify:
-            checksum = await self._running.copy(lambda: self._running.pools.checksum(action.blocks))
+            nbytes = len(action.blocks) * self._running.capacity.layout.block_nbytes
+            checksum = await self._running.copy(nbytes, lambda: self._running.pools.checksum(action.blocks))
         return Sealed(self.now(), action.key, checksum)
 
     async def _stage(self, action: StageChunk) -> Staged | None:
@@ -51,7 +52,8 @@ class PrefillActor(InstanceActor):
                 return False
             return True
 
-        done = await self._running.copy(run)
+        nbytes = action.chunk.count * action.handle.layout.block_nbytes
+        done = await self._running.copy(nbytes, run)
         return Staged(self.now(), action.handle.key, action.chunk) if done else None
 
 

@@ -308,6 +308,7 @@ class RelayState:
             slots,
             config.slot_nbytes,
             config.verify,
+            config.direct and config.node not in config.sources,
         )
         self._out.append(Send(peer, welcome))
         if hello.pool is not None and config.direct and config.prove:

@@ -135,10 +135,10 @@ def test_a_trace_by_hand_with_ways(desk: Desk) -> None:
     (only,) = run.records
     # client to router 0.02, to prefill 0.01, its step 1, back 0.01 and 0.02
     assert only.ttft_s == pytest.approx(1.06)
-    # sealed at 1.33; router 1.34, decode 1.35, relay 1.36, granted 1.37, copied 1.77, step 1.87, router, client
-    assert only.total_s == pytest.approx(1.90)
+    # sealed at 1.33; router 1.34, decode 1.35, copied 1.75, granted at 1.37, step 1.85, router, client
+    assert only.total_s == pytest.approx(1.88)
     assert only.ledger is not None
-    assert only.ledger.transfer_s == pytest.approx(0.42)
+    assert only.ledger.transfer_s == pytest.approx(0.40)
 
 
 def test_sequences_decode_together_in_the_steps_that_they_can_share(desk: Desk) -> None:
@@ -174,7 +174,8 @@ def test_what_a_process_held_when_it_died_is_made_again(desk: Desk, name: str, v
     assert run.held == {}
     assert [(found, came) for _, found, came in run.seen.failures] == [(victim, False), (victim, True)]
     retries = [record.ledger.retries for record in run.records if record.ledger is not None]
-    assert any(retries) == (victim != "relay-a"), "the relay of prefill's node is busy only while it fetches"
+    # a relay is busy only while KV goes through it, and no copy on its node waits for its word
+    assert any(retries) == (not victim.startswith("relay-"))
 
 
 def test_what_the_dead_had_queued_for_the_dead_is_lost(desk: Desk) -> None:

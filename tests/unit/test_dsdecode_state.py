@@ -7,15 +7,15 @@ from typing import Any, TypeVar
 import msgspec
 import pytest
 
-from dsdecode.config import DecodeConfig
+from dsdecode.config import MAX_PULLS, DecodeConfig
 from dsdecode.events import CopyChunk, CopyDirect, CopyEnded
 from dsdecode.sequence import Phase
-from dsdecode.state import MAX_PULLS, DecodeState
+from dsdecode.state import DecodeState
 from dskv.handle import KvHandle, KvKey
 from dskv.layout import KvLayout
 from dskv.shards import shards
 from dssched.steps import ForgetSequence, Made, RunStep, StartSequence, Stepped
-from dswire.errors import EngineFailed, ErrorInfo, KvCorrupt
+from dswire.errors import EngineFailed, ErrorInfo, KvCorrupt, TransferFailed
 from dswire.links import End, Ready
 from dswire.machine import Received, Send, Tick
 from dswire.messages import PROTOCOL, kv, worker
@@ -39,12 +39,13 @@ class Desk:
         max_queue: int = 12,
         max_batch: int = 4,
         max_batch_tokens: int = 12,
+        node: str = "n0",
         **settings: Any,
     ) -> None:
         capacity = worker.Capacity(blocks, LAYOUT)
         config = DecodeConfig(
             name="decode-0",
-            node="n0",
+            node=node,
             incarnation="1",
             model=MODEL,
             capacity=capacity,
@@ -261,6 +262,78 @@ def test_leases_of_what_is_wanted_are_extended() -> None:
         desk.ping()
     desk.feed(Tick(desk.now))
     assert desk.told("relay", kv.KvExtend) == [kv.KvExtend(((pulling, "n1"), (waiting, "n1")))]
+
+
+# KV of the own node, copied before the relay's word
+
+
+@pytest.fixture
+def near() -> Desk:
+    """On a node whose KV is always granted, never staged."""
+    desk = Desk(node="n1")
+    desk.joined()
+    desk.say("relay", kv.KvWelcome("relay-n1", "2", LEASE_S, "/staging", 4, 64, direct=True))
+    return desk
+
+
+def test_a_copy_does_not_wait_for_the_grant_and_tells_of_its_end_after_it(near: Desk) -> None:
+    key = near.work("r", 8)
+    (pull,) = near.told("relay", kv.KvPull)
+    assert near.did(CopyDirect) == [CopyDirect(pull.handle, tuple(near.state.sequences[key].blocks))]
+    near.feed(CopyEnded(near.now, key, None, True))
+    assert near.phase(key) is Phase.RUNNING
+    assert near.told("relay", kv.KvPulled) == [], "the relay does not know of a reader yet"
+    near.say("relay", kv.KvGrant(key))
+    assert near.actions == [Send("relay", kv.KvPulled(key))]
+    near.say("relay", kv.KvGrant(key))
+    assert near.actions == []
+
+
+def test_a_grant_that_comes_during_the_copy_is_answered_at_its_end(near: Desk) -> None:
+    key = near.work("r", 8)
+    near.say("relay", kv.KvGrant(key))
+    assert near.actions == []
+    near.feed(CopyEnded(near.now, key, None, True))
+    assert near.told("relay", kv.KvPulled) == [kv.KvPulled(key)]
+
+
+@pytest.mark.parametrize("granted_first", [False, True])
+def test_a_copy_that_was_too_early_is_made_again_when_granted(near: Desk, *, granted_first: bool) -> None:
+    key = near.work("r", 8)
+    ended = CopyEnded(near.now, key, None, True, TransferFailed("cannot be mapped").info())
+    granted = Received(near.now, "relay", kv.KvGrant(key))
+    near.feed(granted if granted_first else ended)
+    assert near.did(CopyDirect) == []
+    near.feed(ended if granted_first else granted)
+    assert len(near.did(CopyDirect)) == 1
+    assert near.failures() == []
+    near.feed(CopyEnded(near.now, key, None, True))
+    assert near.told("relay", kv.KvPulled) == [kv.KvPulled(key)]
+    assert near.phase(key) is Phase.RUNNING
+
+
+def test_a_refusal_after_a_verified_copy_changes_nothing(near: Desk) -> None:
+    key = near.work("r", 8)
+    near.feed(CopyEnded(near.now, key, None, True))
+    near.say("relay", kv.KvFailed(key, ErrorInfo("transfer_failed", "its lease is over")))
+    assert near.failures() == []
+    assert near.phase(key) is Phase.RUNNING
+
+
+def test_an_abort_during_an_early_copy_waits_for_its_end(near: Desk) -> None:
+    key = near.work("r", 8)
+    near.say("router", worker.Abort(key))
+    assert near.phase(key) is Phase.DOOMED
+    assert near.state.pool.held == 3
+    near.feed(CopyEnded(near.now, key, None, True))
+    assert near.told("relay", kv.KvAbort) == [kv.KvAbort(key)]
+    assert near.state.pool.held == 0
+
+
+def test_nothing_is_copied_early_that_no_checksum_would_prove(near: Desk) -> None:
+    near.say("relay", kv.KvWelcome("relay-n1", "3", LEASE_S, "/staging", 4, 64, verify=False, direct=True))
+    near.work("r", 8)
+    assert near.did(CopyDirect) == []
 
 
 # refusals

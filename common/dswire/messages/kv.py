@@ -1,6 +1,7 @@
 """Prefill, decode <-> the relay of their node, and relay <-> relay.
 
-Same host: the decode instance copies straight from the owner's mapped pool; the relay only grants and ends it.
+Same host: the decode instance copies straight from the owner's mapped pool; the relay only grants and ends it. The
+copy need not wait for the grant: a checksum that fits proves it; where it does not, it is made again once granted.
 Else the blocks go in chunks: owner -> its relay's staging slot -> TCP -> the other relay's slot -> decode's
 pool. A chunk is ``count`` whole blocks beginning with the ``first`` of the handle's list, one slot at most.
 """
@@ -139,6 +140,13 @@ class KvWelcome(msgspec.Struct, frozen=True, tag=True):
     slot_nbytes: int
     #: KV is summed where it is made and where it arrives
     verify: bool = True
+    #: KV that is offered on this node is always granted, never staged
+    direct: bool = False
+
+    @property
+    def early(self) -> bool:
+        """Whether KV of this node may be copied before the grant comes."""
+        return self.direct and self.verify
 
 
 class KvRefused(msgspec.Struct, frozen=True, tag=True):

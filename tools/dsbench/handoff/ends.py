@@ -20,7 +20,7 @@ import uvloop
 
 from dskv.handle import KvHandle, KvKey
 from dskv.layout import KvLayout
-from dskv.memory import RankPools
+from dskv.memory import SMALL_NBYTES, RankPools
 from dskv.receive import Receiver
 from dskv.segment import Segment, SegmentCache
 from dskv.send import stage
@@ -80,8 +80,10 @@ class End:
         """To the relay."""
         self._socket.send("", [encode(message)])
 
-    async def copy(self, run: Callable[[], T]) -> T:
-        """Run in the copy thread."""
+    async def copy(self, nbytes: int, run: Callable[[], T]) -> T:
+        """Run in the copy thread, or at once where that takes longer to get there and back."""
+        if nbytes <= SMALL_NBYTES:
+            return run()
         return await asyncio.get_running_loop().run_in_executor(self._copies, run)
 
     def staging(self, *, writable: bool) -> Segment:
@@ -152,20 +154,29 @@ class Owner(End):
 
     async def _stage(self, asked: kv.KvStage) -> None:
         handle, slot = self._handles[asked.key], self.staging(writable=True).slot(asked.slot)
-        await self.copy(lambda: stage(RankPools.of(LAYOUT, self.pool), handle, asked.chunk, slot))
+        nbytes = asked.chunk.count * LAYOUT.block_nbytes
+        await self.copy(nbytes, lambda: stage(self.pools, handle, asked.chunk, slot))
         self.send(kv.KvStaged(asked.key, asked.chunk))
 
 
 class Reader(End):
     """Pulls handles into a pool of its own."""
 
-    def __init__(self, endpoint: str, pool: Segment, keys: CurveKeys | None = None) -> None:
+    def __init__(self, endpoint: str, node: str, pool: Segment, keys: CurveKeys | None = None) -> None:
         super().__init__(endpoint, "decode-0", pool, keys)
+        self._node = node
+        #: read before the relay's word
+        self._unanswered: set[KvKey] = set()
         self._pulls: dict[KvKey, asyncio.Queue[Any]] = {}
 
     async def pull(self, handle: KvHandle, blocks: Sequence[int]) -> None:
         """Fetch, copy and verify, as a decode instance does. Raises what went wrong."""
-        receiver = Receiver(handle, RankPools.of(LAYOUT, self.pool), blocks)
+        receiver = Receiver(handle, self.pools, blocks)
+        if self.welcome.early and handle.node == self._node:
+            self._unanswered.add(handle.key)
+            self.send(kv.KvPull(handle))
+            await self.copy(handle.nbytes, lambda: self.direct(receiver))
+            return
         news = self._pulls[handle.key] = asyncio.Queue()
         self.send(kv.KvPull(handle))
         try:
@@ -177,7 +188,10 @@ class Reader(End):
         self.send(kv.KvPulled(handle.key))
 
     def take(self, message: Any) -> None:
-        """To the pull that waits for it."""
+        """To the pull that waits for it, or that has not waited."""
+        if isinstance(message, kv.KvGrant) and message.key in self._unanswered:
+            self._unanswered.discard(message.key)
+            self.send(kv.KvPulled(message.key))
         news = self._pulls.get(message.key)
         if news is not None:
             news.put_nowait(message)
@@ -187,10 +201,10 @@ class Reader(End):
             case kv.KvFailed(error=error):
                 raise from_info(error)
             case kv.KvGrant():
-                await self.copy(lambda: self.direct(receiver))
+                await self.copy(receiver.handle.nbytes, lambda: self.direct(receiver))
             case kv.KvChunkReady(chunk=chunk, slot=slot):
                 data = self.staging(writable=False).slot(slot)
-                await self.copy(lambda: _take(receiver, chunk, data))
+                await self.copy(chunk.count * LAYOUT.block_nbytes, lambda: _take(receiver, chunk, data))
                 if not receiver.complete:
                     self.send(kv.KvTaken(receiver.handle.key, chunk))
 

@@ -82,10 +82,13 @@ async def world(
         command = [sys.executable, "-m", "dsbench.handoff.ends", ends[0].local, ends[0].node]
         command += [str(pools[0]), str(blocks), *([str(topology.security.keys_dir)] if keys else [])]
         owner = stack.enter_context(_owner(command))
-        reader = Reader(ends[1].local, filled_pool(pools[1], blocks), keys)
+        reader = Reader(ends[1].local, ends[1].node, filled_pool(pools[1], blocks), keys)
         stack.callback(reader.close)
         await reader.hello()
-        yield World(topology, owner, reader)
+        running = World(topology, owner, reader)
+        # the one proof that everybody knows everybody
+        await reader.pull((await running.offer(1, 1))[0], [0])
+        yield running
 
 
 class _Router:

@@ -149,6 +149,7 @@ struct Instances : World {
                 one.pulling += 1;
                 r.wait = now - r.phase_since;
                 at(now + set.relay_s, PULL, number);
+                if (set.early) copy(r, number, one);
             } else {
                 one.reading.push_back(number);
             }
@@ -243,10 +244,16 @@ struct Instances : World {
         one.running.insert(place, number);
     }
 
-    void granted(Request &r, int64_t number) {
-        Instance &one = instances[r.decode];
+    void copy(Request &r, int64_t number, Instance &one) {
         one.copies_end = std::max(now, one.copies_end) + over(blocks_for(r.prompt), one.set.copy_bytes_per_s);
         at(one.copies_end, COPIED, number);
+    }
+
+    void granted(Request &r, int64_t number) {
+        Instance &one = instances[r.decode];
+        r.granted = true;
+        if (r.copied) at(now + set.relay_s, PULLED, number);
+        else if (!set.early) copy(r, number, one);
         admit(one);
         next_steps(r.decode);
     }
@@ -256,7 +263,8 @@ struct Instances : World {
         r.transfer = now - r.phase_since;
         one.pulling -= 1;
         join(one, number);
-        at(now + set.relay_s, PULLED, number);
+        r.copied = true;
+        if (r.granted) at(now + set.relay_s, PULLED, number);
         admit(one);
         next_steps(r.decode);
     }

@@ -125,6 +125,7 @@ def _settings(
         threshold_limits=topology.mode == "conditional",
         block_size=layout.block_size,
         block_nbytes=layout.block_nbytes,
+        early=any(one.verify for one in topology.relays),
         begun_s=begun_s,
         client_s=transfers.message_s(False),
         relay_s=transfers.message_s(True),

@@ -27,6 +27,8 @@ struct Settings {
     int64_t prefills, decodes, requests, max_requests, prefill_queue, decode_queue;
     // prompts below are read by decode instances; with threshold_limits only while they have less than that to read
     int64_t local_below, threshold_limits, block_size, block_nbytes;
+    // whether instances copy before the relay's word
+    int64_t early;
     double begun_s, client_s, relay_s, max_deadline_s;
 };
 

@@ -46,7 +46,7 @@ class SettingsStruct(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("prefills", "decodes", "requests", "max_requests", "prefill_queue")),
         *((name, c_int64) for name in ("decode_queue", "local_below", "threshold_limits", "block_size")),
-        ("block_nbytes", c_int64),
+        *((name, c_int64) for name in ("block_nbytes", "early")),
         *((name, c_double) for name in ("begun_s", "client_s", "relay_s", "max_deadline_s")),
     ]
 

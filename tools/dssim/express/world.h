@@ -27,7 +27,7 @@ struct Event {
 struct Request {
     int64_t prompt = 0, output = 0, done = 0, made = 0, blocks = 0;
     int prefill = -1, decode = -1;
-    bool in_step = false, pulls = false, fresh = true, offered = false, asked = false;
+    bool in_step = false, pulls = false, fresh = true, offered = false, asked = false, granted = false, copied = false;
     double arrived = 0, since = 0, queued = -1, phase_since = 0, first_at = -1;
     // what the instance tells the router
     double told_queue = 0, told_prefill = 0, wait = 0, transfer = 0, queue = 0, first_step = 0;
