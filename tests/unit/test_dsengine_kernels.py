@@ -26,7 +26,7 @@ from dsengine.span import Span
 from dsengine.weights import Checkpoint
 from dskv.layout import KvLayout
 from dswire.errors import EngineFailed
-from support.tiny_llama import VOCAB, Reference, engine_config, generate, make_model, prompt_of
+from support.tiny_llama import VOCAB, Reference, edit_config, engine_config, generate, make_model, prompt_of
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
 CPU = torch.device("cpu")
@@ -105,6 +105,32 @@ def test_a_row_has_the_same_bits_whatever_comes_along(
     together = one.logits(*mates[:half], span(tokens, 0, 1), *mates[half:])
     assert torch.equal(together[half], alone[0])
     one.decoder.close()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "window"),
+    [(6, 2, 64, None), (4, 4, 32, 100), (8, 1, 96, None), (9, 1, 32, None), (10, 5, 128, 70), (2, 1, 48, None)],
+)
+def test_single_tokens_together_have_the_bits_of_whole_prompts(
+    tmp_path: Path, dtype: str, heads: int, kv_heads: int, head_dim: int, window: int | None
+) -> None:
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    path = make_model(tmp_path, hidden_size=8 * heads, num_hidden_layers=1, **shape)
+    edit_config(path, max_position_embeddings=LONGEST)
+    if window:
+        edit_config(path, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=window)
+    for threads in (1, 2):
+        one = Bare(path, dtype, threads)
+        prompts, first, whole = [prompt_of(length) for length in (1, 66, 1100, 17, 513)], 0, []
+        spans = []
+        for tokens in prompts:
+            blocks = range(first, first := first + len(tokens) // 16 + 1)
+            whole.append(one.logits(Span(tokens, 0, blocks)))
+            spans.append(Span(tokens[-1:], len(tokens) - 1, blocks))
+        assert torch.equal(one.logits(*spans), torch.cat(whole))
+        one.decoder.close()
 
 
 @needs_compiler

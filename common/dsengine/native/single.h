@@ -16,16 +16,17 @@ namespace ds {
 constexpr int SINGLE_ROWS = 8;              // query rows of a KV head, at most
 constexpr size_t TILE_NBYTES = 128 << 10;   // keys and values of a tile for all heads of a task, at most
 
-// Can this shape be computed here?
+// Elements that a multiply-add takes in words, on a processor that has the instructions.
 template <class E>
-inline bool passes(const Shape& shape, const Pool& pool) {
 #ifdef DS_PASSES
-  constexpr int WORDS = LANES * static_cast<int>(sizeof(int32_t) / sizeof(typename E::weight));
-  return sizeof(typename E::weight) * E::STEP == sizeof(int32_t) && shape.head_dim % WORDS == 0 &&
-         shape.head_dim % PANEL == 0 && pool.block_size % LANES == 0 && shape.heads / shape.kv_heads <= SINGLE_ROWS;
+constexpr bool IN_WORDS = sizeof(typename E::weight) * E::STEP == sizeof(int32_t);
 #else
-  return false;
+constexpr bool IN_WORDS = false;
 #endif
+
+// Can this shape be computed here?
+inline bool passes(const Shape& shape, const Pool& pool) {
+  return shape.head_dim % PANEL == 0 && pool.block_size % LANES == 0 && shape.heads / shape.kv_heads <= SINGLE_ROWS;
 }
 
 // KV heads of one task.
@@ -35,6 +36,17 @@ inline int heads_together(const Shape& shape) {
   int most = static_cast<int>(TILE_NBYTES / tile);
   return most < 1 ? 1 : most < shape.kv_heads ? most : shape.kv_heads;
 }
+
+// What the tiles of a task share.
+template <class E>
+struct Single {
+  const typename E::active* q;  // [heads][ROWS][head_dim]
+  Queries queries;              // the rows of all heads, at one position
+  const Shape& shape;
+  Cached<E> cache;              // of the first head
+  int heads;
+  int chunk;
+};
 
 #ifdef DS_PASSES
 
@@ -125,17 +137,7 @@ inline void add_values(const typename E::active* p, const Runs<E>& values, size_
     for (int v = 0; v < VECTORS; ++v) store(out + row * head_dim + v * LANES, acc[row][v]);
 }
 
-// What the tiles of a task share.
-template <class E>
-struct Single {
-  const typename E::active* q;  // [heads][ROWS][head_dim]
-  Queries queries;              // the rows of all heads, at one position
-  const Shape& shape;
-  Cached<E> cache;              // of the first head
-  int heads;
-  int chunk;
-};
-
+// One tile.
 template <class E, int ROWS>
 __attribute__((noinline)) void pass_tile(Scratch<E>& scratch, const Single<E>& task, int first, int count,
                                          const Runs<E>& runs, const State& state) {

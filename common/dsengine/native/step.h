@@ -260,7 +260,6 @@ class Step {
     if (task.chunks == 1) finish(task, slot(task.slot));
   }
 
-#ifdef DS_PASSES
   Single<E> single(int index, const Layer& l, const Task& task) const {
     const int position = positions_[task.row], rows = task.heads * group_;
     const active* q = q_.get() + task.row * q_width_ + task.head * group_ * m_.shape.head_dim;
@@ -274,13 +273,12 @@ class Step {
     const Single<E> now = single(index, l, task), next = single(index, l, follows ? *after : task);
     pass_chunk_of<E>(scratch, now, follows ? &next : nullptr, slot(task.slot));
   }
-#endif
 
   // One chunk of the keys that a single token sees.
   void attend_single(Scratch<E>& scratch, int index, const Layer& l, const Task& task) {
-#ifdef DS_PASSES
-    if (passes<E>(m_.shape, *pool_)) return pass(scratch, index, l, task);
-#endif
+    if constexpr (IN_WORDS<E>) {
+      if (passes(m_.shape, *pool_)) return pass(scratch, index, l, task);
+    }
     const int position = positions_[task.row];
     Queries queries{group_, group_, position, l.window};
     for (int head = 0; head < task.heads; ++head) {
