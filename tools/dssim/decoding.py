@@ -35,6 +35,8 @@ class _Stretch:
     seconds: float = 0.0
     #: of the steps that ended untold, those of which the router would have heard
     heard: int = 0
+    #: when it would have heard of the last of them
+    heard_at: float = 0.0
     #: the others: what the router is to be told of each, once the machine has said it
     on_way: deque[list[StepDone]] = field(default_factory=deque)
 
@@ -111,10 +113,10 @@ class DecodeProcess(Worker):
     def _heard(self, stretch: _Stretch, word: list[StepDone]) -> None:
         """A step's message reaches the router."""
         if word:
-            self._router.count(self.peers[ROUTER].us, word[0])
+            self._router.count(self.peers[ROUTER].us, word[0], self.kernel.now)
             return
         stretch.on_way.popleft()
-        stretch.heard += 1
+        stretch.heard, stretch.heard_at = stretch.heard + 1, self.kernel.now
         self._router.untold[self.name] = self._tell_heard
 
     def _tell_heard(self) -> None:
@@ -123,7 +125,7 @@ class DecodeProcess(Worker):
             word: list[StepDone] = []
             count, stretch.heard = stretch.heard, 0
             self._tell(stretch, count, word)
-            self._router.count(self.peers[ROUTER].us, word[0])
+            self._router.count(self.peers[ROUTER].us, word[0], stretch.heard_at)
 
     @property
     def _decode(self) -> DecodeState:

@@ -197,9 +197,9 @@ class RouterProcess(Process):
             self.untold.popitem()[1]()
         super().feed(event)
 
-    def count(self, peer: str, message: StepDone) -> None:
+    def count(self, peer: str, message: StepDone, came_at: float) -> None:
         """Tokens have come that end nothing: the machine only counts them, and looks at nothing else."""
-        super().feed(Received(self.kernel.now, peer, message))
+        super().feed(Received(came_at, peer, message))
 
     def send(self, peer: str, message: msgspec.Struct, nbytes: int = 0, began_s: float | None = None) -> None:
         """Send a message; a client is told at once, since what it hears changes nothing here."""
