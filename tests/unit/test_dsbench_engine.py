@@ -11,10 +11,13 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from dsbench.engine import command
+from dsbench.engine import able, command
 from dsbench.peer import Peer, PeerFailed
 from dsbench.points import Measured, Point
+from dsbench.run import Plan
+from dsbench.systems.ours import Ours, OursBf16
 from dsbench.table import table
+from dsengine.families import load_architecture
 from support.tiny_llama import make_model
 
 KEYS = {"system", "phase", "dtype", "threads", "batch", "context", "seconds", "tokens_per_s"}
@@ -47,6 +50,21 @@ def test_every_system_at_every_point(model_dir: Path) -> None:
             *(("decode", batch, context) for batch in (1, 3) for context in (20, 40)),
             ("prefill", 1, 30),
         }
+
+
+def test_int8_weights_are_for_systems_that_have_them(model_dir: Path) -> None:
+    systems = dict.fromkeys(("distserve", "transformers", "distserve-bf16"), "python")
+    plan = Plan(model_dir, load_architecture(model_dir), systems, 1, 0.01, 0.01)
+    assert able(plan, "bfloat16") == plan
+    assert list(able(plan, "int8").systems) == ["distserve", "distserve-bf16"]
+
+
+@pytest.mark.parametrize("kind", [Ours, OursBf16])
+def test_int8_weights_in_this_process(model_dir: Path, kind: type[Ours]) -> None:
+    system = kind(str(model_dir), "int8", 1, 64)
+    for phase in ("decode", "prefill"):
+        system.prepare(phase, 1, 20)
+        assert system.step() > 0
 
 
 def test_the_table_shows_each_system_beside_the_best_peer() -> None:

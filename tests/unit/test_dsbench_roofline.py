@@ -41,6 +41,8 @@ def test_matrix_elements(arch: Architecture) -> None:
 def test_a_decode_step_reads_all_weights_once_and_each_cache(arch: Architecture) -> None:
     got = work(arch, Point("decode", "bfloat16", 1, 5, 40))
     assert got.nbytes == 2 * (WEIGHTS + 5 * 40 * 3 * 2 * 2 * 2)
+    narrow = work(arch, Point("decode", "int8", 1, 5, 40))
+    assert (narrow.nbytes, narrow.flops) == (got.nbytes - WEIGHTS, got.flops)  # the cache stays as it is
     assert got.flops == 2 * 5 * WEIGHTS + 4 * 5 * 40 * 3 * 4 * 2
 
 

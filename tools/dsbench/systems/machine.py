@@ -19,7 +19,8 @@ class Machine:
 
         torch.set_num_threads(threads)
         self._torch = torch
-        self._dtype = getattr(torch, dtype)
+        # int8 weights meet activations in bfloat16
+        self._dtype = torch.bfloat16 if dtype == "int8" else getattr(torch, dtype)
         self._phase = ""
         self._data: Any = None
 

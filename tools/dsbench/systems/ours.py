@@ -25,7 +25,8 @@ class Ours:
         self._engine = Engine(
             EngineConfig(
                 model_dir=Path(model),
-                dtype=dtype,
+                dtype="bfloat16" if dtype == "int8" else dtype,
+                quantization="int8" if dtype == "int8" else None,
                 device="cpu",
                 block_size=BLOCK,
                 num_blocks=-(-tokens // BLOCK),
@@ -71,3 +72,10 @@ class OursTorch(Ours):
     """Without the compiled kernels."""
 
     kernels = False
+
+
+class OursBf16(Ours):
+    """In bfloat16 whatever the dtype: what int8 weights are compared with."""
+
+    def __init__(self, model: str, dtype: str, threads: int, max_len: int) -> None:
+        super().__init__(model, "bfloat16", threads, max_len)
