@@ -123,12 +123,13 @@ def command(
         runs = _checked(plan, tell) if check else []
         if report is not None:
             _report(planner, plan, runs, given, report)
-    if write is not None:
-        _write(plan, write)
     if as_json:
         click.echo(json.dumps(told.data(plan, runs, given), indent=2))
     else:
         told.show(plan, runs, given)
+    # last: what no topology can say is worth reading all the same
+    if write is not None:
+        _write(plan, write)
 
 
 def _question(wanted: dict[str, object], workload: object, slo: Slo) -> Question:

@@ -16,8 +16,10 @@ from dsplan.latency import Instance as PlannedInstance
 from dsplan.latency import Steps
 from dsplan.linear import LinearInstance
 from dsplan.memory import BLOCK_TOKENS
-from dsplan.placement import Placement, Plan
-from dsplan.topology_file import text
+from dsplan.placement import Placement, Plan, Spec
+from dsplan.question import Question
+from dsplan.topology_file import document, dumped
+from dssim.records import Run
 from dssim.times import StepTimes
 from dstopology.resolved import Instance
 from dswire.errors import DsError
@@ -118,19 +120,29 @@ def confirm(plan: Plan, requests: int, rate: float, one: Placement | None = None
 
     Raises :class:`DsError` for what the simulator or a topology does not know.
     """
+    from dssim.statistics import summarize
+    from dstopology import resolved
+
+    question = plan.question
+    mode, run = simulated(question, (one or plan.chosen).spec, rate, requests, requests * COMPILED)
+    slo = resolved.Slo(question.slo.ttft_s, question.slo.tpot_s, question.slo.attainment)
+    found = summarize(run.records, slo, run.simulated_s).attainment
+    return Confirmation(mode, len(run.records), rate, found.value, found.low, found.high)
+
+
+def simulated(question: Question, spec: Spec, rate: float, requests: int, compiled: int) -> tuple[str, Run]:
+    """The mode, and the run of the question's first ``requests`` at a rate; of ``compiled`` if the simulator is."""
     from dskv.layout import KvLayout
     from dssim.express.run import run as express
-    from dssim.statistics import summarize
     from dssim.system import System
     from dssim.times import FlatTransfer
     from dssim.workload import Arrival
-    from dstopology import resolved
     from dstopology.load import load
 
-    question, shape, spec = plan.question, plan.question.shape, (one or plan.chosen).spec
+    shape = question.shape
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "topology.yaml"
-        path.write_text(text(plan, one), encoding="utf-8")
+        path.write_text(dumped(document(question, spec)), encoding="utf-8")
         topology = load(path, {"DS_RUN_DIR": directory, "DS_HOME": directory, "DS_KEYS_DIR": directory})
     layout = KvLayout(shape.layers, shape.kv_heads, shape.head_dim, BLOCK_TOKENS, topology.model.dtype)
     devices = [kind.device for kind in question.kinds]
@@ -145,10 +157,7 @@ def confirm(plan: Plan, requests: int, rate: float, one: Placement | None = None
         return steps(hardware.latency.instance(instance.tp, instance.pp))
 
     drawn = [Arrival(at / rate, prompt, output) for at, prompt, output in question.workload.requests]
-    # many requests where that costs little
-    run = express(topology, layout, times, transfer, drawn[: requests * COMPILED])
+    run = express(topology, layout, times, transfer, drawn[:compiled])
     if run is None:
         run = System(topology, layout, times, transfer).run(drawn[:requests])
-    slo = resolved.Slo(question.slo.ttft_s, question.slo.tpot_s, question.slo.attainment)
-    found = summarize(run.records, slo, run.simulated_s).attainment
-    return Confirmation(topology.mode, len(run.records), rate, found.value, found.low, found.high)
+    return topology.mode, run

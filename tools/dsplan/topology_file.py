@@ -11,26 +11,17 @@ from dsplan.errors import PlanInput
 from dsplan.memory import BLOCK_TOKENS, memory
 from dsplan.oracles import MAX_BATCH, step_tokens
 from dsplan.placement import Group, Placement, Plan, Spec
+from dsplan.question import Question
 from dsplan.shapes import ModelShape
 
 
-def document(plan: Plan, one: Placement | None = None) -> dict[str, Any]:
-    """The file's content, of the chosen placement or ``one``.
+def document(question: Question, spec: Spec) -> dict[str, Any]:
+    """The file's content.
 
     Raises :class:`PlanInput` where an instance spans nodes, which no topology can say.
     """
-    question, spec = plan.question, (one or plan.chosen).spec
     per_node = question.devices_per_node
-    if max(spec.prefill.parallel.devices, spec.decode.parallel.devices) > per_node:
-        raise PlanInput(
-            f"an instance of this placement spans nodes of {per_node} devices, a topology has each on one",
-            remedy="plan with --nodes 1, or for nodes with more devices",
-        )
-    if spec.algorithm == "low" and spec.stages > 1:
-        raise PlanInput(
-            f"stages of this placement lie side by side on {spec.stages} nodes, a topology has an instance on one",
-            remedy="plan with --nodes 1, or for nodes with more devices",
-        )
+    _check_one_node_each(question, spec)
     places = _places(spec, per_node, apart=question.decode_hardware is not None)
     used = {device.partition("/")[0] for group in places.values() for each in group for device in each}
     kind = "cpu" if question.device.name == "cpu" else "cuda"
@@ -54,13 +45,33 @@ def document(plan: Plan, one: Placement | None = None) -> dict[str, Any]:
             }
             for name in sorted(used, key=lambda name: int(name[1:]))
         ],
-        **_groups(plan, spec, places, kind),
+        **_groups(question, spec, places, kind),
     }
 
 
-def _groups(plan: Plan, spec: Spec, places: dict[str, list[list[str]]], kind: str) -> dict[str, Any]:
+def _check_one_node_each(question: Question, spec: Spec) -> None:
+    """Processes of an instance talk over one node's memory: a topology has every instance on one node."""
+    per_node = question.devices_per_node
+    weights = question.shape.weights_nbytes
+    holds = weights < per_node * min(kind.device.memory_nbytes for kind in question.kinds)
+    remedy = (
+        "plan with --nodes 1, and start a system of that topology for each node"
+        if holds
+        else f"its weights take {weights / 2**30:.0f} GiB, more than a node of {per_node} has: plan for nodes with "
+        "more devices, or for devices with more memory"
+    )
+    if max(spec.prefill.parallel.devices, spec.decode.parallel.devices) > per_node or spec.stages > 1:
+        across = max(spec.stages, 2)
+        raise PlanInput(
+            f"an instance of this placement has stages on {across} nodes or more; the servers, and so a topology, "
+            "have each instance on one node: it can be planned and compared, not started",
+            remedy=remedy,
+        )
+
+
+def _groups(question: Question, spec: Spec, places: dict[str, list[list[str]]], kind: str) -> dict[str, Any]:
     named = {name: [[_device(d, kind) for d in one] for one in each] for name, each in places.items()}
-    question, found = plan.question, {}
+    found: dict[str, Any] = {}
     if spec.prefill.replicas:
         one = spec.prefill.parallel
         tokens = step_tokens(question, question.latency.instance(one.tp, one.pp))
@@ -126,4 +137,9 @@ def text(plan: Plan, one: Placement | None = None) -> str:
         f"{placed.spec.devices} devices of {names}.\n"
         "# Hosts are loopback addresses; put real ones in their place.\n"
     )
-    return head + yaml.safe_dump(document(plan, one), sort_keys=False, default_flow_style=None, width=116)
+    return head + dumped(document(plan.question, placed.spec))
+
+
+def dumped(content: dict[str, Any]) -> str:
+    """YAML as people write it."""
+    return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=116)
