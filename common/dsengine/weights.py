@@ -18,6 +18,9 @@ from torch import Tensor
 from dswire.errors import ModelNotFound, UnsupportedModel
 
 _DAMAGED = "the file is damaged or incomplete: fetch the model again"
+_ANOTHER = (
+    "config.json is that of another model than the weights, or the model has parts unknown here: fetch it again"
+)
 _ALL = slice(None)
 
 
@@ -69,11 +72,15 @@ class Checkpoint:
         tensor: Tensor = reader.get_tensor(name)
         if tuple(tensor.shape) != tuple(shape):
             raise UnsupportedModel(
-                f"{self._dir}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
+                f"{self._dir}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}",
+                remedy=_ANOTHER,
             )
         # Eight-bit floats mean something with their scales only.
         if not tensor.is_floating_point() or tensor.itemsize == 1:
-            raise UnsupportedModel(f"{self._dir}: tensor {name} has dtype {tensor.dtype}: it is quantised")
+            raise UnsupportedModel(
+                f"{self._dir}: tensor {name} has dtype {tensor.dtype}: it is quantised",
+                remedy="use the model's unquantised checkpoint",
+            )
         self._left.discard(name)
         return tensor
 
@@ -99,7 +106,8 @@ class Checkpoint:
         if self._left:
             some = ", ".join(sorted(self._left)[:3])
             raise UnsupportedModel(
-                f"{self._dir}: {len(self._left)} tensors have no place in the architecture, such as {some}"
+                f"{self._dir}: {len(self._left)} tensors have no place in the architecture, such as {some}",
+                remedy=_ANOTHER,
             )
 
 

@@ -26,8 +26,14 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def check_shape(facts: ModelFacts, groups: Mapping[WorkerRole, GroupSection], problems: Problems) -> None:
-    """Tell of a tp that cannot share the heads out, and of a pp larger than the number of layers."""
+    """Tell of a tp that cannot share the heads out, of a pp larger than the number of layers, and of either where
+    the model takes one rank only."""
     for role, group in groups.items():
+        if facts.foreign and group.tp * group.pp > 1:
+            reason = f"{facts.architecture} runs through transformers' modules, which take one rank only"
+            key = "tp" if group.tp > 1 else "pp"
+            problems.add((role, key), reason, "leave tp and pp out, or use a model of another family")
+            continue
         if facts.heads % group.tp:
             reason = f"the model's {facts.heads} attention heads cannot be divided by tp {group.tp}"
             problems.add((role, "tp"), reason, f"choose a tp that divides {facts.heads}")

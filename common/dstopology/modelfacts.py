@@ -14,6 +14,28 @@ from typing import Any
 
 from dskv.layout import ITEM_NBYTES, KvLayout
 
+#: values of ``architectures`` that the engine computes by itself; others run through transformers' modules, which
+#: take one rank and no quantisation. As in :data:`dsengine.families.FAMILIES`, which this package does not import.
+OWN_ARCHITECTURES = frozenset(
+    {
+        "GPT2LMHeadModel",
+        "GPTNeoXForCausalLM",
+        "Gemma2ForCausalLM",
+        "Gemma3ForCausalLM",
+        "GemmaForCausalLM",
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "MixtralForCausalLM",
+        "OPTForCausalLM",
+        "Phi3ForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen2MoeForCausalLM",
+        "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM",
+        "SmolLM3ForCausalLM",
+    }
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
@@ -29,6 +51,13 @@ class ModelFacts:
     parameters: int
     #: of those, in tables of embeddings
     embedded: int = 0
+    #: the first of ``architectures``; None where that is not told
+    architecture: str | None = None
+
+    @property
+    def foreign(self) -> bool:
+        """Only transformers' modules can run it."""
+        return self.architecture is not None and self.architecture not in OWN_ARCHITECTURES
 
     def kv_layout(self, block_size: int, dtype: str) -> KvLayout:
         """Layout of the KV blocks of an instance that holds the whole model."""
@@ -83,5 +112,6 @@ def _facts(config: Mapping[str, Any], files_nbytes: int) -> ModelFacts:
         head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
         max_positions=int(config["max_position_embeddings"]),
         parameters=files_nbytes // ITEM_NBYTES[stored],
+        architecture=next((name for name in config.get("architectures") or () if isinstance(name, str)), None),
         embedded=int(config.get("vocab_size", 0)) * int(config["hidden_size"]),
     )

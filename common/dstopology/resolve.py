@@ -282,6 +282,9 @@ class Resolver:
                 ("model", "quantization"), f"{quantization} weights are for CPU devices", "leave it out"
             )
         if facts is not None:
+            if quantization and facts.foreign:
+                reason = f"{facts.architecture} runs through transformers' modules, which have no such weights"
+                self.problems.add(("model", "quantization"), reason, "leave it out")
             fit.check_shape(facts, groups, self.problems)
             fit.check_memory(facts, dtype, quantization, nodes, instances, relays, self.shm_dir, self.problems)
             for relay in relays[:1]:

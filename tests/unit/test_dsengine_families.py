@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from dsengine import families
 from dsengine.architecture import Architecture
 from dsengine.families import load_architecture
 from dsengine.rope_settings import Rope
+from dstopology.modelfacts import OWN_ARCHITECTURES
 from dswire.errors import ModelNotFound, UnsupportedModel
 from support.tiny_families import FAMILIES
 
@@ -230,3 +232,7 @@ def test_a_damaged_generation_configuration(tmp_path: Path) -> None:
 def test_no_torch_is_loaded() -> None:
     code = "import sys, dsengine.families, dsengine.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_topologies_know_which_architectures_are_computed_here() -> None:
+    assert families.FAMILIES.keys() == OWN_ARCHITECTURES

@@ -124,6 +124,22 @@ def test_the_smaller_of_memory_and_container_limit_counts(tmp_path: Path, monkey
     assert fit.memory_nbytes() == 4096
 
 
+def test_a_foreign_model_takes_one_rank_and_no_int8(desk: Desk) -> None:
+    desk.model("foreign", architectures=["Olmo2ForCausalLM"])
+    desk.model("own", architectures=["LlamaForCausalLM"])
+    assert desk.problems("model: foreign\n") == []
+    for key in ("tp", "pp"):
+        text = f"model: {{}}\nprefill: {{{key}: 2}}\n"
+        assert desk.problems(text.replace("{}", "own", 1)) == []
+        assert desk.problems(text.replace("{}", "foreign", 1)) == [
+            f"2: prefill.{key}: Olmo2ForCausalLM runs through transformers' modules, which take one rank only"
+        ]
+    assert desk.problems("model: {path: own, quantization: int8}\n") == []
+    assert desk.problems("model: {path: foreign, quantization: int8}\n") == [
+        "1: model.quantization: Olmo2ForCausalLM runs through transformers' modules, which have no such weights"
+    ]
+
+
 def test_sizes_for_people() -> None:
     assert [fit.shown(one) for one in (0, 1023, 1024, 1536, 512 << 20, 5 << 30)] == [
         "0B",
