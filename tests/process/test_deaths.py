@@ -11,12 +11,15 @@ import asyncio
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
-from dsclient import AsyncClient
+from dsclient import AsyncClient, Stream
+from dsctl.relays import ask
 from dsrouter.flow import INSTANCE_WAIT_S
-from dswire.errors import DsError
+from dstopology.resolved import Topology
+from dswire.errors import Cancelled, DsError
 from support.cuttable import CuttablePath
 from support.system import System, running_system
 
@@ -25,10 +28,12 @@ pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(180)]
 TOPOLOGY = """
 model: {path: smollm2-135m-instruct, dtype: bfloat16, max_model_len: 1024}
 router: {frontend: "tcp://127.0.0.1:{port}"}
-relay: {lease_s: 6, staging: 32MiB, port: {port}}
+relay: {lease_s: 6, staging: 32MiB, port: {port}, keep: KEEP}
 prefill: {max_queue: 3, max_batch_tokens: 512}
 decode: {kv: {blocks: 256}}
 """
+#: room for the KV of all prompts, and of the shorter ones
+KEEP = {"shm": "64MiB", "tcp": "4MiB"}
 
 #: KV that no checksum proves waits for the relay's word, so that a frozen relay holds a hand-over
 UNPROVED = TOPOLOGY.replace("lease_s: 6", "lease_s: 6, verify: false")
@@ -48,7 +53,7 @@ TOLD = {"worker_lost", "router_lost", "no_instance", "transfer_failed"}
 @pytest.fixture(scope="module")
 def system(request: pytest.FixtureRequest) -> Iterator[System]:
     text = TOPOLOGY + "force_transport: tcp\n" if request.param == "tcp" else UNPROVED
-    with running_system(text) as running:
+    with running_system(text.replace("KEEP", KEEP[request.param])) as running:
         yield running
 
 
@@ -137,6 +142,69 @@ async def test_a_death_during_the_hand_over_costs_no_request(
         async with asyncio.timeout(END_LIMIT_S):
             assert await ask == wanted[1]
     await asyncio.to_thread(system.await_idle, IDLE_LIMIT_S)
+
+
+@pytest.mark.parametrize("system", ["shm"], indirect=True)
+async def test_an_answer_goes_on_from_kept_kv(system: System) -> None:
+    sampling: dict[str, Any] = {
+        "prompt_ids": PROMPTS[1],
+        "temperature": 0.9,
+        "seed": 7,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.5,
+        "ignore_eos": True,
+    }
+    system.await_connected()
+    async with AsyncClient(system.address) as one:
+        read = await _prompt_tokens(one)
+        # far longer than it takes to be killed in its middle; ended by hand
+        stream = one.stream(max_tokens=800, **sampling)
+        made = list((await anext(stream)).token_ids)
+        rest = asyncio.create_task(_collect(stream, made))
+        async with asyncio.timeout(END_LIMIT_S):
+            while not await asyncio.to_thread(_kept, system.topology):
+                await asyncio.sleep(0.01)
+        killed_at = time.monotonic()
+        system.kill("decode-0")
+        # not at prefill: it waits for a decode instance that pulls its KV
+        await system.await_requests(one.status, {"placing": 1})
+        await asyncio.to_thread(system.start, "decode-0")
+        slow = time.monotonic() - killed_at >= INSTANCE_WAIT_S / 2
+        before = len(made)
+        async with asyncio.timeout(END_LIMIT_S):
+            while not slow and len(made) < before + 12:
+                await asyncio.sleep(0.01)
+        stream.close()
+        with pytest.raises(DsError if slow else Cancelled):
+            await rest
+        if slow:
+            pytest.skip("no request waits for an instance for as long as this machine takes to start one")
+        assert await _prompt_tokens(one) == read + len(PROMPTS[1])
+        undisturbed = await one.generate(max_tokens=len(made), **sampling)
+        assert undisturbed.choices[0].token_ids == tuple(made)
+    await asyncio.to_thread(system.await_idle, IDLE_LIMIT_S)
+
+
+async def _collect(stream: Stream, made: list[int]) -> None:
+    while outputs := await stream.take():
+        made += [token for output in outputs for token in output.token_ids]
+
+
+def _kept(topology: Topology) -> bool:
+    """Whether a relay keeps a copy that nobody reads."""
+    listings = [answer.listing for answer in ask(topology)]
+    return any(one.state == "kept" for listing in listings if listing is not None for one in listing.handles)
+
+
+async def _prompt_tokens(one: AsyncClient) -> int:
+    """Tokens of the prompts that prefill has read, as it tells from now on."""
+    began = time.monotonic()
+    async with asyncio.timeout(IDLE_LIMIT_S):
+        while True:
+            (prefill,) = (worker for worker in (await one.status()).workers if worker.role == "prefill")
+            if prefill.report_age_s < time.monotonic() - began:
+                return prefill.prompt_tokens
+            await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("system", ["shm"], indirect=True)
