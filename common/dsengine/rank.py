@@ -11,14 +11,15 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 from typing import IO, NoReturn
 
 import msgspec
 
-from dsengine.rank_orders import RankStep, Report, Start, encode, read, start_of
+from dsengine.rank_orders import BEAT_S, RankStep, Report, Start, encode, read, start_of
 from dsobserve.logging import configure
 from dswire.errors import DsError, EngineFailed
 from dswire.process import EXIT_BUG
@@ -33,6 +34,7 @@ class _Rank:
         self._start = start
         self._orders = orders
         self._reports = reports
+        self._reporting = Lock()
         self._segment: Path | None = None
         #: never longer than the number of steps that an instance has under way
         self._steps: SimpleQueue[RankStep] = SimpleQueue()
@@ -69,6 +71,7 @@ class _Rank:
             engine = Engine(start.config, part, peers)
             self._segment = start.config.segment
             self._report(Report("ready"))
+            Thread(target=self._beat, name="beat", daemon=True).start()
             while True:
                 step = self._steps.get()
                 engine.forward([span.span() for span in step.spans], step.picked)
@@ -81,10 +84,17 @@ class _Rank:
             self._steps.put(decoder.decode(frame))
         self._leave(0)
 
+    def _beat(self) -> NoReturn:
+        """Give signs of life, within a long step too: what computes lets go of the interpreter's lock."""
+        while True:
+            time.sleep(BEAT_S)
+            self._report(Report("alive"))
+
     def _report(self, report: Report) -> None:
         try:
-            self._reports.write(encode(report))
-            self._reports.flush()
+            with self._reporting:
+                self._reports.write(encode(report))
+                self._reports.flush()
         except BrokenPipeError:
             # the instance's process is gone, and so are we in a moment
             return

@@ -7,7 +7,7 @@ steps; back come :class:`Report` frames. No torch here.
 from __future__ import annotations
 
 import struct
-from typing import IO, Any, Literal
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -15,7 +15,18 @@ from dsengine.config import EngineConfig
 from dsengine.span import Span
 from dswire.errors import ErrorInfo
 
+#: seconds between two signs of life of a rank that has loaded
+BEAT_S = 1.0
+
 _LENGTH = struct.Struct("<I")
+
+
+class Readable(Protocol):
+    """A stream of bytes, buffered or not."""
+
+    def read(self, size: int, /) -> bytes | None:
+        """At most ``size`` bytes, and none at the end."""
+        ...
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -59,8 +70,9 @@ class RankStep(msgspec.Struct, frozen=True, array_like=True):
 class Report(msgspec.Struct, frozen=True):
     """How far a rank is."""
 
-    #: ``joining``: about to look for the others; ``ready``: loaded; ``failed``: why it ends
-    state: Literal["joining", "ready", "failed"]
+    #: ``joining``: about to look for the others; ``ready``: loaded; ``alive``: said every :data:`BEAT_S` from then
+    #: on, within steps too; ``failed``: why it ends
+    state: Literal["joining", "ready", "alive", "failed"]
     error: ErrorInfo | None = None
 
 
@@ -70,14 +82,21 @@ def encode(message: msgspec.Struct) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def read(stream: IO[bytes]) -> bytes | None:
+def read(stream: Readable) -> bytes | None:
     """What the next frame holds; None at the end of the stream."""
-    head = stream.read(_LENGTH.size)
-    if len(head) < _LENGTH.size:
-        return None
-    (length,) = _LENGTH.unpack(head)
-    body = stream.read(length)
-    return body if len(body) == length else None
+    head = _exactly(stream, _LENGTH.size)
+    return None if head is None else _exactly(stream, _LENGTH.unpack(head)[0])
+
+
+def _exactly(stream: Readable, count: int) -> bytes | None:
+    """An unbuffered stream gives what is there, which may be less than was asked for."""
+    got = b""
+    while len(got) < count:
+        piece = stream.read(count - len(got))
+        if not piece:
+            return None
+        got += piece
+    return got
 
 
 def start_of(frame: bytes) -> Start:

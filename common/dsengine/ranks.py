@@ -4,19 +4,21 @@ The process of the instance is the rank that draws (:func:`~dsengine.parallel.dr
 others as soon as it is launched and ended in order, so that as many steps as there are stages can be under way.
 
 Invariants: no child outlives this process (each ends with its standard input), nor does the file of its pool; when
-one is gone, or a step failed half-way, the ranks are of no use any more: ``on_lost`` is called, once, and every
-later step raises.
+one is gone or frozen, or a step failed half-way, the ranks are of no use any more: ``on_lost`` is called, once, and
+every later step raises.
 """
 
 from __future__ import annotations
 
 import contextlib
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BufferedReader, RawIOBase
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
@@ -36,6 +38,8 @@ from dswire.errors import DsError, EngineFailed, StartFailed, from_info
 #: longest wait, in seconds, for a child to have loaded its part of the model, and for one to end
 LOAD_S = 600.0
 END_S = 5.0
+#: a rank that has loaded and gives no sign of life for so many seconds, twice in a row, is taken for frozen
+SILENCE_S = 6.0
 
 
 class _Child:
@@ -103,13 +107,21 @@ class _Child:
             self._segment.unlink(missing_ok=True)
 
     def _listen(self) -> None:
-        stream = self._process.stdout
-        assert stream is not None
-        report = None
-        while (frame := read(stream)) is not None:
+        assert isinstance(self._process.stdout, BufferedReader)
+        # unbuffered: nothing that came may hide from select()
+        stream = self._process.stdout.raw
+        loaded, report = False, None
+        while True:
+            if loaded and self._silent(stream):
+                report = self._frozen()
+                break
+            if (frame := read(stream)) is None:
+                break
             report = msgspec.msgpack.decode(frame, type=Report)
-            self._reports.put(report)
-        stream.close()
+            loaded = loaded or report.state == "ready"
+            if report.state != "alive":
+                self._reports.put(report)
+        self._process.stdout.close()
         if report is None or report.error is None:
             told = f"{self._who} has ended: {_described(self._process.wait())}"
             error = EngineFailed(told, remedy="`dsctl logs` tells more; a supervisor starts the instance again")
@@ -117,6 +129,19 @@ class _Child:
             self._reports.put(report)
         assert report.error is not None
         self._on_end(from_info(report.error))
+
+    def _silent(self, stream: RawIOBase) -> bool:
+        """Whether nothing comes, not even a sign of life."""
+        # Twice: where this process or the whole machine was stopped, the first wait may be over before the rank
+        # has run again. What came meanwhile counts, for the system looks for it before it looks at the clock.
+        return not any(select.select([stream], [], [], SILENCE_S)[0] for _ in range(2))
+
+    def _frozen(self) -> Report:
+        """It cannot be told to end, and others wait for it within a step: end it, which ends their wait."""
+        self._process.kill()
+        told = f"{self._who} is frozen: it gave no sign of life for {2 * SILENCE_S:g} s, and was killed"
+        remedy = "see what stopped process {pid}; a supervisor starts the instance again"
+        return Report("failed", EngineFailed(told, remedy=remedy.format(pid=self.pid)).info())
 
 
 class RankedEngine(Engine):

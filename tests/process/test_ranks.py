@@ -10,14 +10,16 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
 from dsclient import AsyncClient
+from dsengine import ranks
 from dsengine.ranks import RankedEngine
 from dsengine.runner import Engine
 from dskv.segment import Segment
-from dswire.errors import DuplicateName, EngineFailed
+from dswire.errors import DsError, DuplicateName, EngineFailed
 from support.system import System, running_system
 from support.tiny_llama import engine_config, generate, make_model, prompt_of
 from support.tokenizers_here import byte_level, save
@@ -121,3 +123,17 @@ def test_a_rank_that_cannot_load_tells_why(model: Path, tmp_path: Path) -> None:
         RankedEngine("prefill-0", configs, 1, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["0.kv"]
     taken.close()
+
+
+def test_a_rank_that_is_frozen_is_noticed_and_ended(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = RankedEngine("decode-0", [engine_config(model)] * 2, 2, 1)
+    lost: SimpleQueue[DsError] = SimpleQueue()
+    engine.watch(lost.put)
+    assert generate(engine, PROMPTS[:1], 2)
+    (other,) = engine.pids
+    os.kill(other, signal.SIGSTOP)
+    monkeypatch.setattr(ranks, "SILENCE_S", 1.0)  # from now on, nothing can be taken for silence that is none
+    with pytest.raises(EngineFailed, match="rank 1 of decode-0 is frozen: it gave no sign of life for"):
+        generate(engine, PROMPTS[:1], 2)
+    assert "is frozen" in lost.get(timeout=END_LIMIT_S).message
+    engine.close()
