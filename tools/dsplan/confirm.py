@@ -68,6 +68,7 @@ def checked(plan: Plan, requests: int) -> list[Confirmation]:
             )
     for one, run in found:
         _correct(plan, one, run)
+    plan.placements.sort(key=lambda one: (one is plan.chosen, one.worth), reverse=True)
     return [run for _, run in found]
 
 

@@ -28,6 +28,9 @@ def verdict(plan: Plan) -> str:
         return f"{advice}; no other mode was found to serve this, or none was asked for."
     unit = "for the same money" if chosen.price and rival.price else "a device"
     margin = chosen.worth / rival.worth - 1
+    if margin < -EQUAL:
+        behind = f"{-margin:.0%} behind mode {rival.spec.mode}"
+        return f"{advice}, by the search; what the simulator leaves of it is {behind}."
     if margin < EQUAL:
         return f"{advice}, though mode {rival.spec.mode} is as good within what the search tells apart."
     if not apart(plan, rival):
