@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ from dsbench.engine import able, command
 from dsbench.peer import Peer, PeerFailed
 from dsbench.points import Measured, Point
 from dsbench.run import Plan
+from dsbench.soak import ALLOWED_NBYTES, Soaked
 from dsbench.systems.ours import Ours, OursBf16
 from dsbench.table import table
 from dsengine.families import load_architecture
 from support.tiny_llama import make_model
 
 KEYS = {"system", "phase", "dtype", "threads", "batch", "context", "seconds", "tokens_per_s"}
-KEYS |= {"roofline_fraction", "outside_fraction"}
+KEYS |= {"roofline_fraction", "outside_fraction", "load_seconds", "resident_nbytes", "shared_nbytes"}
 QUICK = ["--rounds", "1", "--round-seconds", "0.01", "--threads", "1", "--dtype", "f32"]
 
 
@@ -93,3 +95,24 @@ def test_a_system_that_cannot_load_is_told(tmp_path: Path) -> None:
 def test_a_python_that_ends_is_told(tmp_path: Path) -> None:
     with pytest.raises(PeerFailed, match="distserve has ended"):
         Peer("distserve", "/bin/true", tmp_path, "float32", 1, 64)
+
+
+def test_memory_does_not_grow_over_many_requests(model_dir: Path) -> None:
+    asked = ["--model", str(model_dir), "--dtype", "f32", "--threads", "1", "--soak", "400", "--json"]
+    done = CliRunner().invoke(command, asked)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["requests"] == 400
+    assert found["steps"] > 100
+    assert found["blocks_held"] == 0
+    assert found["pool_nbytes"] == found["configured_pool_nbytes"] > 0
+    assert found["failures"] == []
+    assert found["load_seconds"] > 0
+    assert 0 < found["shared_nbytes"] < found["resident_nbytes"]
+
+
+def test_what_a_soak_takes_for_a_failure() -> None:
+    good = Soaked(10, 9, 1.0, 0.2, 0.1, 1_000, 1_000 + ALLOWED_NBYTES, 10, 10, ALLOWED_NBYTES, 0, 64, 64)
+    assert good.failures == []
+    grown = replace(good, private_nbytes=good.private_nbytes + 1, blocks_held=2, pool_nbytes=65)
+    assert [text.split()[0] for text in grown.failures] == ["memory", "2", "the"]

@@ -12,12 +12,14 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from dsbench import host
 from dsbench.points import Measured, Point, points_of
 from dsbench.run import Plan, measure_machine, run_block
 from dsbench.table import table
 from dsobserve.terminal import output
+from dswire.errors import Failed
 
 #: peer -> the package that it needs in this environment
 _NEEDS = {
@@ -69,6 +71,15 @@ class _List(click.ParamType[list[str] | list[int]]):
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--round-seconds", type=float, default=0.3, show_default=True, help="Of one system in one round.")
 @click.option("--point-seconds", type=float, default=6.0, show_default=True, help="Of one system at one point.")
+@click.option(
+    "--soak",
+    "requests",
+    type=click.IntRange(10),
+    is_flag=False,
+    flag_value=10_000,
+    metavar="[REQUESTS]",
+    help="Instead, see that memory does not grow over so many small requests [default: 10000].",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line and point, on standard output.")
 def command(
     model: str,
@@ -82,6 +93,7 @@ def command(
     rounds: int,
     round_seconds: float,
     point_seconds: float,
+    requests: int | None,
     as_json: bool,
 ) -> None:
     """Time decode steps and prefills, this engine and its peers taking turns.
@@ -92,16 +104,25 @@ def command(
     With --dtype int8 the weights are int8 and all else bfloat16. Its peers are distserve-bf16, which is this engine
     in bfloat16 whatever the dtype, and llama.cpp with Q8_0.
 
+    With --soak, requests of up to 24 tokens in and 8 out come and go, eight at once, at the first of --dtype and of
+    --threads. The exit status is 5 if the process's own memory grew by more than 16 MiB after the first tenth of
+    them, if blocks are held at the end, or if the KV pool is not as large as configured.
+
     \b
     Examples:
       dsbench engine --dtype bf16 --threads 1 --batch 1,8
       dsbench engine --dtype int8 --peers distserve-bf16 --json
+      dsbench engine --soak
+      dsbench engine --soak 500 --model ./tiny --dtype f32 --json
     """
     from dsengine.families import load_architecture
     from dsengine.store import resolve
 
     console = Console(stderr=True)
     path = resolve(model)
+    if requests is not None:
+        _soak(path, _DTYPES[dtype[0]], threads[0], requests, console, as_json)
+        return
     systems = {"distserve": sys.executable} | _present(peers, pythons, console)
     plan = Plan(path, load_architecture(path), systems, rounds, round_seconds, point_seconds)
     host.warn(console)
@@ -110,6 +131,27 @@ def command(
     if not as_json:
         output().print(table(results, list(systems)))
     console.print(f"load average at the end: {host.load():.2f}")
+
+
+def _soak(path: Path, dtype: str, threads: int, requests: int, console: Console, as_json: bool) -> None:
+    from dsbench.soak import soak
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(f"{dtype}, {threads} threads", total=requests)
+        soaked = soak(path, dtype, threads, requests, lambda ended: progress.update(task, completed=ended))
+    if as_json:
+        click.echo(json.dumps(soaked.as_json()))
+    else:
+        made = Table("", "", show_header=False)
+        for name, value in soaked.as_json().items():
+            shown = (
+                f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else None
+            )
+            if shown is not None:
+                made.add_row(name.replace("_", " "), shown)
+        output().print(made)
+    if soaked.failures:
+        raise Failed(f"{path}: after {requests} requests, " + ", ".join(soaked.failures))
 
 
 def _run(plan: Plan, blocks: list[list[Point]], console: Console, as_json: bool) -> list[Measured]:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dsbench.points import Point
+from dsbench.points import Loaded, Point
 from dswire.errors import DsError
 
 #: loading, compiling included
@@ -48,7 +48,7 @@ class Peer:
         #: of what was measured last, the seconds inside kernels; None where that is not known
         self.kernel_s: float | None = None
         try:
-            self.load_s: float = self._answer(LOAD_S)["load_s"]
+            self.loaded = Loaded(**self._answer(LOAD_S))
         except PeerFailed:
             self.close()
             raise

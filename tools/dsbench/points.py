@@ -28,6 +28,17 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
+class Loaded:
+    """What it took a system to be ready, in its process."""
+
+    #: imports included
+    load_seconds: float
+    #: memory that it had then, and how much of that is files and shared memory: other processes may have it too
+    resident_nbytes: int
+    shared_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """A point as one system did it."""
 
@@ -39,6 +50,7 @@ class Measured:
     roofline_fraction: float
     #: of the steps' time, the part that is not spent inside kernels; None where that is not known
     outside_fraction: float | None = None
+    loaded: Loaded | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -54,6 +66,7 @@ class Measured:
             "tokens_per_s": self.tokens_per_s,
             "roofline_fraction": self.roofline_fraction,
             "outside_fraction": self.outside_fraction,
+            **(asdict(self.loaded) if self.loaded else {}),
         }
 
 

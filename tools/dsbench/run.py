@@ -60,7 +60,7 @@ def run_block(plan: Plan, machine: Machine, points: Sequence[Point], tell: Tell)
                 peer = Peer(system, python, plan.model, first.dtype, first.threads, _room(points))
                 stack.callback(peer.close)
                 peers.append(peer)
-                tell(f"{system}: loaded in {peer.load_s:.1f} s")
+                tell(f"{system}: loaded in {peer.loaded.load_seconds:.1f} s")
         for point in points:
             yield _measure(plan, machine, point, peers, tell)
 
@@ -86,11 +86,13 @@ def _measure(plan: Plan, machine: Machine, point: Point, peers: Sequence[Peer], 
                 tell(str(error))
                 ready.remove(peer)
     least = work(plan.arch, point).seconds(machine)
-    return [
-        Measured(system, point, middle := median(seconds), least / middle, _outside(seconds, inside.get(system)))
-        for system, seconds in taken.items()
-        if seconds
-    ]
+    made = []
+    for peer in peers:
+        if seconds := taken.get(peer.system):
+            outside = _outside(seconds, inside.get(peer.system))
+            middle = median(seconds)
+            made.append(Measured(peer.system, point, middle, least / middle, outside, peer.loaded))
+    return made
 
 
 def _outside(seconds: Sequence[float], inside_s: float | None) -> float | None:

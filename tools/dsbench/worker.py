@@ -47,7 +47,7 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001  # border of a process: whatever a peer cannot do is told, not raised
         answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
         return
-    answers.write(json.dumps({"load_s": time.perf_counter() - begin}) + "\n")
+    answers.write(json.dumps({"load_seconds": time.perf_counter() - begin, **_memory()}) + "\n")
     for line in sys.stdin:
         answers.write(json.dumps(_answer(system, json.loads(line))) + "\n")
 
@@ -67,6 +67,13 @@ def _answer(system: Any, request: dict[str, Any]) -> dict[str, Any]:
         return {"seconds": seconds, "kernel_s": None if before is None else inside() - before}
     except Exception as error:  # noqa: BLE001  # as above
         return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _memory() -> dict[str, int]:
+    """Of this process, in bytes."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    found = {words[0]: int(words[1]) << 10 for words in lines if words[-1] == "kB"}
+    return {"resident_nbytes": found["VmRSS:"], "shared_nbytes": found["RssFile:"] + found["RssShmem:"]}
 
 
 if __name__ == "__main__":
