@@ -15,6 +15,7 @@ from dswire.codec import encode
 from dswire.errors import KvCorrupt
 from dswire.messages import PROTOCOL, kv
 from dswire.sockets import ConnectedSocket
+from support.handles import LAYOUT
 from support.kv_workers import Endpoint, Prefill
 from support.relays import TRANSPORTS, World, running
 
@@ -102,6 +103,19 @@ async def test_changed_bytes_are_found(world: World) -> None:
     await settle(world)
     world.assert_idle()
     await hand_off(world, "r2/0")
+
+
+@pytest.mark.parametrize("layer", range(LAYOUT.layers))
+async def test_a_layer_that_is_missing_is_found(world: World, layer: int) -> None:
+    handle = world.prefill.offer("r1/0", BLOCKS)
+    nbytes = LAYOUT.block_nbytes // LAYOUT.layers
+    for block in BLOCKS:
+        world.prefill.pool.slot(block)[layer * nbytes : (layer + 1) * nbytes] = bytes(nbytes)
+    with pytest.raises(KvCorrupt):
+        await world.decode.pull(handle, OWN)
+    assert await world.prefill.released(handle.key) == "lost"
+    await settle(world)
+    world.assert_idle()
 
 
 async def test_bytes_that_were_wrong_once_come_again(world: World) -> None:

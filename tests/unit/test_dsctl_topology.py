@@ -148,6 +148,13 @@ def test_many_pairs_are_summed_up(desk: Desk) -> None:
     assert lines[-2:] == ["12 pairs  shm, within the node", "13 pairs  tcp, between nodes"]
 
 
+def test_nothing_is_handed_over_where_decode_reads_the_prompts(desk: Desk) -> None:
+    text = "model: m\nmode: colocated\nnodes: [{name: a, devices: [cpu:0]}]\ndecode: {place: [a/cpu:0]}\n"
+    lines = drawn(desk, text, Live(None))
+    assert lines[0].startswith("t.yaml  colocated")
+    assert not any(line.startswith("KV hand-off") for line in lines)
+
+
 def test_json_and_yaml_hold_the_same(desk: Desk) -> None:
     path = desk.write(TWO_NODES)
     found = json.loads(call("show", "-f", path, "--format", "json").stdout)

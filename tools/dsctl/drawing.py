@@ -116,10 +116,10 @@ def tree(topology: Topology, live: Live) -> Tree:
         _add_node(root, topology, node, live)
     if topology.mode == "conditional":
         root.add(_line("short prompts", f"of fewer than {topology.threshold_tokens} tokens, are read by decode"))
-    pairs = list(handoffs(topology))
-    ways = root.add(_line("KV hand-off", "" if pairs else "none, decode instances read the prompts"))
-    for line in _handoff_lines(topology, pairs, live):
-        ways.add(line)
+    if pairs := list(handoffs(topology)):
+        ways = root.add(_line("KV hand-off"))
+        for line in _handoff_lines(topology, pairs, live):
+            ways.add(line)
     return root
 
 
