@@ -12,6 +12,7 @@ import select
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ class Peer:
         self.kernel_s: float | None = None
         try:
             self.loaded = Loaded(**self._answer(LOAD_S))
-        except PeerFailed:
+        except BaseException:
+            # an interrupt too must leave no process behind
             self.close()
             raise
 
@@ -70,8 +72,10 @@ class Peer:
 
     def close(self) -> None:
         """End the process. Doing it twice is harmless."""
-        if self._process.stdin is not None and not self._process.stdin.closed:
-            self._process.stdin.close()
+        if self._process.stdin is not None:
+            # a request that a dead worker never took cannot be flushed
+            with suppress(OSError):
+                self._process.stdin.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
