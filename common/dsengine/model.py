@@ -3,7 +3,9 @@ transformers' modules."""
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -80,7 +82,7 @@ def load_model(
             _log.info("%s is served by the lean decoder%s", shape.name, "" if part.whole else f", {part}")
             return _lean(shape, config, device, part, peers)
         return _foreign(shape, config, device, part)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         files = sum(path.stat().st_size for path in config.model_dir.glob("*.safetensors"))
@@ -90,9 +92,11 @@ def load_model(
         ) from error
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether ``error`` is torch's way to say so: on the CPU it has no type of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether ``error`` says so: on the CPU torch has no type for it."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(text in str(error) for text in ("DefaultCPUAllocator", os.strerror(errno.ENOMEM)))
 
 
 def _native(

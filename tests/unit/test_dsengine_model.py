@@ -47,7 +47,15 @@ def test_no_model(tmp_path: Path) -> None:
         load_shape(tmp_path)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(NO_ROOM)])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError(NO_ROOM),
+        RuntimeError("unable to mmap 9 bytes from file </m>: Cannot allocate memory (12)"),
+        MemoryError("Cannot allocate memory (os error 12)"),
+    ],
+)
 def test_no_room_for_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     shape = load_shape(make_model(tmp_path))
 
