@@ -14,8 +14,12 @@ constexpr int PANEL = 32;
 constexpr int PANEL_VECTORS = PANEL / LANES;
 
 // Bytes that weights are asked for ahead of their use, in the second-level cache. Two panels at a time are for few rows,
-// which take weights as fast as memory gives them: there the processor looks ahead best by itself.
-constexpr int ahead(int panels) { return panels == 1 ? 12288 : 0; }
+// which take weights as fast as memory gives them: there the processor looks ahead best by itself, unless widening them
+// holds it up.
+template <class E>
+constexpr int ahead(int panels) {
+  return panels == 1 ? 12288 : sizeof(typename E::weight) == 1 ? 4096 : 0;
+}
 
 inline size_t padded(size_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
@@ -144,10 +148,10 @@ inline void finish_tiles(int row, int count, const typename E::active* a, size_t
   tiles(count, MAX_ROWS, [&](int at, int some) {
     const typename E::active* from = a + (row + at) * lda;
     if (some <= MAX_ROWS / NP)
-      tile_of<E, NP, ahead(NP)>(some, from, lda, panels, inner, {start, 0, sums[0], NP * PANEL});
+      tile_of<E, NP, ahead<E>(NP)>(some, from, lda, panels, inner, {start, 0, sums[0], NP * PANEL});
     else
       for (int n = 0; n < NP; ++n)
-        tile_of<E, 1, ahead(1)>(some, from, lda, panels + n, inner,
+        tile_of<E, 1, ahead<E>(1)>(some, from, lda, panels + n, inner,
                       {start ? start + n * PANEL : nullptr, 0, sums[0] + n * PANEL, NP * PANEL});
     for (int m = 0; m < some; ++m) each(row + at + m, sums[m]);
   });
