@@ -21,14 +21,14 @@ from dsplan.linear import distserve_latency
 from dsplan.oracles import Oracles
 from dsplan.placement import Group, Plan, Spec
 from dsplan.planner import BUDGETS, Planner
-from dsplan.profile import Profile, Subject
+from dsplan.profile import Profile, ProfileLatency, Subject
 from dsplan.question import Hardware, Question
 from dsplan.queueing import serve
 from dsplan.reasons import verdict
 from dsplan.roofline import RooflineLatency
 from dsplan.search import Mixed, Parallel, algorithm1, algorithm2, best_of, pairs_of, pruned, unbounded
 from dsplan.shapes import find_model
-from dsplan.topology_file import text
+from dsplan.topology_file import model, text
 from dstopology.load import load
 
 A100 = find_device("a100-80g")
@@ -118,6 +118,14 @@ def test_a_plan_is_json(plan: Plan) -> None:
     assert set(found["prefill"]) == {"tp", "pp", "replicas"}
     for key in ("decode", "mode", "goodput_per_device", "interval", "search_seconds", "candidates", "oracle"):
         assert key in found
+
+
+def test_a_profile_of_int8_weights_makes_a_topology_with_them() -> None:
+    subject = Subject("this machine", "OPT-13B", "f" * 64, "bfloat16", 1, "int8")
+    latency = ProfileLatency(Path("p.json"), Profile(subject))
+    assert "int8 weights" in latency.source
+    assert model(question(latency=latency))["quantization"] == "int8"
+    assert "quantization" not in model(question())
 
 
 def test_the_topology_loads_and_has_the_placement(plan: Plan, tmp_path: Path) -> None:

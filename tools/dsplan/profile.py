@@ -213,7 +213,8 @@ class ProfileLatency:
     def source(self) -> str:
         """For people."""
         subject = self.profile.subject
-        return f"profile {self.path} of {subject.model} ({subject.dtype}) on {subject.machine}"
+        weights = f"{subject.dtype}, {subject.quantization} weights" if subject.quantization else subject.dtype
+        return f"profile {self.path} of {subject.model} ({weights}) on {subject.machine}"
 
     def degrees(self) -> tuple[int, ...] | None:
         """The TP degrees that were measured."""

@@ -11,6 +11,7 @@ from dsplan.errors import PlanInput
 from dsplan.memory import BLOCK_TOKENS, memory
 from dsplan.oracles import MAX_BATCH, step_tokens
 from dsplan.placement import Group, Placement, Plan, Spec
+from dsplan.profile import ProfileLatency
 from dsplan.question import Question
 from dsplan.shapes import ModelShape
 
@@ -26,10 +27,7 @@ def document(question: Question, spec: Spec) -> dict[str, Any]:
     used = {device.partition("/")[0] for group in places.values() for each in group for device in each}
     kind = "cpu" if question.device.name == "cpu" else "cuda"
     return {
-        "model": {
-            "path": question.shape.name,
-            "dtype": {4: "float32", 2: "bfloat16"}[question.shape.item_nbytes],
-        },
+        "model": model(question),
         "slo": {
             "ttft_ms": round(question.slo.ttft_s * 1e3, 3),
             "tpot_ms": round(question.slo.tpot_s * 1e3, 3),
@@ -47,6 +45,15 @@ def document(question: Question, spec: Spec) -> dict[str, Any]:
         ],
         **_groups(question, spec, places, kind),
     }
+
+
+def model(question: Question) -> dict[str, Any]:
+    """The model; its weights are those of the profile, where there is one: the times are of no others."""
+    latency, dtype = question.latency, {4: "float32", 2: "bfloat16"}[question.shape.item_nbytes]
+    section = {"path": question.shape.name, "dtype": dtype}
+    if isinstance(latency, ProfileLatency) and latency.profile.subject.quantization:
+        section["quantization"] = latency.profile.subject.quantization
+    return section
 
 
 def _check_one_node_each(question: Question, spec: Spec) -> None:
