@@ -104,7 +104,7 @@ class RelayActor(Actor):
             return
         self._frames = frames
         nbytes = len(frames[0]) if len(frames) == 1 else 0
-        self.feed(ChunkArrived(self.now(), peer, message.key, message.chunk, nbytes))
+        self.feed(ChunkArrived(self.now(), peer, message.key, message.chunk, nbytes, message.number))
         self._frames = ()
 
     def garbage(self, peer: str, error: ProtocolError) -> None:

@@ -119,6 +119,8 @@ class ChunkArrived:
     chunk: Chunk
     #: length of the one raw frame; 0 when there was not exactly one
     nbytes: int
+    #: of the fetch that it answers
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)

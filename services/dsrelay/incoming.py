@@ -40,6 +40,8 @@ class Incoming:
     source: str
     #: blocks that a slot holds
     per_slot: int
+    #: of the fetch
+    number: int
     #: credits given: slots whose chunk is still to come
     reserved: deque[int] = field(default_factory=deque)
     #: chunk index -> slot: the reader copies it
@@ -82,6 +84,8 @@ class IncomingTransfers:
         self.transfers: dict[KvKey, Incoming] = {}
         #: those without a slot yet
         self.waiting: deque[KvKey] = deque()
+        #: fetches so far
+        self._fetches = 0
         self._deadlines: Timers[KvKey] = Timers()
         #: one lease from the reader's last sign of interest
         self._wanted: Timers[KvKey] = Timers()
@@ -105,7 +109,8 @@ class IncomingTransfers:
         except DsError as error:
             self._out.append(Send(reader, kv.KvFailed(key, error.info())))
             return
-        self.transfers[key] = Incoming(reader, handle, RELAY + handle.node, per_slot)
+        self.transfers[key] = Incoming(reader, handle, RELAY + handle.node, per_slot, self._fetches)
+        self._fetches += 1
         self._deadlines.set(key, now + self._lease_s)
         self._wanted.set(key, now + self._lease_s)
         self.waiting.append(key)
@@ -170,7 +175,7 @@ class IncomingTransfers:
         """Put a chunk into its slot and tell the reader. One that nobody waits for any more is dropped."""
         now, chunk = event.now, event.chunk
         one = self.transfers.get(event.key)
-        if one is None or one.source != event.peer or not one.begun:
+        if one is None or (one.source, one.number) != (event.peer, event.number) or not one.begun:
             return
         error = self._wrong(one, event)
         if error is not None:
@@ -184,25 +189,24 @@ class IncomingTransfers:
         self._deadlines.set(event.key, now + self._timeout_s)
         self._out += [StoreChunk(slot), Send(one.reader, kv.KvChunkReady(event.key, chunk, slot))]
 
-    def source_failed(self, now: float, source: str, key: KvKey, error: ErrorInfo) -> None:
+    def source_failed(self, now: float, source: str, failed: kv.KvFetchFailed) -> None:
         """The owner's side has ended the transfer."""
-        one = self.transfers.get(key)
-        if one is not None and one.source == source:
-            self._drop(now, one)
-            self._out.append(Send(one.reader, kv.KvFailed(key, error)))
+        one = self.transfers.get(failed.key)
+        if one is not None and (one.source, one.number) == (source, failed.number):
+            self._give_up(now, one, failed.error)
 
     def source_lost(self, now: float, source: str) -> None:
         """That relay cannot be reached."""
         for one in [one for one in self.transfers.values() if one.source == source]:
             error = TransferFailed(f"the relay of node {one.handle.node} cannot be reached")
-            self.source_failed(now, source, one.handle.key, error.info())
+            self._give_up(now, one, error.info())
 
     def source_restarted(self, now: float, source: str) -> None:
         """That relay had forgotten us: ask again where nothing has come yet, else give up."""
         for one in [one for one in self.transfers.values() if one.source == source and one.begun]:
             if one.received:
                 error = TransferFailed(f"the relay of node {one.handle.node} was restarted in mid-transfer")
-                self.source_failed(now, source, one.handle.key, error.info())
+                self._give_up(now, one, error.info())
             elif not one.repeated:
                 # answers to what was sent before it came may still arrive; they mean the same restart
                 one.repeated = True
@@ -292,7 +296,7 @@ class IncomingTransfers:
         self._fetch(one)
 
     def _fetch(self, one: Incoming) -> None:
-        fetch = kv.KvFetch(one.handle.key, len(one.reserved), self._slot_nbytes, one.again)
+        fetch = kv.KvFetch(one.handle.key, len(one.reserved), self._slot_nbytes, one.again, one.number)
         self._out.append(Send(one.source, fetch))
 
     def _reserve(self, one: Incoming) -> int:
@@ -307,6 +311,11 @@ class IncomingTransfers:
     def _of(self, reader: str, key: KvKey) -> Incoming | None:
         one = self.transfers.get(key)
         return one if one is not None and one.reader == reader else None
+
+    def _give_up(self, now: float, one: Incoming, error: ErrorInfo) -> None:
+        """The owner's side knows nothing of it any more."""
+        self._drop(now, one)
+        self._out.append(Send(one.reader, kv.KvFailed(one.handle.key, error)))
 
     def _fail(self, now: float, one: Incoming, error: ErrorInfo) -> None:
         self._stop(now, one, error)

@@ -44,6 +44,8 @@ class Outgoing:
     chunks: tuple[kv.Chunk, ...]
     #: chunks that may still be staged and sent
     credits: int
+    #: of the fetch
+    number: int
     #: chunk index -> slot: the owner copies into it
     staging: dict[int, int] = field(default_factory=dict)
     #: chunk index -> slot: waits for an earlier chunk
@@ -106,13 +108,14 @@ class OutgoingTransfers:
                 raise TransferFailed(f"an earlier transfer of {key} has not come to its end")
             self._begin(now, peer, handle, fetch)
         except TransferFailed as error:
-            self._out.append(Send(peer, kv.KvFetchFailed(key, error.info())))
+            self._out.append(Send(peer, kv.KvFetchFailed(key, error.info(), fetch.number)))
             self._ledger.ended(now, peer, key, "lost")
 
     def failed(self, now: float, peer: str, key: KvKey, error: ErrorInfo) -> None:
         """The handle is gone, or cannot be had; nobody but its owner ever reads its blocks, so that is over."""
+        of = self.asked.get((peer, key)) or self._transfer(peer, key)
         self._stop(now, peer, key)
-        self._out.append(Send(peer, kv.KvFetchFailed(key, error)))
+        self._out.append(Send(peer, kv.KvFetchFailed(key, error, of.number if of is not None else 0)))
         self._ledger.ended(now, peer, key, "lost")
 
     # fetching relays
@@ -127,7 +130,7 @@ class OutgoingTransfers:
             return
         if not 0 < message.credits <= MAX_CREDITS or message.slot_nbytes < 1:
             error = ProtocolError(f"{message.credits} credits of {message.slot_nbytes} bytes make no transfer")
-            self._out.append(Send(peer, kv.KvFetchFailed(message.key, error.info())))
+            self._out.append(Send(peer, kv.KvFetchFailed(message.key, error.info(), message.number)))
             return
         self.asked[name] = message
         self._ledger.ask(now, Ask(peer, message.key, self))
@@ -210,7 +213,7 @@ class OutgoingTransfers:
     def _begin(self, now: float, peer: str, handle: KvHandle, fetch: kv.KvFetch) -> None:
         slot_nbytes = min(self._slot_nbytes, fetch.slot_nbytes)
         chunks = plan(len(handle.blocks), handle.layout.block_nbytes, slot_nbytes)
-        self.transfers[handle.key] = made = Outgoing(peer, handle, chunks, fetch.credits)
+        self.transfers[handle.key] = made = Outgoing(peer, handle, chunks, fetch.credits, fetch.number)
         self._progress.set(handle.key, now + self._timeout_s)
         self._want(handle.key, made)
 
@@ -247,7 +250,7 @@ class OutgoingTransfers:
         while one.next_send in one.staged:
             chunk, slot = one.chunks[one.next_send], one.staged.pop(one.next_send)
             nbytes = chunk.count * one.handle.layout.block_nbytes
-            self._out.append(SendChunk(one.peer, kv.KvChunk(key, chunk), slot, nbytes))
+            self._out.append(SendChunk(one.peer, kv.KvChunk(key, chunk, one.number), slot, nbytes))
             # the shell sends a copy before it performs any later action, so the slot may be dealt again
             self.slots.give(slot)
             one.next_send += 1

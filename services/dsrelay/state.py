@@ -229,7 +229,7 @@ class RelayState:
             if refusal is None:
                 self._out.append(Send(peer, worker.HelloWanted()))
             elif isinstance(message, kv.KvFetch):
-                self._out.append(Send(peer, kv.KvFetchFailed(message.key, refusal)))
+                self._out.append(Send(peer, kv.KvFetchFailed(message.key, refusal, message.number)))
         else:
             self._fetch_message(now, peer, message)
 
@@ -255,8 +255,8 @@ class RelayState:
             case worker.HelloWanted():
                 self._greet(now, peer.removeprefix(RELAY))
                 self.incoming.source_restarted(now, peer)
-            case kv.KvFetchFailed(key=key, error=error):
-                self.incoming.source_failed(now, peer, key, error)
+            case kv.KvFetchFailed():
+                self.incoming.source_failed(now, peer, message)
             case _:
                 self._out.append(Complain(peer, _unexpected(message)))
 

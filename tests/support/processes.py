@@ -401,7 +401,7 @@ class RelayProcess(Process):
         message, self._frame = parcel
         if isinstance(message, kv.KvChunk):
             nbytes = len(self._frame or ()) * LAYOUT.block_nbytes
-            self.feed(ChunkArrived(self.now, peer, message.key, message.chunk, nbytes))
+            self.feed(ChunkArrived(self.now, peer, message.key, message.chunk, nbytes, message.number))
         else:
             self.feed(Received(self.now, peer, message))
 

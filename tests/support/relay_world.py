@@ -272,8 +272,9 @@ class RelayWorld:
     def _to_fetcher(self, node: str, peer: str, message: Any) -> None:
         if isinstance(message, tuple):
             action, self._in_flight = message
-            chunk = action.message.chunk
-            event = ChunkArrived(self.now, peer, action.message.key, chunk, chunk.count * LAYOUT.block_nbytes)
+            said = action.message
+            nbytes = said.chunk.count * LAYOUT.block_nbytes
+            event = ChunkArrived(self.now, peer, said.key, said.chunk, nbytes, said.number)
             self._feed(node, event)
         else:
             self._feed(node, Received(self.now, peer, message))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dskv.handle import KvKey
-from dsrelay.events import StoreChunk
+from dsrelay.events import ChunkArrived, StoreChunk
 from dswire.errors import Cancelled, KvCorrupt
 from dswire.machine import Send
 from dswire.messages import kv, worker
@@ -149,9 +149,7 @@ def test_a_fetch_that_stands_still_fails(fetcher: Desk, before: int, says: str) 
 def test_a_pull_that_never_finds_a_slot_fails() -> None:
     desk = Desk(make_config(receiving=1))
     desk.join("decode-0")
-    desk.say(DECODE, kv.KvPull(THERE))
     long, late = make_handle("long/0", node="n1", blocks=range(14)), make_handle("late/0", node="n1")
-    desk.say(DECODE, kv.KvAbort(THERE.key))
     desk.say(DECODE, kv.KvPull(long))
     desk.say(DECODE, kv.KvPull(late))
     for index in range(6):
@@ -169,6 +167,19 @@ def test_the_error_of_the_other_side_reaches_the_reader(fetcher: Desk) -> None:
     fetcher.say(SOURCE, kv.KvFetchFailed(THERE.key, KvCorrupt("rotten").info()))
     assert failure(fetcher, DECODE) == "kv_corrupt"
     fetcher.assert_idle()
+
+
+def test_what_an_earlier_fetch_left_on_the_way_is_dropped(fetcher: Desk) -> None:
+    bring(fetcher, 0)
+    fetcher.say(DECODE, kv.KvAbort(THERE.key))
+    fetcher.say(DECODE, kv.KvPull(THERE))
+    assert fetcher.sent(SOURCE, kv.KvFetch) == [kv.KvFetch(THERE.key, 3, SLOT_NBYTES, number=1)]
+    bring(fetcher, 1)
+    assert fetcher.actions == []
+    fetcher.say(SOURCE, kv.KvFetchFailed(THERE.key, KvCorrupt("rotten").info()))
+    assert fetcher.actions == []
+    fetcher.feed(ChunkArrived(fetcher.now, SOURCE, THERE.key, CHUNKS[0], CHUNKS[0].count * SIZE, 1))
+    assert [ready.chunk for ready in fetcher.sent(DECODE, kv.KvChunkReady)] == [CHUNKS[0]]
 
 
 def test_an_unreachable_relay_fails_its_pulls(fetcher: Desk) -> None:

@@ -310,7 +310,7 @@ class RelayProcess(Process):
     def take(self, peer: str, message: msgspec.Struct, nbytes: int) -> None:
         """A message, or a chunk with its bytes."""
         if type(message) is KvChunk:
-            self.feed(ChunkArrived(self.kernel.now, peer, message.key, message.chunk, nbytes))
+            self.feed(ChunkArrived(self.kernel.now, peer, message.key, message.chunk, nbytes, message.number))
         else:
             super().take(peer, message, nbytes)
 

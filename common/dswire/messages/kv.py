@@ -273,6 +273,8 @@ class KvFetch(msgspec.Struct, frozen=True, tag=True):
     slot_nbytes: int
     #: all have come once, and were not what they should be
     again: bool = False
+    #: of the fetching side's fetches; the answers tell it, as an earlier fetch may have left chunks on the way
+    number: int = 0
 
 
 class KvProbe(msgspec.Struct, frozen=True, tag=True):
@@ -302,6 +304,8 @@ class KvChunk(msgspec.Struct, frozen=True, tag=True):
 
     key: KvKey
     chunk: Chunk
+    #: of the fetch
+    number: int = 0
 
 
 class KvProof(msgspec.Struct, frozen=True, tag=True):
@@ -313,6 +317,8 @@ class KvFetchFailed(msgspec.Struct, frozen=True, tag=True):
 
     key: KvKey
     error: ErrorInfo
+    #: of the fetch
+    number: int = 0
 
 
 FromKvWorker: TypeAlias = (
