@@ -184,6 +184,7 @@ class Resolver:
             client_lease_s=section.client_lease_s,
             worker_lease_s=section.worker_lease_s,
             retries=section.retries,
+            node_affinity=section.node_affinity,
         )
 
     def _backend(self, network: Network, section: RouterSection, node: Node, frontend: Key) -> Ends:

@@ -79,6 +79,8 @@ class Router:
     worker_lease_s: float
     #: attempts after the first
     retries: int
+    #: how far KV is kept in its node: see :mod:`dssched.dispatch`
+    node_affinity: float
 
 
 @dataclass(frozen=True, slots=True)

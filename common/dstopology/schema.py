@@ -119,6 +119,12 @@ class RouterSection:
     client_lease_s: float = key(SECONDS, "a client silent for longer is taken for dead", 6.0)
     worker_lease_s: float = key(SECONDS, "a worker silent for longer is taken for dead", 5.0)
     retries: int = key(Number(0, 100), "attempts after the first", 2)
+    node_affinity: float = key(
+        Number(0, 1_000_000, whole=False),
+        "KV leaves its node only for a decode instance that holds fewer tokens by this many times the sequence's; "
+        "0: for any that holds fewer",
+        4.0,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,7 @@ async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> 
         client_lease_s=router.client_lease_s,
         worker_lease_s=router.worker_lease_s,
         retries=router.retries,
+        node_affinity=router.node_affinity,
         mode=topology.mode,
         threshold_tokens=topology.threshold_tokens,
         keep_extend_s=min((one.lease_s / 3 for one in topology.relays if one.keep_nbytes), default=0.0),

@@ -27,7 +27,8 @@ class RouterConfig:
     client_lease_s: float
     worker_lease_s: float
     retries: int
-    #: who reads prompts: see :mod:`dssched.dispatch`
+    #: how far KV is kept in its node, and who reads prompts: see :mod:`dssched.dispatch`
+    node_affinity: float = 0.0
     mode: str = "disaggregated"
     threshold_tokens: int = 0
     #: how often the leases of kept KV are renewed, in seconds; 0 where relays keep none

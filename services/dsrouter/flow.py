@@ -19,7 +19,7 @@ from dsrouter.config import RouterConfig
 from dsrouter.keeping import Keeping
 from dsrouter.request import Choice, Phase, Request
 from dsrouter.workers import Worker, Workers
-from dssched.dispatch import reads_locally
+from dssched.dispatch import reads_locally, sending_tokens
 from dssched.prefix import PrefixIndex, digests
 from dswire.errors import DsError, ErrorInfo, NoInstance, WorkerLost, from_info
 from dswire.messages import worker
@@ -108,6 +108,12 @@ class Flow:
 
         return count
 
+    def _sending(self, request: Request, choice: Choice) -> Callable[[Worker], int]:
+        """How many tokens it is worth to send the choice's KV to an instance."""
+        handle, length, affinity = choice.handle, _length(request, choice), self._config.node_affinity
+        assert handle is not None
+        return lambda target: sending_tokens(length, handle.node, target.hello.node, affinity)
+
     def pump(self, now: float) -> None:
         """Send what can be sent."""
         conditional = self._config.mode == "conditional"
@@ -132,10 +138,11 @@ class Flow:
             self._queued.popleft()
             self._send_prefill(now, target, request, choice)
         while self._unplaced:
-            target = self.workers.choose("decode", self._limits["decode"])
+            request, choice = self.choices[self._unplaced[0]]
+            target = self.workers.choose("decode", self._limits["decode"], self._sending(request, choice))
             if target is None:
                 break
-            request, choice = self.choices[self._unplaced.popleft()]
+            self._unplaced.popleft()
             self._send_decode(now, target, request, choice)
 
     def _send_prefill(self, now: float, target: Worker, request: Request, choice: Choice) -> None:

@@ -143,14 +143,14 @@ class Workers:
         return DuplicateName(f"a live {hello.role} worker is already named {hello.name!r}")
 
     def choose(
-        self, role: str, max_sequences: int, unread: Callable[[Worker], int] = lambda worker: 0, most: float = inf
+        self, role: str, max_sequences: int, added: Callable[[Worker], int] = lambda worker: 0, most: float = inf
     ) -> Worker | None:
         """The worker that gets the next sequence (``dssched.dispatch``), if any has room.
 
-        ``unread``: tokens that it would have to read. ``most``: only one that would have fewer than that to read,
-        and has fewer than that to read now.
+        ``added``: tokens that it would have to read, or that sending KV there is worth. ``most``: only one that
+        would have fewer than that to read, and has fewer than that to read now.
         """
-        open_to = [(one, unread(one)) for one in self.role(role) if len(one.sequences) < max_sequences]
+        open_to = [(one, added(one)) for one in self.role(role) if len(one.sequences) < max_sequences]
         if most < inf:
             open_to = [(one, new) for one, new in open_to if new < most and sum(one.reading.values()) < most]
         name = pick(Candidate(one.tokens + new, one.last_used, one.hello.name) for one, new in open_to)

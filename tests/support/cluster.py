@@ -70,6 +70,7 @@ class Shape:
     #: blocks of KV that each relay keeps for readers that die
     keep_blocks: int = 0
     retries: int = 2
+    node_affinity: float = 4.0
     lease_s: float = LEASE_S
     transfer_timeout_s: float = 5.0
     client_lease_s: float = 6.0
@@ -263,6 +264,7 @@ class Cluster:
             client_lease_s=shape.client_lease_s,
             worker_lease_s=shape.worker_lease_s,
             retries=shape.retries,
+            node_affinity=shape.node_affinity,
             mode=shape.mode,
             threshold_tokens=shape.threshold_tokens,
             keep_extend_s=shape.lease_s / 3 if shape.keep_blocks else 0.0,

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from dsctl.plan import command
 from dsplan import branches, pareto, report
-from dsplan.confirm import agreed, checked, confirm, confirmations
+from dsplan.confirm import agreed, checked, confirm, confirmations, simulated
 from dsplan.devices import find_device
 from dsplan.errors import PlanInput, ProfileMismatch, UnreachableSlo
 from dsplan.given import read
@@ -29,6 +29,7 @@ from dsplan.roofline import RooflineLatency
 from dsplan.search import Mixed, Parallel, algorithm1, algorithm2, best_of, pairs_of, pruned, unbounded
 from dsplan.shapes import find_model
 from dsplan.topology_file import model, text
+from dssim.times import FlatTransfer
 from dstopology.load import load
 
 A100 = find_device("a100-80g")
@@ -197,6 +198,22 @@ def test_two_kinds_of_devices_each_have_their_phase(tmp_path: Path) -> None:
         "n0",
         "n1",
     }
+
+
+def test_kv_of_side_by_side_phases_stays_in_its_node(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+
+    def network_s(self: FlatTransfer, nbytes: int) -> float:
+        sent.append(nbytes)
+        return 0.0
+
+    monkeypatch.setattr(FlatTransfer, "network_s", network_s)
+    one = Group(Parallel(1, 1), 4)
+    wide = dataclasses.replace(plan.question, nodes=2, devices_per_node=4)
+    for algorithm, crosses in (("low", False), ("high", True)):
+        _, run = simulated(wide, Spec(algorithm, one, one), 6.0, 60, 60)
+        assert all(not record.error for record in run.records)
+        assert bool(sent) == crosses
 
 
 def test_the_simulator_finds_the_highest_rate_that_attains() -> None:

@@ -40,6 +40,7 @@ class Desk:
         blocks: int = 16,
         mode: str = "disaggregated",
         threshold_tokens: int = 0,
+        node_affinity: float = 0.0,
     ) -> None:
         config = RouterConfig(
             name="router-0",
@@ -57,6 +58,7 @@ class Desk:
             retries=retries,
             mode=mode,
             threshold_tokens=threshold_tokens,
+            node_affinity=node_affinity,
         )
         # an early clock: a time of zero is a time like any other
         self.now = 0.0
@@ -73,10 +75,10 @@ class Desk:
     def say(self, peer: str, message: msgspec.Struct) -> list[Action]:
         return self.feed(Received(self.now, peer, message))
 
-    def join(self, *names: str) -> Desk:
+    def join(self, *names: str, node: str = "n0") -> Desk:
         for name in names:
             capacity = worker.Capacity(self.blocks, LAYOUT, keeps=True)
-            self.say(name, worker.WorkerHello(PROTOCOL, name, ROLES[name], "n0", "1", MODEL, capacity))
+            self.say(name, worker.WorkerHello(PROTOCOL, name, ROLES[name], node, "1", MODEL, capacity))
         return self
 
     def submit(
@@ -295,6 +297,19 @@ def test_work_goes_where_the_queue_is_shortest_in_tokens() -> None:
         desk.submit(name, tokens)
         went += [peer for peer in ("prefill-0", "prefill-1") if desk.told(peer, worker.PrefillWork)]
     assert went == ["prefill-0", "prefill-1", "prefill-1", "prefill-1"]
+
+
+@pytest.mark.parametrize(("affinity", "moved"), [(0.0, 4), (2.0, 3), (1e6, 0)], ids=["none", "some", "all"])
+def test_kv_leaves_its_node_when_that_has_clearly_more_to_decode(affinity: float, moved: int) -> None:
+    desk = Desk(max_prefill_queue=99, node_affinity=affinity).join("prefill-0", "decode-0")
+    desk.join("decode-1", node="n1")
+    went = []
+    for number in range(8):
+        desk.submit(str(number), tokens=10)
+        desk.prefilled(only(desk.told("prefill-0", worker.PrefillWork)).key)
+        went += [name for name in ("decode-0", "decode-1") if desk.told(name, worker.DecodeWork)]
+    assert len(went) == 8
+    assert went.count("decode-1") == moved
 
 
 def test_an_instance_gets_no_more_than_its_queue_holds() -> None:

@@ -19,10 +19,8 @@ def spec_of(topology: Topology) -> Spec:
     if decode is None:
         raise PlanInput(f"{topology.path} has no decode instance", remedy="give it one")
     budget = _same(topology, topology.role("decode"), "max_batch_tokens")
-    nodes = {one.node for one in topology.instances}
     return Spec(
-        # KV that never leaves a node
-        "low" if len(nodes) == 1 else "high",
+        "low" if _stays(topology) else "high",
         prefill or Group(decode.parallel, 0),
         decode,
         topology.mode,
@@ -43,6 +41,13 @@ def read(path: Path, planner: Planner) -> Spec:
                 remedy="compare a topology of the model and devices that are planned for",
             )
     return spec
+
+
+def _stays(topology: Topology) -> bool:
+    """Whether KV hardly ever leaves its node."""
+    decoding = {one.node for one in topology.role("decode")}
+    bound = len({one.node for one in topology.instances}) == 1 or topology.router.node_affinity > 0
+    return bound and all(one.node in decoding for one in topology.role("prefill"))
 
 
 def _group(topology: Topology, role: Literal["prefill", "decode"]) -> Group | None:

@@ -196,6 +196,7 @@ class System:
             client_lease_s=router.client_lease_s,
             worker_lease_s=router.worker_lease_s,
             retries=router.retries,
+            node_affinity=router.node_affinity,
             mode=topology.mode,
             threshold_tokens=topology.threshold_tokens,
         )
