@@ -15,7 +15,7 @@ import pytest
 
 from dsplan import fit
 from dsplan.devices import find_device
-from dsplan.roofline import STACKS, RooflineLatency
+from dsplan.roofline import STACKS, RooflineLatency, efficiencies
 from dsplan.shapes import find_model
 
 MEASURED = Path(__file__).parents[3] / "shared" / "data" / "gpu"
@@ -40,7 +40,7 @@ def test_the_fit_finds_the_parameters_that_made_the_rows() -> None:
 @pytest.mark.parametrize("table", fit.TABLES, ids=lambda table: table.name)
 def test_shipped_efficiencies_have_the_errors_that_they_ship_with(table: fit.Table) -> None:
     shipped = json.loads(files("dsplan").joinpath("data/efficiency.json").read_text())
-    split = fit.read(MEASURED / "aiconfigurator", table, "a100-80g")
+    split = fit.read(MEASURED, table, "a100-80g")
     errors = fit.report(table, tuple(shipped["devices"]["a100-80g"][table.name]), split)
     told = shipped["errors"]["a100-80g"][table.name]["held_out"]
     assert errors == pytest.approx(told, abs=0.3)
@@ -61,6 +61,13 @@ def splitwise() -> dict[tuple[int, int, int], tuple[float, float]]:
     }
 
 
+def test_launches_on_a_host_of_h100s_take_what_launch_bound_all_reduces_say() -> None:
+    """Both hosts were measured with the same software, and launches are told in time of a host of A100s."""
+    launch_s = [efficiencies(name)["allreduce_2023"][0] for name in ("a100-80g", "h100")]
+    assert launch_s[0] == pytest.approx(launch_s[1], rel=0.05)
+    assert find_device("a100-80g").host_factor > find_device("h100").host_factor == find_device("h200").host_factor
+
+
 @needs_measurements
 def test_roofline_meets_splitwises_rows_at_tp_4_which_nothing_was_set_on() -> None:
     latency = RooflineLatency(find_model("Llama-2-70B"), find_device("a100-80g"), STACKS["eager-2023"])
@@ -69,7 +76,7 @@ def test_roofline_meets_splitwises_rows_at_tp_4_which_nothing_was_set_on() -> No
     for (tp, batch, length), (prompt_ms, token_ms) in splitwise().items():
         if tp == 4:
             tokens.append(abs(instance.decode_step_s(batch, batch * (length + 64)) * 1e3 / token_ms - 1))
-            if batch == 1:
+            if batch == 1 and length <= 2048:
                 prompts.append(abs(instance.prefill_stage_s(length, length**2, 1) * 1e3 / prompt_ms - 1))
     assert statistics.mean(tokens) < 0.05
-    assert statistics.mean(prompts) < 0.12
+    assert statistics.mean(prompts) < 0.05

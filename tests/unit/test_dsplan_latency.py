@@ -108,16 +108,42 @@ def test_roofline_decode_grows_with_context_and_is_finite(batch: int, context: i
     assert 0 < short <= long < math.inf
 
 
-@pytest.mark.parametrize("tp", [2, 4, 8])
-def test_roofline_of_opt_66b_is_within_a_third_of_distserves_profile(tp: int) -> None:
-    """Neither was fitted on the other: kernels of vLLM 0.14 against a 2024 engine, overheads included."""
-    shape = find_model("OPT-66B")
-    roofline = RooflineLatency(shape, find_device("a100-80g")).instance(tp, 1)
-    measured = distserve_latency("OPT-66B", "a100-80g").instance(tp, 1)
-    for tokens in (512, 2000):
-        ratio = roofline.prefill_stage_s(tokens, tokens**2, 1) / measured.prefill_stage_s(tokens, tokens**2, 1)
-        assert ratio == pytest.approx(1, abs=0.13)
-    assert roofline.decode_step_s(16, 8192) / measured.decode_step_s(16, 8192) == pytest.approx(1, abs=1 / 3)
+@given(
+    device=st.sampled_from(known_devices()),
+    model=st.sampled_from(["OPT-175B", "Llama-3-8B", "SmolLM2-135M", "Mixtral-8x7B", "BLOOM-176B"]),
+    stack=st.sampled_from(sorted(STACKS)),
+    tp=st.sampled_from([1, 2, 4, 8]),
+    sizes=st.lists(st.integers(1, 20_000), min_size=2, max_size=2),
+    batches=st.lists(st.integers(1, 600), min_size=2, max_size=2),
+)
+def test_roofline_takes_longer_over_more_on_any_device(
+    device: str, model: str, stack: str, tp: int, sizes: list[int], batches: list[int]
+) -> None:
+    shape = find_model(model)
+    tp = tp if shape.heads % tp == 0 else 1
+    one = RooflineLatency(shape, find_device(device), STACKS[stack]).instance(tp, 1)
+    (few, many), (less, more) = sorted(batches), sorted(sizes)
+    slack = 1 + 1e-9
+    assert one.prefill_stage_s(less, less**2, 1) <= one.prefill_stage_s(more, more**2, 1) * slack
+    assert (
+        one.prefill_stage_s(few * 99, few * 99**2, few)
+        <= one.prefill_stage_s(many * 99, many * 99**2, many) * slack
+    )
+    assert one.decode_step_s(few, few * less) <= one.decode_step_s(few, few * more) * slack
+    assert one.decode_step_s(few, few * less) <= one.decode_step_s(many, many * less) * slack
+
+
+@pytest.mark.parametrize("device", ["a100-80g", "h100", "h200", "h20", "b200", "v100-32g"])
+@pytest.mark.parametrize("model", ["OPT-66B", "Llama-3-70B", "Mixtral-8x22B"])
+def test_more_ranks_are_quicker_where_links_are(device: str, model: str) -> None:
+    latency = RooflineLatency(find_model(model), find_device(device))
+    each = [latency.instance(tp, 1) for tp in (1, 2, 4, 8)]
+    for tokens in (64, 4096):
+        times = [one.prefill_stage_s(tokens, tokens**2, 1) for one in each]
+        assert times == sorted(times, reverse=True)
+    for batch in (1, 256):
+        times = [one.decode_step_s(batch, batch * 1000) for one in each]
+        assert times == sorted(times, reverse=True)
 
 
 def test_roofline_refuses_a_tp_that_cuts_no_heads() -> None:

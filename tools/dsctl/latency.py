@@ -25,7 +25,9 @@ BATCHES = "1,8,32,64,128"
 @click.option("--prompts", default=PROMPTS, show_default=True, help="Tokens of the prompts to show.")
 @click.option("--batches", default=BATCHES, show_default=True, help="Sequences of the decode steps to show.")
 @click.option("--context", type=click.IntRange(1, 10_000_000), default=1024, show_default=True, help="Of each.")
-@click.option("--stack", default="graphs", show_default=True, help="Serving software: graphs or eager-2023.")
+@click.option(
+    "--stack", default="graphs", show_default=True, help="Serving software: graphs, nccl-2023 or eager-2023."
+)
 @click.option(
     "--measured",
     type=click.Path(path_type=Path),

@@ -1,24 +1,23 @@
 """How far the roofline is from measurements: mean and 90th percentile of the relative error, by table.
 
 Two sources. :func:`published` reads public measurements from a directory that the user names (Vidur's kernels,
-Splitwise's whole steps) and DistServe's profile of OPT, which is shipped; nothing but the two hand-set numbers of
-the stack "eager-2023" was set on any of it. Each of these rows is also modelled as if nobody had measured its
-device, with efficiencies fitted on the other devices: the error to expect of an unknown one. :func:`measured` reads
-a CSV of one's own, with the columns :data:`COLUMNS`: a model (a known name or a config), a device, ``tp``, ``pp``,
-``phase`` (prefill or decode), ``batch``, ``tokens`` of each prompt or of each context, and ``ms`` of the step.
+Splitwise's whole steps) and DistServe's profile of OPT, which is shipped. The kernels of today were not fitted on
+any of it, those of 2023 on Vidur's, and four numbers of the stack "eager-2023" were set on Splitwise's rows at TP 2
+and 8. Each of these rows is also modelled as if nobody had measured its device, with efficiencies fitted on the
+other devices: the error to expect of an unknown one. :func:`measured` reads a CSV of one's own, with the columns
+:data:`COLUMNS`: a model (a known name or a config), a device, ``tp``, ``pp``, ``phase`` (prefill or decode),
+``batch``, ``tokens`` of each prompt or of each context, and ``ms`` of the step.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
-from dsplan import kernels
+from dsplan import kernels, vidur
 from dsplan.devices import find_device, unseen
 from dsplan.errors import PlanInput
 from dsplan.latency import Instance
@@ -31,6 +30,14 @@ COLUMNS = ("model", "device", "tp", "pp", "phase", "batch", "tokens", "ms")
 #: Splitwise's table, and the mean number of output tokens before one of which it tells the time
 _SPLITWISE = "splitwise_perf_model_a100_llama2_70b.csv.gz"
 _SPLITWISE_STEPS = 64
+#: tokens of a step above which repeats of its cells differ by up to a quarter
+STEADY_TOKENS = 2048
+#: model and TP whose fit DistServe's history calls that of vLLM
+DOUBTFUL = "OPT-66B", 8
+_GRID = (
+    *(("prefill", 1, tokens) for tokens in (256, 512, 1024, 2048)),
+    *(("decode", batch, 512) for batch in (1, 8, 32, 64, 128)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +104,7 @@ def step_s(instance: Instance, phase: str, batch: int, tokens: int) -> float:
 def measured(path: Path, stack: Stack) -> list[Row]:
     """The rows of a CSV. Raises :class:`PlanInput` naming the row and column that make no sense."""
     rows = []
-    for number, row in enumerate(_rows(path), 2):
+    for number, row in enumerate(vidur.lines(path), 2):
         try:
             instance = _instance(row, stack)
             phase = row["phase"]
@@ -130,14 +137,6 @@ def _instance(row: Mapping[str, str], stack: Stack) -> RooflineInstance:
     return latency.instance(_positive(row, "tp"), _positive(row, "pp"))
 
 
-def _rows(path: Path) -> Iterator[dict[str, str]]:
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-            yield from csv.DictReader(lines)
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanInput(f"{path} cannot be read: {error}") from error
-
-
 # published ones
 
 
@@ -145,7 +144,7 @@ def published(directory: Path) -> list[Row]:
     """Every table of ``directory`` that is there, and DistServe's profile. Raises :class:`PlanInput` for none."""
     rows: list[Row] = []
     if (directory / "vidur").is_dir():
-        rows += _vidur_gemm(directory / "vidur")
+        rows += _vidur_kernels(directory / "vidur")
         rows += _vidur_attention(directory / "vidur")
     if (directory / _SPLITWISE).exists():
         rows += _splitwise(directory / _SPLITWISE)
@@ -157,34 +156,24 @@ def published(directory: Path) -> list[Row]:
     return rows + distserve_rows()
 
 
-def _vidur_gemm(directory: Path) -> Iterator[Row]:
-    """The four GEMMs of a layer, one row each."""
-    for path in sorted(directory.glob("*_mlp.csv.gz")):
-        gpu = path.name.partition("_")[0]
-        device = find_device({"a100": "a100-80g"}.get(gpu, gpu))
-        fitted = [efficiencies(each.efficiency)["gemm"] for each in (device, unseen(device))]
-        for row in _rows(path):
-            tp, tokens, hidden = (int(row[n]) for n in ("num_tensor_parallel_workers", "num_tokens", "n_embd"))
-            heads, kv, inner = int(row["n_head"]), int(row["n_kv_head"]), int(row["n_expanded_embd"])
-            wide = inner * (2 if row["use_gated_mlp"] == "True" else 1)
-            shapes = {
-                "attn_pre_proj": (hidden * (heads + 2 * kv) / heads / tp, hidden),
-                "attn_post_proj": (hidden, hidden / tp),
-                "mlp_up_proj": (wide / tp, hidden),
-                "mlp_down_proj": (hidden, inner / tp),
-            }
-            for name, (n, k) in shapes.items():
-                told = row[f"time_stats.{name}.median"]
-                if told and float(told) > 0:
-                    times = [float(kernels.gemm_s(gemm, device, tokens, n, k)) for gemm in fitted]
-                    yield Row(f"GEMMs of a layer, {device.name}", float(told) / 1e3, *times)
+def _vidur_kernels(directory: Path) -> Iterator[Row]:
+    """The four GEMMs of a layer, one row each, and the all-reduces that no engine does by a kernel of its own."""
+    for device in map(find_device, vidur.GPUS):
+        fitted = [efficiencies(each.efficiency) for each in (device, unseen(device))]
+        for m, n, k, seconds in vidur.gemms(directory, device.name):
+            times = [float(kernels.gemm_s(each["gemm"], device, m, n, k)) for each in fitted]
+            yield Row(f"GEMMs of a layer, {device.name}", seconds, *times)
+        for ranks, nbytes, seconds in vidur.allreduces(directory, device.name):
+            if nbytes >= kernels.LARGE_ALLREDUCE:
+                times = [float(kernels.allreduce_s(e["allreduce_large"], device, ranks, nbytes)) for e in fitted]
+                yield Row(f"all-reduce from 8 MiB, {device.name}", seconds, *times)
 
 
 def _vidur_attention(directory: Path) -> Iterator[Row]:
     device = find_device("a100-80g")
     fitted = [efficiencies(each.efficiency)["generation"] for each in (device, unseen(device))]
     for path in sorted(directory.glob("a100_attention*.csv.gz")):
-        for row in _rows(path):
+        for row in vidur.lines(path):
             if row["is_prefill"] == "True" or int(row["kv_cache_size"]) == 0:
                 continue
             tp, dim = int(row["num_tensor_parallel_workers"]), int(row["n_embd"]) // int(row["n_q_head"])
@@ -197,7 +186,7 @@ def _vidur_attention(directory: Path) -> Iterator[Row]:
 def _splitwise(path: Path) -> list[Row]:
     """Medians of the repeats; one cell (TP 2, batch 64) is known to be wrong and left out."""
     cells: dict[tuple[int, int, int], list[tuple[float, float]]] = defaultdict(list)
-    for row in _rows(path):
+    for row in vidur.lines(path):
         key = int(row["tensor_parallel"]), int(row["batch_size"]), int(row["prompt_size"])
         if key[:2] != (2, 64):
             cells[key].append((float(row["prompt_time"]), float(row["token_time"])))
@@ -208,7 +197,8 @@ def _splitwise(path: Path) -> list[Row]:
         told = "held out" if tp == 4 else "set on"
         for phase, column, length in (("prefill", 0, tokens), ("decode", 1, tokens + _SPLITWISE_STEPS)):
             seconds = median(one[column] for one in times) / 1e3
-            what = "decode" if column else "prefill of one prompt" if batch == 1 else "prefill of a batch"
+            extent = "to" if batch * tokens <= STEADY_TOKENS else "beyond"
+            what = "decode" if column else f"prefill {extent} {STEADY_TOKENS} tokens"
             name = f"Splitwise {what}, Llama-2-70B TP {tp} ({told})"
             rows.append(Row(name, seconds, *(step_s(each, phase, batch, length) for each in instances)))
     return rows
@@ -221,19 +211,16 @@ def _both(model: str, device: str, stack: Stack) -> tuple[RooflineLatency, Roofl
 
 
 def distserve_rows() -> list[Row]:
-    """OPT-13B and 66B on a grid of DistServe's own fits, as published: prefill times have its factor of 1.1."""
+    """OPT-13B and 66B on a grid of DistServe's own fits, without the factors that were set by hand."""
     rows = []
-    device = find_device(distserve()["device"])
+    device, by_hand = find_device(distserve()["device"]), distserve()["hand_set"]["distserve"]
     for model, fits in distserve()["engines"]["distserve"].items():
-        theirs, ours = distserve_latency(model, device.name), _both(model, device.name, STACKS["graphs"])
+        theirs, ours = distserve_latency(model, device.name), _both(model, device.name, STACKS["nccl-2023"])
         for tp in (tp for tp in map(int, fits) if find_model(model).heads % tp == 0):
             one, others = theirs.instance(tp, 1), [each.instance(tp, 1) for each in ours]
-            for tokens in (256, 512, 1024, 2048):
-                told = step_s(one, "prefill", 1, tokens)
-                times = [step_s(each, "prefill", 1, tokens) for each in others]
-                rows.append(Row(f"DistServe prefill, {model} a100-80g", told, *times))
-            for batch in (1, 8, 32, 64, 128):
-                told = step_s(one, "decode", batch, 512)
-                times = [step_s(each, "decode", batch, 512) for each in others]
-                rows.append(Row(f"DistServe decode, {model} a100-80g", told, *times))
+            where = f"{model} TP 8 (doubtful)" if (model, tp) == DOUBTFUL else model
+            for phase, batch, tokens in _GRID:
+                told = step_s(one, phase, batch, tokens) / by_hand[phase]
+                times = [step_s(each, phase, batch, tokens) for each in others]
+                rows.append(Row(f"DistServe {phase}, {where}", told, *times))
     return rows

@@ -2,27 +2,26 @@
 
     python -m dsplan.fit DIRECTORY [--write efficiency.json]
 
-``DIRECTORY`` holds aiconfigurator's tables as gzipped CSV (``{gpu}_{table}.csv.gz``, times in ms). One row in five
-is held out of the fit, by a seeded draw, and the errors told are of those. "other device" is the error on all
-held-out rows of a GPU of the parameters fitted on the other GPUs: what to expect of a device that was not measured.
-Those parameters are kept, so that whole steps can be held against measurements in the same way.
+``DIRECTORY`` holds aiconfigurator's tables as gzipped CSV (``aiconfigurator/{gpu}_{table}.csv.gz``, times in ms)
+and Vidur's (:mod:`dsplan.vidur`), from which the kernels of 2023 are: another library of GEMMs, and NCCL alone.
+One row in five is held out of the fit, by a seeded draw, and the errors told are of those. "other device" is the
+error on all held-out rows of a GPU of the parameters fitted on the other GPUs: what to expect of a device that was
+not measured. Those parameters are kept, so that whole steps can be held against measurements in the same way.
 Needs numpy; nothing else of the package does.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsplan import kernels
+from dsplan import kernels, vidur
 from dsplan.devices import WITHOUT, Device, find_device
 from dsplan.kernels import Parameters
 
@@ -31,7 +30,8 @@ Column = np.ndarray[Any, np.dtype[np.float64]]
 FILES = {"a100-80g": "a100_sxm_vllm0.14.0", "h100": "h100_sxm_vllm0.24.0", "h200": "h200_sxm_vllm0.24.0"}
 SOURCE = (
     "fitted by dsplan.fit on kernel measurements of ai-dynamo/aiconfigurator at "
-    "095f58a51c4ca8e61b66ec108d86f223f8d559ce (Apache-2.0), bf16, vLLM 0.14 (A100) and 0.24 (H100, H200)"
+    "095f58a51c4ca8e61b66ec108d86f223f8d559ce (Apache-2.0), bf16, vLLM 0.14 (A100) and 0.24 (H100, H200); "
+    "gemm_2023 and allreduce_2023 on those of microsoft/vidur at 7d475133 (MIT), A100 and H100, pooled for H200"
 )
 #: rows that a fit looks at
 MOST_ROWS = 6000
@@ -55,6 +55,13 @@ class Table:
     start: Parameters
     #: rows taken, by their columns
     keep: Callable[..., Any]
+    #: rows of a device of Vidur's tables, where it is not a file
+    rows: Callable[[Path, str], Iterable[tuple[float, ...]]] | None = None
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Those that were measured."""
+        return tuple(vidur.GPUS if self.rows else FILES)
 
 
 def _all(*columns: Column) -> Any:
@@ -65,12 +72,17 @@ def _grouped(batch: Column, tokens: Column, heads: Column, kv: Column, dim: Colu
     return (heads <= MOST_GROUP * kv) & (dim <= MOST_DIM)
 
 
-def _large(ranks: Column, nbytes: Column) -> Any:
-    return nbytes >= kernels.LARGE_ALLREDUCE
+def _allreduce_s(p: Parameters, device: Device, ranks: Any, elements: Any) -> Any:
+    """The table tells sizes in elements."""
+    return kernels.allreduce_s(p, device, ranks, 2 * elements)
 
 
-def _small(ranks: Column, nbytes: Column) -> Any:
-    return nbytes < kernels.LARGE_ALLREDUCE
+def _large(ranks: Column, elements: Column) -> Any:
+    return 2 * elements >= kernels.LARGE_ALLREDUCE
+
+
+def _small(ranks: Column, elements: Column) -> Any:
+    return 2 * elements < kernels.LARGE_ALLREDUCE
 
 
 _BF16 = {"attn_dtype": "bfloat16", "kv_cache_dtype": "bfloat16", "window_size": "0"}
@@ -105,8 +117,10 @@ TABLES = (
         (12e3, 0.8, 0.2, 0.15, 2.0, 1.5, 8.0, 1.5),
         _grouped,
     ),
-    Table("allreduce_small", "custom_allreduce", _REDUCE, _GRAPH, kernels.allreduce_s, (4e-6, 1e-7, 0.3), _small),
-    Table("allreduce_large", "custom_allreduce", _REDUCE, _GRAPH, kernels.allreduce_s, (1e-5, 1e-6, 0.6), _large),
+    Table("allreduce_small", "custom_allreduce", _REDUCE, _GRAPH, _allreduce_s, (4e-6, 1e-7, 0.3), _small),
+    Table("allreduce_large", "custom_allreduce", _REDUCE, _GRAPH, _allreduce_s, (1e-5, 1e-6, 0.6), _large),
+    Table("gemm_2023", "", (), {}, kernels.gemm_s, (4e3, 0.85, 0.8, 64.0, 3.0, 3e3), _all, vidur.gemms),
+    Table("allreduce_2023", "", (), {}, kernels.nccl_s, (3e-5, 1e-7, 0.6), _all, vidur.allreduces),
 )
 
 
@@ -121,20 +135,23 @@ class Split:
 
 def read(directory: Path, table: Table, device: str) -> Split:
     """The rows of a table, split by a seeded draw: one in five for the test."""
-    path = directory / f"{FILES[device]}_{table.file}.csv.gz"
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        rows = [
-            [float(row[name]) for name in (*table.columns, "latency_ms")]
-            for row in csv.DictReader(lines)
-            if all(row.get(name, value) == value for name, value in table.where.items())
-        ]
-    data = np.array(rows).T
+    data = np.array(list(_rows(directory, table, device))).T
     data = data[:, np.asarray(table.keep(*data[:-1]), dtype=bool)]
     order = np.random.default_rng(0).permutation(data.shape[1])
     held = order[: data.shape[1] // 5]
     used = order[data.shape[1] // 5 :][:MOST_ROWS]
-    seconds = data[-1] / 1e3
+    seconds = data[-1]
     return Split(find_device(device), (data[:-1][:, used], seconds[used]), (data[:-1][:, held], seconds[held]))
+
+
+def _rows(directory: Path, table: Table, device: str) -> Iterable[tuple[float, ...]]:
+    """Sizes, and seconds last."""
+    if table.rows is not None:
+        yield from table.rows(directory / "vidur", device)
+        return
+    for row in vidur.lines(directory / "aiconfigurator" / f"{FILES[device]}_{table.file}.csv.gz"):
+        if all(row.get(name, value) == value for name, value in table.where.items()):
+            yield *(float(row[name]) for name in table.columns), float(row["latency_ms"]) / 1e3
 
 
 def predicted(table: Table, parameters: Parameters, device: Device, inputs: Column) -> Column:
@@ -200,9 +217,11 @@ def run(directory: Path) -> dict[str, Any]:
     """Fit every table on every device and on all together; the content of ``data/efficiency.json``."""
     out: dict[str, Any] = {"source": SOURCE, "devices": {}, "errors": {}}
     for table in TABLES:
-        splits = {device: read(directory, table, device) for device in FILES}
+        splits = {device: read(directory, table, device) for device in table.devices}
         pooled = fit(table, list(splits.values()))
-        out["devices"].setdefault("pooled", {})[table.name] = _rounded(pooled)
+        unmeasured = [each for name in FILES if name not in splits for each in (name, f"{WITHOUT}{name}")]
+        for name in ("pooled", *unmeasured):
+            out["devices"].setdefault(name, {})[table.name] = _rounded(pooled)
         for device, split in splits.items():
             own = fit(table, [split])
             others = fit(table, [other for name, other in splits.items() if name != device])

@@ -34,8 +34,8 @@ GEMM_SPLITS = (1, 2, 4, 8)
 TILE = 128
 #: head dimension that kernels are tuned for
 HEAD_DIM = 128
-#: from this size on an all-reduce is done by NCCL, below by one kernel over peer memory
-LARGE_ALLREDUCE = 4 << 20
+#: from this size on an all-reduce is done by NCCL, below by one kernel over peer memory, too
+LARGE_ALLREDUCE = 8 << 20
 
 #: a number, or a column of numbers
 Real = Any
@@ -83,8 +83,9 @@ def context_s(p: Parameters, device: Device, batch: Real, tokens: Real, heads: R
     """Causal attention of ``batch`` prompts of ``tokens`` each."""
     launch, flops_share, serial, knee, bytes_share, wave, width = p
     flops_share = flops_share * (dim / HEAD_DIM) ** width
-    tiles = -(-tokens // TILE) * batch * heads
-    flops = 2 * batch * heads * dim * tokens * tokens
+    whole = -(-tokens // TILE)
+    tiles = whole * batch * heads
+    flops = 2 * batch * heads * dim * tokens * TILE * whole
     arithmetic = flops / (device.flops * flops_share) * _waves(tiles, device) ** wave
     memory = 4 * batch * tokens * dim * (heads + kv) / (device.bytes_per_s * bytes_share)
     return launch + (arithmetic**knee + memory**knee + (serial * tokens) ** knee) ** (1 / knee)
@@ -112,3 +113,9 @@ def allreduce_s(p: Parameters, device: Device, ranks: Real, nbytes: Real) -> Rea
     launch, hop, bytes_share = p
     volume = 2 * (ranks - 1) / ranks * nbytes
     return launch + hop * ranks + volume / (device.node_bytes_per_s * bytes_share)
+
+
+def nccl_s(p: Parameters, device: Device, ranks: Real, nbytes: Real) -> Real:
+    """The same by NCCL without CUDA graphs: of any size, and launched by the host."""
+    launch, hop, bytes_share = p
+    return allreduce_s((launch * device.host_factor, hop, bytes_share), device, ranks, nbytes)

@@ -3,9 +3,10 @@
 A step is the sum of its kernels (:mod:`dsplan.kernels`, with the efficiencies of ``data/efficiency.json``): for
 each layer four GEMMs, attention, the element-wise kernels as memory traffic, and with TP two all-reduces; then the
 output matrix, and with PP a send between stages. A mixture of experts computes for the active experts of each
-token and reads those that any token of the step goes to. On top comes the software: a time for each step, and one
-for each layer below which the host cannot launch a layer's kernels (zero with CUDA graphs). Those two depend on the
-serving software, not on the device: :data:`STACKS` names what is known of them.
+token and reads those that any token of the step goes to. On top comes the software: a time for each step, more with
+several ranks, and one for each layer below which the host cannot launch a layer's kernels (zero with CUDA graphs).
+Those depend on the serving software, not on the device, and so do the libraries whose kernels it runs:
+:data:`STACKS` names what is known of them.
 """
 
 from __future__ import annotations
@@ -40,25 +41,36 @@ ROWS = 16
 class Stack:
     """What serving software adds to the kernels."""
 
-    #: scheduling, input preparation, sampling: once a step
-    step_s: float
-    #: the host launches the kernels of one layer in no less, and in no less where there are prompts in the step
-    layer_s: float
-    prompt_layer_s: float
-    #: for each sequence of a step
-    sequence_s: float
     about: str
+    #: scheduling, input preparation, sampling: once a step; and what telling several ranks adds
+    step_s: float
+    ranks_s: float = 0.0
+    #: the host launches the kernels of one layer in no less
+    layer_s: float = 0.0
+    #: for each sequence of a step
+    sequence_s: float = 0.0
+    #: for each prompt and each rank that it is handed to
+    prompt_rank_s: float = 0.0
+    #: end of the names of its GEMMs and all-reduces in ``data/efficiency.json``; "" for those of today
+    library: str = ""
 
 
 STACKS = {
-    "graphs": Stack(2e-3, 0.0, 0.0, 0.0, "decode in CUDA graphs; 2 ms a step is hand-set"),
+    "graphs": Stack("decode in CUDA graphs; 2 ms a step is hand-set", 2e-3),
+    "nccl-2023": Stack(
+        "an engine in C++ of 2023, as DistServe's: its libraries, all-reduce by NCCL; 2 ms a step is hand-set",
+        2e-3,
+        library="_2023",
+    ),
     "eager-2023": Stack(
-        6e-3,
-        0.48e-3,
-        0.72e-3,
-        0.4e-3,
-        "vLLM of 2023 without CUDA graphs: set on Splitwise's A100 rows of Llama2-70B at TP 2 and 8; the "
-        "rows at TP 4, held out, are then met to 3 % in decode and 7 % in prefill of one prompt",
+        "vLLM of 2023 without CUDA graphs, ranks told by Ray: set on Splitwise's A100 rows of Llama-2-70B at TP 2 "
+        "and 8 up to 2048 tokens; what a step takes on one rank is that of Vidur's tables",
+        1e-3,
+        ranks_s=5e-3,
+        layer_s=0.48e-3,
+        sequence_s=0.4e-3,
+        prompt_rank_s=2.5e-3,
+        library="_2023",
     ),
 }
 
@@ -107,7 +119,8 @@ class RooflineInstance:
     def _gemm_s(self, m: float, n: float, k: float, groups: float = 1) -> float:
         sizes = m, n, k, groups
         if sizes not in self._gemms:
-            self._gemms[sizes] = float(kernels.gemm_s(self._kernels()["gemm"], self.device, m, n, k, groups))
+            fitted = self._kernels()[f"gemm{self.stack.library}"]
+            self._gemms[sizes] = float(kernels.gemm_s(fitted, self.device, m, n, k, groups))
         return self._gemms[sizes]
 
     def layer_dense_s(self, rows: int) -> float:
@@ -148,14 +161,18 @@ class RooflineInstance:
 
     def _moved_s(self, elements: float) -> float:
         """Element-wise kernels that read or write as many."""
-        return elements * self.shape.item_nbytes / (self.device.bytes_per_s * self._kernels()["gemm"][2])
+        share = self._kernels()[f"gemm{self.stack.library}"][2]
+        return elements * self.shape.item_nbytes / (self.device.bytes_per_s * share)
 
     def allreduce_s(self, nbytes: float) -> float:
-        """Sum over the TP ranks."""
+        """Sum over the TP ranks: by NCCL or, below a size and where that is quicker, over peer memory."""
         if self.tp == 1:
             return 0.0
-        regime = "allreduce_large" if nbytes >= kernels.LARGE_ALLREDUCE else "allreduce_small"
-        return float(kernels.allreduce_s(self._kernels()[regime], self.device, self.tp, nbytes))
+        fitted, size = self._kernels(), (self.device, self.tp, nbytes)
+        if self.stack.library:
+            return float(kernels.nccl_s(fitted[f"allreduce{self.stack.library}"], *size))
+        ways = ("large", "small") if nbytes < kernels.LARGE_ALLREDUCE else ("large",)
+        return float(min(kernels.allreduce_s(fitted[f"allreduce_{way}"], *size) for way in ways))
 
     def _send_s(self, rows: float) -> float:
         link = self.device.network_bytes_per_s if self.spread else self.device.node_bytes_per_s
@@ -165,12 +182,12 @@ class RooflineInstance:
         columns = self.shape.vocab / self.tp
         return self._gemm_s(rows, columns, self.shape.hidden)
 
-    def _software_s(self, kernels_s: float, count: int, *, prompts: bool) -> float:
-        """``count`` sequences of one stage's batch."""
-        layer_s = self.stack.prompt_layer_s if prompts else self.stack.layer_s
-        slow = self.device.host_factor
-        host_s = slow * (self.stack.step_s + self.stack.sequence_s * count) / self.stages
-        return max(kernels_s, slow * self._layers * layer_s) + host_s
+    def _software_s(self, kernels_s: float, count: int, prompts: int = 0) -> float:
+        """``count`` sequences of one stage's batch, of which ``prompts`` are read."""
+        stack, slow = self.stack, self.device.host_factor
+        host_s = stack.step_s + stack.sequence_s * count + stack.prompt_rank_s * self.tp * prompts
+        host_s += stack.ranks_s if self.tp > 1 else 0.0
+        return max(kernels_s, slow * self._layers * stack.layer_s) + slow * host_s / self.stages
 
     def _reading_s(self, tokens: float, squares: float) -> float:
         """Attention of a layer over prompts, or over chunks with end^2 - start^2 for their squares."""
@@ -198,7 +215,7 @@ class RooflineInstance:
         layer += self._making_s(batch, context) if batch else 0.0
         send = self._send_s(rows) if self.stages > 1 else 0.0
         total = self._layers * layer + self._output_s(count + batch)
-        return self._software_s(total, count + batch, prompts=tokens > 0) + send
+        return self._software_s(total, count + batch, count) + send
 
     def decode_step_s(self, batch: int, tokens: int) -> float:
         """``stages`` micro-batches go round; a token for each sequence takes all of them."""
@@ -206,7 +223,7 @@ class RooflineInstance:
         layer = self.layer_dense_s(micro) + self._making_s(micro, tokens / batch * micro)
         send = self._send_s(micro) if self.stages > 1 else 0.0
         total = self._layers * layer + self._output_s(micro)
-        return self.stages * (self._software_s(total, batch, prompts=False) + send)
+        return self.stages * (self._software_s(total, batch) + send)
 
 
 @dataclass(frozen=True, slots=True)
