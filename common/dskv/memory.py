@@ -1,7 +1,7 @@
 """KV in mapped memory: the pools of an instance's ranks, or canonical blocks in a buffer, and copies between them.
 
-A canonical block is one of the whole model in its owner's layout: that is what a checksum is over and what lies
-in staging slots, however many ranks the owner and the reader have.
+A canonical block is one of the whole model in its owner's layout: that is what a checksum is over and what streams
+carry, however many ranks the owner and the reader have.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ blocks as it lies in the owner's, whose bytes behind the last token are zero.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import xxhash
 
@@ -16,7 +16,6 @@ from dskv.handle import KvHandle
 from dskv.memory import CanonicalBlocks, KvMemory, RankPools, copy
 from dskv.reshard import difference
 from dswire.errors import KvCorrupt, TransferFailed
-from dswire.messages.kv import Chunk
 
 
 class Receiver:
@@ -47,7 +46,6 @@ class Receiver:
         self._alike = pool.single if handle.layout == own else None
         self._summed = summed
         self._digest = xxhash.xxh3_64()
-        self._next = 0
 
     @property
     def complete(self) -> bool:
@@ -67,27 +65,20 @@ class Receiver:
             self._sum(self._alike.slot(mine))
         self.taken = len(self._own)
 
-    def take(self, chunk: Chunk, data: memoryview) -> None:
-        """Copy the next chunk out of ``data``, which may be longer. Raises :class:`TransferFailed` out of order."""
-        if (chunk.index, chunk.first) != (self._next, self.taken) or chunk.count < 1:
-            raise TransferFailed(
-                f"{self.handle.key}: chunk {chunk.index} at block {chunk.first} came where chunk {self._next} at "
-                f"block {self.taken} is due"
-            )
-        size = self.handle.layout.block_nbytes
-        if chunk.first + chunk.count > len(self.handle.blocks) or len(data) < chunk.count * size:
-            raise TransferFailed(f"{self.handle.key}: chunk {chunk.index} has not the size that it tells")
-        if self._alike is None:
-            # the chunk's first block is number 0 of its bytes
-            numbers = range(-chunk.first, len(self.handle.blocks) - chunk.first)
-            self._copy(CanonicalBlocks(self.handle.layout, data), numbers, chunk.first, chunk.count)
-        else:
-            for place, block in enumerate(self._own[chunk.first : chunk.first + chunk.count]):
-                target = self._alike.slot(block)
-                target[:] = data[place * size : (place + 1) * size]
+    def receive(self, read: Callable[[memoryview], None]) -> None:
+        """Have ``read`` fill one canonical block after the other. Raises what it raises."""
+        if self._alike is not None:
+            for mine in self._own:
+                target = self._alike.slot(mine)
+                read(target)
                 self._sum(target)
-            self.taken += chunk.count
-        self._next += 1
+                self.taken += 1
+            return
+        block = CanonicalBlocks.scratch(self.handle.layout)
+        for at in range(len(self.handle.blocks)):
+            read(block.data)
+            # the block is number 0 of its buffer
+            self._copy(block, range(-at, 1), at, 1)
 
     def verify(self) -> None:
         """Vouch for the blocks. Raises :class:`TransferFailed` when some are missing, else :class:`KvCorrupt`."""

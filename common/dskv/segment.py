@@ -1,4 +1,4 @@
-"""A mapped file that the processes of one host share: a KV pool, or a relay's staging slots.
+"""A mapped file that the processes of one host share, of equal slots: a KV pool, or kept KV.
 
 Invariants: the creator owns the file, keeps it locked while it lives, and unlinks it on ``close``; whoever opened
 it only unmaps. A file whose creator was killed stays behind: the next creator of the same path replaces it, and the
@@ -53,7 +53,7 @@ class Segment:
         if nbytes > room.f_bavail * room.f_frsize:
             raise OutOfMemory(
                 f"{path}: {nbytes} bytes of shared memory are wanted, {room.f_bavail * room.f_frsize} are free",
-                remedy="lower kv.memory or relay.staging in the topology, or enlarge the shared-memory mount",
+                remedy="lower kv.memory or relay.keep in the topology, or enlarge the shared-memory mount",
             )
         path.unlink(missing_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)

@@ -139,7 +139,7 @@ class InstanceState(ABC):
     @property
     def _lease_s(self) -> float:
         """The relay's, or its default while no relay has told."""
-        return self.links.staging.lease_s if self.links.staging else 30.0
+        return self.links.welcome.lease_s if self.links.welcome else 30.0
 
     # links
 

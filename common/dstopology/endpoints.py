@@ -58,6 +58,11 @@ class Tcp:
     def __str__(self) -> str:
         return f"tcp://{self.host}:{self.port}"
 
+    @property
+    def pair(self) -> tuple[str, int]:
+        """As the socket module wants it."""
+        return self.host, self.port
+
     def collides(self, other: Tcp) -> bool:
         """Whether both cannot be bound on one host."""
         return self.port == other.port and (self.host == other.host or is_any(self.host) or is_any(other.host))

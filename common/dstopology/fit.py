@@ -94,14 +94,6 @@ def model_len(
     return wanted
 
 
-def check_slot(facts: ModelFacts, relay: Relay, block_size: int, dtype: str, problems: Problems) -> None:
-    """Tell of staging slots that cannot hold one block."""
-    block = facts.kv_layout(block_size, dtype).block_nbytes
-    if relay.slot_nbytes < block:
-        reason = f"a slot of {shown(relay.slot_nbytes)} cannot hold a KV block of {shown(block)}"
-        problems.add(("relay", "slot"), reason, f"raise it to {shown(block, up=True)}, or lower kv.block_size")
-
-
 def check_keep(facts: ModelFacts, relay: Relay, block_size: int, dtype: str, problems: Problems) -> None:
     """Tell of room for kept KV that cannot hold one block."""
     block = facts.kv_layout(block_size, dtype).block_nbytes
@@ -124,14 +116,13 @@ def check_memory(
     local = {node.name for node in nodes if is_local(node.host)}
     mine = [one for one in instances if one.node in local and one.devices[0].startswith("cpu")]
     pools = sum(pool_nbytes(one, facts, dtype) for one in mine)
-    staging = sum(relay.staging_nbytes for relay in relays if relay.node in local and relay.data_bind)
     kept = sum(relay.keep_nbytes for relay in relays if relay.node in local)
-    shared = pools + staging + kept
+    shared = pools + kept
     weights = len(mine) * facts.weights_nbytes(dtype, quantization)
-    parts = f"weights {shown(weights)}, KV pools {shown(pools)}, staging {shown(staging)}"
+    parts = f"weights {shown(weights)}, KV pools {shown(pools)}"
     if kept:
         parts += f", kept KV {shown(kept)}"
-    remedy = "lower kv.memory, relay.staging or relay.keep, have fewer instances, or use a smaller dtype or model"
+    remedy = "lower kv.memory or relay.keep, have fewer instances, or use a smaller dtype or model"
     has = memory_nbytes()
     if has is not None and weights + shared > has:
         reason = f"this host has {shown(has)} of memory, and {shown(weights + shared)} are needed: {parts}"

@@ -88,6 +88,11 @@ class Network:
         """Where other relays reach the relay of ``node``."""
         return self._tcp(at, f"the relay of {node.name}", node, Tcp(node.bind_host, port), node.host)
 
+    def relay_stream(self, node: Node, port: int, at: Key) -> tuple[Tcp, Tcp]:
+        """Where KV is read from the relay of ``node``: bound, and reached by others."""
+        self._tcp(at, f"the streams of {node.name}", node, Tcp(node.bind_host, port), node.host)
+        return Tcp(node.bind_host, port), Tcp(node.host, port)
+
     def gateway(self, section: GatewaySection, at: Key, node: Node) -> Gateway:
         """The gateway's address."""
         ends = self._written(f"tcp://{section.bind}", at, node, "the gateway")

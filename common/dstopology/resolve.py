@@ -213,19 +213,15 @@ class Resolver:
         over_tcp = self._check_transports(instances)
         found: list[Relay] = []
         for node in (one for one in nodes if one.name in used):
-            data = None
-            if over_tcp:
-                port = self.file.relay.port + len(found)
-                data = network.relay_data(node, port, ("relay", "port"))
-            found.append(self._relay(network, node, data, keeps=node.name in owners))
+            port = self.file.relay.port + 2 * len(found) if over_tcp else None
+            found.append(self._relay(network, node, port, keeps=node.name in owners))
         return tuple(found)
 
-    def _relay(self, network: Network, node: Node, data: Ends | None, *, keeps: bool) -> Relay:
-        section = self.file.relay
-        staging, slot = nbytes(section.staging), nbytes(section.slot)
-        if slot > staging:
-            reason = f"staging of {fit.shown(staging)} cannot hold one slot of {fit.shown(slot)}"
-            self.problems.add(("relay", "staging"), reason, "raise staging, or lower slot")
+    def _relay(self, network: Network, node: Node, port: int | None, *, keeps: bool) -> Relay:
+        """``port``: the first of two, where KV goes by TCP."""
+        section, at = self.file.relay, ("relay", "port")
+        data = network.relay_data(node, port, at) if port is not None else None
+        stream = network.relay_stream(node, port + 1, at) if port is not None else (None, None)
         name = f"relay-{node.name}"
         return Relay(
             name=name,
@@ -233,9 +229,9 @@ class Resolver:
             local=network.socket(f"{name}.sock", ("nodes",)),
             data_bind=data.bind if data else None,
             data_connect=data.connect if data else None,
-            staging_nbytes=staging,
-            slot_nbytes=slot,
-            staging=self.shm_dir / f"ds-{self.digest}-{name}.staging",
+            stream_bind=stream[0],
+            stream_connect=stream[1],
+            streams=section.streams,
             lease_s=section.lease_s,
             transfer_timeout_s=section.transfer_timeout_s,
             transports=cast("tuple[Transport, ...]", section.transports),
@@ -288,9 +284,6 @@ class Resolver:
                 self.problems.add(("model", "quantization"), reason, "leave it out")
             fit.check_shape(facts, groups, self.problems)
             fit.check_memory(facts, dtype, quantization, nodes, instances, relays, self.shm_dir, self.problems)
-            for relay in relays[:1]:
-                if relay.data_bind:
-                    fit.check_slot(facts, relay, self._block_size(groups["prefill"]), dtype, self.problems)
             for relay in [one for one in relays if one.keep_nbytes][:1]:
                 fit.check_keep(facts, relay, self._block_size(groups["prefill"]), dtype, self.problems)
         length = fit.model_len(section.max_model_len, facts, instances, dtype, self.problems)

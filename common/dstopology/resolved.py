@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dstopology.endpoints import Tcp
 from dswire.errors import TopologyError
 
 Role = Literal["router", "prefill", "decode", "relay", "gateway"]
@@ -126,10 +127,11 @@ class Relay:
     #: ``tcp://`` endpoints for other relays; None when no KV ever goes over TCP
     data_bind: str | None
     data_connect: str | None
-    staging_nbytes: int
-    #: one piece of staging memory, the unit of a TCP transfer
-    slot_nbytes: int
-    staging: Path
+    #: where decode instances of other nodes read KV; None as above
+    stream_bind: Tcp | None
+    stream_connect: Tcp | None
+    #: of these at once; others take their turn
+    streams: int
     #: how long an offered handle waits for its puller
     lease_s: float
     transfer_timeout_s: float

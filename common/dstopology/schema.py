@@ -208,17 +208,20 @@ class ConditionalSection:
 class RelaySection:
     """The KV relays, one on each node that has instances."""
 
-    staging: str | int = key(SIZE, "memory for KV on its way between nodes", "512MiB")
-    slot: str | int = key(SIZE, "piece of staging that one TCP message carries", "4MiB")
+    streams: int = key(COUNT, "hand-offs that leave a node at once; others take their turn", 4)
     lease_s: float = key(SECONDS, "how long an offered KV handle waits to be pulled", 30.0)
-    transfer_timeout_s: float = key(SECONDS, "longest time for one transfer", 10.0)
+    transfer_timeout_s: float = key(SECONDS, "longest time in which nothing of a transfer moves", 10.0)
     transports: tuple[str, ...] = key(
         Many(TRANSPORT, "a list of shm and tcp"),
         "allowed ways for KV: shm within a node, tcp between nodes",
         ("shm", "tcp"),
     )
     verify: bool = key(Flag(), "sum all KV where it is made and where it arrives, and compare", True)
-    port: int = key(Number(1, 65_535), "TCP port of the first relay; each further one has the next port", 7100)
+    port: int = key(
+        Number(1, 65_535),
+        "TCP port of the first relay, its KV having the next one; other relays have the next two",
+        7100,
+    )
     keep: str | int | None = key(
         SIZE, "memory for KV of sequences that decode, from which another instance goes on when theirs dies", None
     )

@@ -148,7 +148,7 @@ class Actor:
         lost: list[str] = []
         for action in self.machine.handle(event):
             if isinstance(action, Send):
-                self._send(action, (), lost)
+                self._send(action, lost)
             else:
                 self.perform(action)
         for peer in lost:
@@ -163,22 +163,16 @@ class Actor:
         """Perform a service's own action. Raises ``TypeError`` for one that nobody knows."""
         raise TypeError(f"no way to perform {action!r}")
 
-    def send(self, peer: str, message: msgspec.Struct, frames: Sequence[bytes | memoryview] = ()) -> None:
-        """Send a message with raw frames behind it."""
+    def send(self, peer: str, message: msgspec.Struct) -> None:
+        """Send a message."""
         lost: list[str] = []
-        self._send(Send(peer, message), frames, lost)
+        self._send(Send(peer, message), lost)
         for gone in lost:
             self.feed(PeerLost(self.now(), gone))
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> None:
         """Run ``work`` as a child task; the event that it returns (None for none) is fed to the machine."""
         self._tasks.create_task(self._work(work), name=name)
-
-    def received(self, peer: str, message: msgspec.Struct, frames: Sequence[bytes]) -> None:
-        """Take a decoded message; a service that expects raw frames overrides this."""
-        if frames:
-            raise ProtocolError(f"{type(message).__name__} comes with {len(frames)} frames, it takes none")
-        self.feed(Received(self.now(), peer, message))
 
     def garbage(self, peer: str, error: ProtocolError) -> None:
         """A peer sent what cannot be read; nothing of it reached the machine."""
@@ -190,10 +184,10 @@ class Actor:
         if event is not None:
             self.feed(event)
 
-    def _send(self, action: Send, frames: Sequence[bytes | memoryview], lost: list[str]) -> None:
+    def _send(self, action: Send, lost: list[str]) -> None:
         route = next(route for route in self.routes if route.owns(action.peer))
         try:
-            route.socket.send(route.identity(action.peer), [encode(action.message), *frames])
+            route.socket.send(route.identity(action.peer), [encode(action.message)])
         except PeerUnreachable:
             if action.peer not in lost:
                 lost.append(action.peer)
@@ -207,11 +201,13 @@ class Actor:
     def _take(self, route: Route, identity: str, frames: list[bytes]) -> None:
         peer = route.name(identity)
         try:
-            if not frames:
-                raise ProtocolError("the message has no frame")
-            self.received(peer, route.decoder.decode(frames[0]), frames[1:])
+            if len(frames) != 1:
+                raise ProtocolError(f"a message is one frame, this one has {len(frames)}")
+            message = route.decoder.decode(frames[0])
         except ProtocolError as error:
             self.garbage(peer, error)
+            return
+        self.feed(Received(self.now(), peer, message))
 
     def _rearm(self) -> None:
         if self._timer is not None:

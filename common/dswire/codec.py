@@ -23,6 +23,8 @@ MAX_FRAME_NBYTES = 8 << 20
 #: most elements in one array or map of a message
 MAX_ITEMS = 1 << 20
 
+#: longest byte string in a message: a ticket's token or secret
+MAX_BIN_NBYTES = 64
 #: most arrays and maps in one message: empty ones take a byte there and sixty here
 MAX_CONTAINERS = 1 << 16
 #: characters of a reader's complaint that are told; it may quote the message
@@ -55,7 +57,7 @@ class Decoder(Generic[MessageT]):
                 raw=False,
                 strict_map_key=True,
                 max_str_len=MAX_FRAME_NBYTES,
-                max_bin_len=0,
+                max_bin_len=MAX_BIN_NBYTES,
                 max_ext_len=0,
                 max_array_len=MAX_ITEMS,
                 max_map_len=MAX_ITEMS,

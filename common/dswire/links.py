@@ -63,8 +63,8 @@ class Links:
         self.router = Membership(ROUTER, router_hello)
         self.relay = Membership(RELAY, relay_hello)
         self._relayed = relayed
-        #: the relay's welcome, once it came: lease and staging slots
-        self.staging: kv.KvWelcome | None = None
+        #: the relay's welcome, once it came
+        self.welcome: kv.KvWelcome | None = None
         #: why a side refused us; the process ends with it
         self.refused: ErrorInfo | None = None
         self._load = load
@@ -76,7 +76,7 @@ class Links:
     @property
     def early(self) -> bool:
         """Whether KV of this node may be copied before the relay's word."""
-        return self.staging is not None and self.staging.early
+        return self.welcome is not None and self.welcome.early
 
     def begin(self, now: float) -> list[Send]:
         """The first hello, once."""
@@ -111,7 +111,7 @@ class Links:
                 self._received = 0
                 return self._greet_relay(now), [Link.ROUTER_JOINED]
             case kv.KvWelcome():
-                self.staging = message
+                self.welcome = message
                 side.welcomed(now, min(RELAY_SILENCE_S, message.lease_s))
                 return [], [Link.RELAY_JOINED]
             case worker.WorkerRefused(error=error) | kv.KvRefused(error=error):

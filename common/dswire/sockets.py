@@ -10,9 +10,9 @@ Two kinds, one conformance suite:
     One peer. Messages are queued (``HIGH_WATER`` at most, then :class:`PeerUnreachable`) while it is away and are
     sent when it comes back; so a hello needs no retry, and everything else needs the hello's answer first.
 
-Frames above ``max_nbytes`` are refused by libzmq before they are read: it drops that connection. What libzmq has no
-limit for is the number of frames in one message: it keeps them until the last one came, so whoever may connect can
-make us hold as much as it sends. That is why anything but loopback and ``ipc`` asks for a key.
+Frames above ``MAX_FRAME_NBYTES`` are refused by libzmq before they are read: it drops that connection. What libzmq
+has no limit for is the number of frames in one message: it keeps them until the last one came, so whoever may
+connect can make us hold as much as it sends. That is why anything but loopback and ``ipc`` asks for a key.
 Nothing polls: libzmq's file descriptor wakes the loop, at most ``BURST`` messages are taken at a time.
 """
 
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -37,8 +36,7 @@ BURST = 64
 LINGER_MS = 500
 
 Frames = Sequence[bytes | memoryview]
-#: called with (peer, frames); ``peer`` is the identity on a bound socket and "" on a connected one. On a socket for
-#: bulk the frames after the first are memoryviews
+#: called with (peer, frames); ``peer`` is the identity on a bound socket and "" on a connected one
 OnFrames = Callable[[str, list[bytes]], None]
 #: called when the other side turns the connection away; libzmq goes on trying
 OnDenied = Callable[[Unauthorized], None]
@@ -51,19 +49,18 @@ class PeerUnreachable(ConnectionError):
 class _Socket:
     """What both kinds share: receiving by callback."""
 
-    def __init__(self, kind: int, max_nbytes: int) -> None:
+    def __init__(self, kind: int) -> None:
         self._zmq: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
         self._zmq.setsockopt(zmq.LINGER, LINGER_MS)
         self._zmq.setsockopt(zmq.SNDHWM, HIGH_WATER)
         self._zmq.setsockopt(zmq.RCVHWM, HIGH_WATER)
-        self._zmq.setsockopt(zmq.MAXMSGSIZE, max_nbytes)
+        self._zmq.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_NBYTES)
         # a host that vanished without a FIN is noticed too
         self._zmq.setsockopt(zmq.HEARTBEAT_IVL, 2_000)
         self._zmq.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6_000)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_frames: OnFrames | None = None
         self._drain_queued = False
-        self._receive: Callable[[], list[bytes]] = self._frames
 
     def start(self, on_frames: OnFrames) -> None:
         """Begin to deliver to ``on_frames`` in the running loop."""
@@ -87,19 +84,11 @@ class _Socket:
             if self._zmq.closed or self._on_frames is None:
                 return
             try:
-                frames = self._receive()
+                frames = self._zmq.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             self._deliver(frames)
         self._queue_drain()
-
-    def _frames(self) -> list[bytes]:
-        return self._zmq.recv_multipart(zmq.NOBLOCK)
-
-    def _bulk_frames(self) -> list[bytes]:
-        first, *bulk = self._zmq.recv_multipart(zmq.NOBLOCK, copy=False)
-        # a view keeps libzmq's memory until whoever got it has let go
-        return [first.bytes, *(cast("bytes", frame.buffer) for frame in bulk)]
 
     def _deliver(self, frames: list[bytes]) -> None:
         raise NotImplementedError
@@ -121,9 +110,9 @@ class _Socket:
 class BoundSocket(_Socket):
     """A ROUTER socket at a fixed address."""
 
-    def __init__(self, endpoint: str, *, keys: CurveKeys | None = None, max_nbytes: int = MAX_FRAME_NBYTES) -> None:
+    def __init__(self, endpoint: str, *, keys: CurveKeys | None = None) -> None:
         """Raises :class:`PortInUse` or :class:`StartFailed` when ``endpoint`` cannot be bound."""
-        super().__init__(zmq.ROUTER, max_nbytes)
+        super().__init__(zmq.ROUTER)
         self._zmq.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._zmq.setsockopt(zmq.ROUTER_HANDOVER, 1)
         if keys is not None:
@@ -159,17 +148,10 @@ class ConnectedSocket(_Socket):
         identity: str,
         *,
         keys: CurveKeys | None = None,
-        max_nbytes: int = MAX_FRAME_NBYTES,
         on_denied: OnDenied | None = None,
-        bulk: bool = False,
     ) -> None:
-        """``identity``: how the other side names this connection; unique among its peers.
-
-        ``bulk``: what comes behind a message's first frame is large, and is not copied to be delivered.
-        """
-        super().__init__(zmq.DEALER, max_nbytes)
-        if bulk:
-            self._receive = self._bulk_frames
+        """``identity``: how the other side names this connection; unique among its peers."""
+        super().__init__(zmq.DEALER)
         self._endpoint = endpoint
         self._zmq.setsockopt(zmq.IDENTITY, identity.encode())
         self._zmq.setsockopt(zmq.RECONNECT_IVL, 100)

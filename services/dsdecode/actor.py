@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dsdecode.config import DecodeConfig
-from dsdecode.events import CopyChunk, CopyDirect, CopyEnded
+from dsdecode.events import CopyDirect, CopyEnded, CopyStream, CutStream
 from dsdecode.state import DecodeState
 from dsengine.instance import RunningInstance
 from dsengine.instance_actor import InstanceActor, routes, settings
 from dskv.handle import KvHandle, KvKey
 from dskv.memory import RankPools
 from dskv.receive import Receiver
-from dssched.steps import ForgetSequence, StartSequence
+from dskv.stream import Stream
 from dstopology.resolved import Topology
 from dswire.actor import Route
-from dswire.errors import DsError, ErrorInfo, TransferFailed
+from dswire.errors import DsError, ErrorInfo
+
+#: streams read at once
+STREAMS = 4
 
 
 class DecodeActor(InstanceActor):
@@ -25,21 +29,34 @@ class DecodeActor(InstanceActor):
 
     machine: DecodeState
 
-    def __init__(self, machine: DecodeState, routes: list[Route], running: RunningInstance) -> None:
+    def __init__(
+        self, machine: DecodeState, routes: list[Route], running: RunningInstance, topology: Topology
+    ) -> None:
         super().__init__(machine, routes, running)
-        #: of every sequence that comes in chunks
-        self._receivers: dict[KvKey, Receiver] = {}
+        self._topology = topology
+        #: under way
+        self._streams: dict[KvKey, Stream] = {}
+        #: beside the thread of copies: who waits for another host holds nobody up on this one
+        self._readers = ThreadPoolExecutor(STREAMS, thread_name_prefix="stream")
+
+    def closed(self) -> None:
+        """Leave all streams, then as every instance."""
+        for stream in self._streams.values():
+            stream.cut()
+        self._readers.shutdown()
+        super().closed()
 
     def perform(self, action: Any) -> None:
         """Perform one action of ``dsdecode.events``."""
         match action:
             case CopyDirect():
                 self.spawn(self._copy_direct(action), "copy")
-            case CopyChunk():
-                self.spawn(self._copy_chunk(action), "copy")
-            case StartSequence(key) | ForgetSequence(key):
-                self._receivers.pop(key, None)
-                super().perform(action)
+            case CopyStream():
+                self.spawn(self._copy_stream(action), "stream")
+            case CutStream(key):
+                stream = self._streams.get(key)
+                if stream is not None:
+                    stream.cut()
             case _:
                 super().perform(action)
 
@@ -53,32 +70,30 @@ class DecodeActor(InstanceActor):
             receiver.verify()
 
         error = await self._running.copy(handle.nbytes, lambda: _error_of(run))
-        return CopyEnded(self.now(), handle.key, None, True, error)
+        return CopyEnded(self.now(), handle.key, error)
 
-    async def _copy_chunk(self, action: CopyChunk) -> CopyEnded:
-        handle = action.handle
-        receiver = self._receivers.get(handle.key)
-        if receiver is None:
-            receiver = self._receivers[handle.key] = self._receive(handle, action.blocks)
-        welcome = self.machine.links.staging
+    async def _copy_stream(self, action: CopyStream) -> CopyEnded:
+        handle, relay = action.handle, self._topology.relay_of(action.handle.node)
+        assert relay.stream_connect is not None, "the relay gives tickets for what can be reached"
+        stream = Stream(relay.stream_connect.pair, action.ticket, relay.transfer_timeout_s)
+        self._streams[handle.key] = stream
 
         def run() -> None:
-            if welcome is None:
-                raise TransferFailed("the relay has told of no staging memory")
-            staging = self._mapped.get(Path(welcome.staging), welcome.slots, welcome.slot_nbytes)
-            receiver.take(action.chunk, staging.slot(action.slot))
-            if action.last:
-                receiver.verify()
+            receiver = self._receive(handle, action.blocks)
+            try:
+                stream.open()
+                receiver.receive(stream.read)
+            finally:
+                stream.close()
+            receiver.verify()
 
-        nbytes = action.chunk.count * handle.layout.block_nbytes
-        error = await self._running.copy(nbytes, lambda: _error_of(run))
-        if error is not None:
-            # should it come once more, then from the beginning
-            self._receivers.pop(handle.key, None)
-        return CopyEnded(self.now(), handle.key, action.chunk, action.last, error)
+        error = await asyncio.get_running_loop().run_in_executor(self._readers, _error_of, run)
+        if self._streams[handle.key] is stream:
+            del self._streams[handle.key]
+        return CopyEnded(self.now(), handle.key, error)
 
     def _receive(self, handle: KvHandle, blocks: tuple[int, ...]) -> Receiver:
-        welcome = self.machine.links.staging
+        welcome = self.machine.links.welcome
         return Receiver(handle, self._running.pools, blocks, summed=welcome is None or welcome.verify)
 
 
@@ -99,4 +114,4 @@ async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> 
         relayed=bool(topology.relays),
         prefill_priority=instance.prefill_priority,
     )
-    return DecodeActor(DecodeState(config), routes(topology, name, config.incarnation), running)
+    return DecodeActor(DecodeState(config), routes(topology, name, config.incarnation), running, topology)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dskv.handle import KvHandle, KvKey
 from dswire.errors import ErrorInfo
-from dswire.messages.kv import Chunk
+from dswire.messages.kv import Ticket
 
 # actions
 
@@ -20,14 +20,19 @@ class CopyDirect:
 
 
 @dataclass(frozen=True, slots=True)
-class CopyChunk:
-    """Copy one chunk out of its staging slot, verifying the whole with the last; ends with :class:`CopyEnded`."""
+class CopyStream:
+    """Read all blocks from the relay of the owner's node and verify; ends with :class:`CopyEnded`."""
 
     handle: KvHandle
     blocks: tuple[int, ...]
-    chunk: Chunk
-    slot: int
-    last: bool
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class CutStream:
+    """Nobody wants what is read from a stream any more: its :class:`CopyEnded` is to come soon."""
+
+    key: KvKey
 
 
 # events
@@ -35,10 +40,8 @@ class CopyChunk:
 
 @dataclass(frozen=True, slots=True)
 class CopyEnded:
-    """A copy is done. ``chunk`` is None after a direct copy; ``error`` when it was not the right KV."""
+    """A copy is done; ``error`` when it was not the right KV, or did not come."""
 
     now: float
     key: KvKey
-    chunk: Chunk | None
-    last: bool
     error: ErrorInfo | None = None

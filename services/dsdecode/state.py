@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from dsdecode.config import MAX_PULLS, DecodeConfig
-from dsdecode.events import CopyChunk, CopyDirect, CopyEnded
+from dsdecode.events import CopyDirect, CopyEnded, CopyStream, CutStream
 from dsdecode.refusal import refusal
 from dsdecode.sequence import TRANSITIONS, Phase, Sequence, key_of, steps_alike
 from dskv.handle import KvHandle, KvKey
@@ -69,10 +69,8 @@ class DecodeState(InstanceState):
                 one = self.sequences.get(key)
                 if one is not None:
                     self._end(one, now, "aborted")
-            case kv.KvGrant(key=key):
-                self._granted(now, key)
-            case kv.KvChunkReady():
-                self._chunk_ready(now, message)
+            case kv.KvGrant():
+                self._granted(now, message)
             case kv.KvFailed(key=key, error=error):
                 self._unanswered.discard(key)
                 one = self._pulling(key)
@@ -138,28 +136,23 @@ class DecodeState(InstanceState):
 
     # pulls
 
-    def _copy(self, one: Sequence, handle: KvHandle) -> None:
+    def _copy(self, one: Sequence, handle: KvHandle, ticket: kv.Ticket | None = None) -> None:
         one.copies += 1
-        self._out.append(CopyDirect(handle, one.blocks))
+        if ticket is None:
+            self._out.append(CopyDirect(handle, one.blocks))
+        else:
+            self._out.append(CopyStream(handle, one.blocks, ticket))
 
-    def _granted(self, now: float, key: KvKey) -> None:
+    def _granted(self, now: float, grant: kv.KvGrant) -> None:
+        key = grant.key
         if key in self._unanswered:
             self._unanswered.discard(key)
             self._out.append(Send(RELAY, kv.KvPulled(key)))
         one = self._pulling(key)
         if one is not None and one.handle is not None:
             one.granted, one.heard_at = True, now
-            if not one.early:
-                self._copy(one, one.handle)
-
-    def _chunk_ready(self, now: float, ready: kv.KvChunkReady) -> None:
-        one = self._pulling(ready.key)
-        if one is None or one.handle is None:
-            return
-        one.copies, one.heard_at = one.copies + 1, now
-        handle, part = one.handle, ready.chunk
-        last = part.first + part.count >= len(handle.blocks)
-        self._out.append(CopyChunk(handle, one.blocks, part, ready.slot, last))
+            if not one.copies:
+                self._copy(one, one.handle, grant.ticket)
 
     def _worked(self, event: Any) -> None:
         assert isinstance(event, CopyEnded)
@@ -178,15 +171,12 @@ class DecodeState(InstanceState):
             self._out.append(Send(RELAY, kv.KvPulled(one.key, event.error)))
             self._fail(one, now, event.error, tell_relay=False)
         else:
-            if event.chunk is not None:
-                self._out.append(Send(RELAY, kv.KvTaken(one.key, event.chunk)))
-            if event.chunk is None or event.last:
-                one.transfer_s = self._move(one, one.arrived(now), now, "KV verified")
-                if early and not one.granted:
-                    self._unanswered.add(one.key)
-                else:
-                    self._out.append(Send(RELAY, kv.KvPulled(one.key)))
-                self._start(one)
+            one.transfer_s = self._move(one, one.arrived(now), now, "KV verified")
+            if early and not one.granted:
+                self._unanswered.add(one.key)
+            else:
+                self._out.append(Send(RELAY, kv.KvPulled(one.key)))
+            self._start(one)
 
     def _tick(self, now: float) -> None:
         for one in [one for one in self._phases[Phase.PULLING].values() if self._stuck_at(one) <= now]:
@@ -358,6 +348,8 @@ class DecodeState(InstanceState):
         one.abort_pull = tell_relay and one.life.phase is Phase.PULLING
         if one.copies or one.in_step:
             self._move(one, Phase.DOOMED, now, why)
+            if one.copies and not one.early:
+                self._out.append(CutStream(one.key))
         else:
             self._tell_relay(one)
             self._drop(one, now, why)

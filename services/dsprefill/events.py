@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dskv.handle import KvHandle, KvKey
-from dswire.messages.kv import Chunk
+from dskv.handle import KvKey
 
 # actions
 
@@ -18,15 +17,6 @@ class Seal:
     blocks: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class StageChunk:
-    """Copy a chunk into a staging slot of the relay; ends with :class:`Staged`."""
-
-    handle: KvHandle
-    chunk: Chunk
-    slot: int
-
-
 # events
 
 
@@ -37,12 +27,3 @@ class Sealed:
     now: float
     key: KvKey
     checksum: int
-
-
-@dataclass(frozen=True, slots=True)
-class Staged:
-    """A chunk lies in its slot."""
-
-    now: float
-    key: KvKey
-    chunk: Chunk

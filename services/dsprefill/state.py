@@ -24,7 +24,7 @@ import msgspec
 
 from dskv.handle import KvHandle, KvKey
 from dskv.shards import KvShard
-from dsprefill.events import Seal, Sealed, StageChunk, Staged
+from dsprefill.events import Seal, Sealed
 from dssched.batching import chunk
 from dssched.finish import finish_reason
 from dssched.instance import InstanceConfig, InstanceState, results
@@ -132,10 +132,6 @@ class PrefillState(InstanceState):
                 one = self.sequences.get(key)
                 if one is not None and one.life.phase is Phase.OFFERED:
                     self._drop(one, now, "unknown to the relay")
-            case kv.KvStage(key=key, chunk=chunk, slot=slot):
-                one = self.sequences.get(key)
-                if one is not None and one.handle is not None:
-                    self._out.append(StageChunk(one.handle, chunk, slot))
 
     def _forget_all(self, now: float) -> None:
         for key in list(self.sequences):
@@ -242,19 +238,13 @@ class PrefillState(InstanceState):
     # offers
 
     def _worked(self, event: Any) -> None:
-        match event:
-            case Sealed(now, key, checksum):
-                self._sealed(now, key, checksum)
-            case Staged(_, key, chunk):
-                self._out.append(Send(RELAY, kv.KvStaged(key, chunk)))
-
-    def _sealed(self, now: float, key: KvKey, checksum: int) -> None:
-        one = self.sequences[key]
+        assert isinstance(event, Sealed)
+        now, one = event.now, self.sequences[event.key]
         if one.life.phase is Phase.DOOMED:
             self._drop(one, now, "sealed")
             return
         one.life.move(Phase.OFFERED, now, "sealed")
-        one.handle = self._make_handle(one, checksum)
+        one.handle = self._make_handle(one, event.checksum)
         self._offer(one, one.handle, now)
         self._out.append(Send(ROUTER, worker.KvSealed(one.handle)))
 

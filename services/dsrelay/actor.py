@@ -1,8 +1,8 @@
-"""The relay machine on real sockets and a real staging segment.
+"""The relay machine on real sockets.
 
 Sockets, first match wins: the router's backend; one connection to each relay that KV is fetched from; ``data``,
-bound, for the relays that fetch from here; ``local``, bound, for the workers of the node. The bytes of a chunk
-are copied once on either side: by libzmq on sending, into the slot on arrival.
+bound, for the relays that fetch from here; ``local``, bound, for the workers of the node. Beside them the stream
+port, from which decode instances of other nodes read.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from dskv.inspection import inspect_pool
 from dskv.memory import read_rate
-from dskv.segment import Segment
-from dskv.staging import halves
 from dsrelay.config import RelayConfig
 from dsrelay.copies import KeptMemory
 from dsrelay.events import (
@@ -28,26 +26,23 @@ from dsrelay.events import (
     RELAY,
     ROUTER,
     WORKER,
-    ChunkArrived,
+    CloseStream,
     Complain,
     CopyKept,
     KeptCopied,
-    KeptStaged,
+    OpenProof,
+    OpenStream,
     PathKnown,
     PoolProved,
-    ProofArrived,
     ProvePool,
-    SendChunk,
-    SendProof,
-    StageKept,
-    StoreChunk,
+    ProveStream,
+    StreamProved,
 )
 from dsrelay.state import RelayState
+from dsrelay.streams import PROOF_NBYTES, Streams, read_proof
 from dstopology.resolved import Topology
 from dstopology.wiring import router_route, system_keys
-from dswire import heap
 from dswire.actor import Actor, Route
-from dswire.codec import MAX_FRAME_NBYTES
 from dswire.errors import DsError, ProtocolError, from_info
 from dswire.keys import start_authenticator
 from dswire.links import End, Ready
@@ -67,20 +62,23 @@ class RelayActor(Actor):
         self,
         machine: RelayState,
         routes: list[Route],
-        staging: Segment,
+        topology: Topology,
+        streams: Streams | None = None,
         authenticator: ThreadAuthenticator | None = None,
     ) -> None:
         super().__init__(machine, routes)
         #: messages that were refused: unreadable, or against the protocol
         self.refused = 0
-        self._staging = staging
+        self._topology = topology
+        #: where KV leaves the node at all
+        self._streams = streams
         self._kept = KeptMemory()
         self._authenticator = authenticator
-        #: raw frames of the chunk at hand
-        self._frames: Sequence[bytes] = ()
 
     def started(self) -> None:
         """Say hello; the router's welcome makes us ready."""
+        if self._streams is not None:
+            self._streams.start()
         self.wake()
 
     def stopping(self) -> None:
@@ -89,23 +87,11 @@ class RelayActor(Actor):
 
     def closed(self) -> None:
         """Remove the segments, stop the threads."""
+        if self._streams is not None:
+            self._streams.close()
         self._kept.close()
-        self._staging.close()
         if self._authenticator is not None:
             self._authenticator.stop()
-
-    def received(self, peer: str, message: msgspec.Struct, frames: Sequence[bytes]) -> None:
-        """A chunk or a proof comes with one raw frame, anything else with none."""
-        if isinstance(message, kv.KvProof):
-            self.feed(ProofArrived(self.now(), peer, len(frames[0]) if len(frames) == 1 else 0))
-            return
-        if not isinstance(message, kv.KvChunk):
-            super().received(peer, message, frames)
-            return
-        self._frames = frames
-        nbytes = len(frames[0]) if len(frames) == 1 else 0
-        self.feed(ChunkArrived(self.now(), peer, message.key, message.chunk, nbytes, message.number))
-        self._frames = ()
 
     def garbage(self, peer: str, error: ProtocolError) -> None:
         """Count and log it; whoever sent it gets no answer."""
@@ -114,16 +100,13 @@ class RelayActor(Actor):
     def perform(self, action: Any) -> None:
         """Perform one action of ``dsrelay.events``."""
         match action:
-            case StoreChunk(slot):
-                frame = self._frames[0]
-                self._staging.slot(slot)[: len(frame)] = frame
-            case SendChunk():
-                self._send_bulk(action.peer, action.message, self._staging.slot(action.slot)[: action.nbytes])
-            case SendProof(peer, nbytes):
-                self._send_bulk(peer, kv.KvProof(), self._staging.slot(0)[:nbytes])
+            case OpenStream() | CloseStream() | OpenProof():
+                self._serve(action)
             case ProvePool(owner, pool):
                 self.spawn(self._prove(owner, pool), "proof of a pool")
-            case CopyKept() | StageKept():
+            case ProveStream(source, proof):
+                self.spawn(self._read(source, proof), "proof of a stream")
+            case CopyKept():
                 self.spawn(self._copy(action), "copy")
             case PathKnown(path):
                 _tell(path)
@@ -136,9 +119,21 @@ class RelayActor(Actor):
             case _:
                 super().perform(action)
 
-    def _send_bulk(self, to: str, message: msgspec.Struct, frame: memoryview) -> None:
+    def _serve(self, action: OpenStream | CloseStream | OpenProof) -> None:
+        """Only relays that come by the data socket ask for streams, and where there is one there are streams."""
+        assert self._streams is not None
+        match action:
+            case OpenStream(peer, handle, number):
+                ticket = self._streams.ticket(handle)
+                self._answer(peer, kv.KvFetchGranted(handle.key, ticket, number))
+            case CloseStream(key):
+                self._streams.revoke(key)
+            case OpenProof(peer):
+                self._answer(peer, kv.KvProof(self._streams.proof(peer), PROOF_NBYTES))
+
+    def _answer(self, to: str, message: msgspec.Struct) -> None:
         lost: list[str] = []
-        self._send(Send(to, message), [frame], lost)
+        self._send(Send(to, message), lost)
         for peer in lost:
             self.soon(PeerLost(self.now(), peer))
 
@@ -150,18 +145,20 @@ class RelayActor(Actor):
             return PoolProved(self.now(), owner, 0.0, error.info())
         return PoolProved(self.now(), owner, rate, None)
 
-    async def _copy(self, action: CopyKept | StageKept) -> KeptCopied | KeptStaged | None:
+    async def _read(self, source: str, proof: kv.KvProof) -> StreamProved:
+        relay = self._topology.relay_of(source)
+        try:
+            rate = await asyncio.to_thread(read_proof, relay.stream_connect, proof, relay.transfer_timeout_s)
+        except DsError as error:
+            return StreamProved(self.now(), source, 0.0, error.info())
+        return StreamProved(self.now(), source, rate, None)
+
+    async def _copy(self, action: CopyKept) -> KeptCopied:
         key = action.kept.key
-        if isinstance(action, CopyKept):
-            error = await self._kept.keep(action)
-        else:
-            error = await self._kept.stage(action, self._staging.slot(action.slot))
+        error = await self._kept.keep(action)
         if error is not None:
-            log.warning("kept KV cannot be copied", handle=str(key), why=error.message)
-        if isinstance(action, CopyKept):
-            return KeptCopied(self.now(), key, error)
-        # a transfer of which nothing more comes is ended
-        return KeptStaged(self.now(), key, action.chunk) if error is None else None
+            log.warning("KV cannot be kept", handle=str(key), why=error.message)
+        return KeptCopied(self.now(), key, error)
 
     def _complain(self, peer: str, error: DsError) -> None:
         self.refused += 1
@@ -191,24 +188,15 @@ def _roles(topology: Topology, node: str) -> set[str]:
 
 
 def configure(topology: Topology, name: str) -> RelayConfig:
-    """What the machine of the relay ``name`` must know. Raises :class:`BadInput` for staging that is too small."""
+    """What the machine of the relay ``name`` must know."""
     relay = topology.relay(name)
-    sources = sources_of(topology, relay.node)
-    # where nothing goes by TCP the staging is never used: then do not ask the host for all of it
-    sends = any(relay.node in sources_of(topology, other.node) for other in topology.relays)
-    nbytes = relay.staging_nbytes if sources or sends else 2 * relay.slot_nbytes
-    sending, receiving = halves(nbytes, relay.slot_nbytes)
     return RelayConfig(
         name=name,
         node=relay.node,
         incarnation=uuid.uuid4().hex[:12],
-        staging=str(relay.staging),
-        sending_slots=sending,
-        receiving_slots=receiving,
-        slot_nbytes=relay.slot_nbytes,
         lease_s=relay.lease_s,
         transfer_timeout_s=relay.transfer_timeout_s,
-        sources=sources,
+        sources=sources_of(topology, relay.node),
         direct="decode" in _roles(topology, relay.node) and topology.transport(relay.node, relay.node) == "shm",
         prove=True,
         verify=relay.verify,
@@ -220,12 +208,11 @@ def configure(topology: Topology, name: str) -> RelayConfig:
 def _routes(topology: Topology, config: RelayConfig, routes: list[Route]) -> None:
     """Add the sockets to ``routes``, one by one, so that the caller can close those that were opened."""
     relay, keys = topology.relay(config.name), system_keys(topology)
-    limit = max(MAX_FRAME_NBYTES, config.slot_nbytes)
     routes.append(router_route(topology, config.name, config.incarnation))
     for node in config.sources:
         endpoint = topology.relay_of(node).data_connect
         assert endpoint is not None, "sources_of() names only nodes that have one"
-        socket = ConnectedSocket(endpoint, config.name, keys=keys, max_nbytes=limit, bulk=True)
+        socket = ConnectedSocket(endpoint, config.name, keys=keys)
         routes.append(Route(socket, kv.ToFetcher, peer=RELAY + node))
     if relay.data_bind is not None:
         routes.append(Route(BoundSocket(relay.data_bind, keys=keys), kv.FromFetcher, prefix=FETCHER))
@@ -239,10 +226,8 @@ def _close(routes: Sequence[Route]) -> None:
 
 async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> RelayActor:
     """Wire the relay ``name``."""
-    phase("mapping staging memory")
+    phase("opening sockets")
     config, relay = configure(topology, name), topology.relay(name)
-    slots = config.sending_slots + config.receiving_slots
-    heap.keep(slots * config.slot_nbytes)
     routes: list[Route] = []
     with contextlib.ExitStack() as stack:
         stack.callback(_close, routes)
@@ -250,8 +235,9 @@ async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> 
         if authenticator is not None:
             stack.callback(authenticator.stop)
         _routes(topology, config, routes)
-        staging = Segment.create(relay.staging, slots, config.slot_nbytes)
-        if config.sources:
-            staging.warm()
+        streams = None
+        if relay.stream_bind is not None:
+            sealed = topology.security.encrypted
+            streams = Streams(relay.stream_bind, relay.streams, relay.transfer_timeout_s, sealed=sealed)
         stack.pop_all()
-    return RelayActor(RelayState(config), routes, staging, authenticator)
+    return RelayActor(RelayState(config), routes, topology, streams, authenticator)

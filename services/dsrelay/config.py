@@ -12,12 +12,6 @@ class RelayConfig:
     name: str
     node: str
     incarnation: str
-    #: file of the staging segment, as workers are told it
-    staging: str
-    #: slots to send from; they come first in the segment
-    sending_slots: int
-    receiving_slots: int
-    slot_nbytes: int
     lease_s: float
     transfer_timeout_s: float
     #: nodes whose relays can be fetched from; our own among them when KV goes by TCP even here

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dskv.handle import KvHandle
 from dskv.memory import RankPools, copy
 from dskv.segment import Segment, SegmentCache
-from dskv.send import stage
-from dsrelay.events import CopyKept, StageKept
+from dsrelay.events import CopyKept
 from dswire.errors import DsError, ErrorInfo
 
 
 class KeptMemory:
-    """Copies in and out, one at a time, off the event loop."""
+    """Copies into it, one at a time, off the event loop."""
 
     def __init__(self) -> None:
         self._owners = SegmentCache()
@@ -25,11 +23,12 @@ class KeptMemory:
 
     async def keep(self, action: CopyKept) -> ErrorInfo | None:
         """Copy what an owner holds; returns what was wrong."""
-        return await self._run(lambda: self._keep(action.handle, action.kept))
-
-    async def stage(self, action: StageKept, slot: memoryview) -> ErrorInfo | None:
-        """Copy a chunk into a staging slot; returns what was wrong."""
-        return await self._run(lambda: stage(self._pool(action.kept), action.kept, action.chunk, slot))
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._thread, self._keep, action.handle, action.kept)
+        except DsError as error:
+            return error.info()
+        return None
 
     def close(self) -> None:
         """Give the memory back, after what is under way."""
@@ -37,13 +36,6 @@ class KeptMemory:
         self._owners.close()
         if self._segment is not None:
             self._segment.close()
-
-    async def _run(self, work: Callable[[], object]) -> ErrorInfo | None:
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        except DsError as error:
-            return error.info()
-        return None
 
     def _keep(self, handle: KvHandle, kept: KvHandle) -> None:
         source = RankPools.map(handle.layout, handle.shards, handle.segment_blocks, self._owners)

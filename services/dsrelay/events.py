@@ -13,7 +13,7 @@ from dskv.handle import KvHandle, KvKey
 from dswire.errors import DsError, ErrorInfo
 from dswire.links import End, Ready
 from dswire.machine import PeerLost, Received, Send, Tick
-from dswire.messages.kv import Chunk, KvChunk, PathInfo, PoolInfo
+from dswire.messages.kv import KvProof, PathInfo, PoolInfo
 
 ROUTER = "router"
 WORKER = "worker:"
@@ -24,20 +24,34 @@ RELAY = "relay:"
 
 
 @dataclass(frozen=True, slots=True)
-class StoreChunk:
-    """Write the raw frame of the :class:`ChunkArrived` at hand into this staging slot."""
+class OpenStream:
+    """Make a ticket for ``handle``, and answer the fetch ``number`` of ``peer`` with it."""
 
-    slot: int
+    peer: str
+    handle: KvHandle
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
-class SendChunk:
-    """Send the first ``nbytes`` of a staging slot behind the message; the slot is reused right after it."""
+class CloseStream:
+    """The ticket for that handle is void, and its stream, if there is one, ends here."""
+
+    key: KvKey
+
+
+@dataclass(frozen=True, slots=True)
+class OpenProof:
+    """Answer a probe with a ticket for some bytes."""
 
     peer: str
-    message: KvChunk
-    slot: int
-    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProveStream:
+    """Read what the ticket is good for from the relay of a node; ends with :class:`StreamProved`."""
+
+    source: str
+    proof: KvProof
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +60,6 @@ class Complain:
 
     peer: str
     error: DsError
-
-
-@dataclass(frozen=True, slots=True)
-class SendProof:
-    """Answer a probe with so many bytes of anything."""
-
-    peer: str
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +85,6 @@ class CopyKept:
     kept: KvHandle
 
 
-@dataclass(frozen=True, slots=True)
-class StageKept:
-    """Copy a chunk of KV that is kept here into a staging slot; ends with :class:`KeptStaged`."""
-
-    kept: KvHandle
-    chunk: Chunk
-    slot: int
-
-
 # events
 
 
@@ -101,36 +98,13 @@ class KeptCopied:
 
 
 @dataclass(frozen=True, slots=True)
-class KeptStaged:
-    """The chunk is in its slot."""
+class StreamProved:
+    """Bytes were read from another relay, or cannot be."""
 
     now: float
-    key: KvKey
-    chunk: Chunk
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkArrived:
-    """A chunk came from another relay; its bytes wait in the shell."""
-
-    now: float
-    peer: str
-    key: KvKey
-    chunk: Chunk
-    #: length of the one raw frame; 0 when there was not exactly one
-    nbytes: int
-    #: of the fetch that it answers
-    number: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ProofArrived:
-    """The bytes of a probe came from another relay."""
-
-    now: float
-    peer: str
-    #: length of the one raw frame; 0 when there was not exactly one
-    nbytes: int
+    source: str
+    bytes_per_s: float
+    error: ErrorInfo | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,15 +119,15 @@ class PoolProved:
 
 Action: TypeAlias = (
     Send
-    | StoreChunk
-    | SendChunk
-    | SendProof
+    | OpenStream
+    | CloseStream
+    | OpenProof
+    | ProveStream
     | ProvePool
     | PathKnown
     | CopyKept
-    | StageKept
     | Complain
     | Ready
     | End
 )
-Event: TypeAlias = Received | Tick | PeerLost | ChunkArrived | ProofArrived | PoolProved | KeptCopied | KeptStaged
+Event: TypeAlias = Received | Tick | PeerLost | StreamProved | PoolProved | KeptCopied

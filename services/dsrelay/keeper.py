@@ -19,7 +19,7 @@ import msgspec
 from dskv.handle import KvHandle, KvKey
 from dskv.layout import KvLayout
 from dskv.memory import whole_model
-from dsrelay.events import Action, CopyKept, StageKept
+from dsrelay.events import Action, CopyKept
 from dsrelay.ledger import Ledger
 from dswire.errors import ErrorInfo
 from dswire.messages import kv
@@ -154,14 +154,10 @@ class Keeper:
 
     def told(self, message: msgspec.Struct) -> None:
         """What any owner of a handle is told."""
-        match message:
-            case kv.KvRelease(key=key) if key in self._offers:
-                one = self.kept[self._offers.pop(key)]
-                one.offers.discard(key)
-                self._settle(one)
-            case kv.KvStage(key=key, chunk=chunk, slot=slot) if key in self._offers:
-                handle = self.kept[self._offers[key]].handle
-                self._out.append(StageKept(msgspec.structs.replace(handle, key=key), chunk, slot))
+        if isinstance(message, kv.KvRelease) and message.key in self._offers:
+            one = self.kept[self._offers.pop(message.key)]
+            one.offers.discard(message.key)
+            self._settle(one)
 
     # time
 

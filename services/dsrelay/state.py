@@ -1,7 +1,7 @@
 """The relay machine: takes each message to the part that it concerns.
 
 The parts: ``registry`` (who is known), ``ledger`` (handles offered on this node), ``direct`` (readers of this
-node that copy straight from the owner), ``outgoing`` and ``incoming`` (transfers by staging slots), ``keeper``
+node that copy straight from the owner), ``outgoing`` and ``incoming`` (streams between nodes), ``keeper``
 (copies of what was handed over, whose owner is the relay itself). All write their actions to one list, in order.
 KV that stays on the node but must go by TCP leaves by ``outgoing`` and comes back by ``incoming``, the relay being
 its own peer.
@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import msgspec
 
-from dskv.handle import KvHandle, KvKey
-from dskv.staging import StagingSlots
+from dskv.handle import KvKey
 from dsrelay.config import RelayConfig
 from dsrelay.direct import DirectReaders
 from dsrelay.events import (
@@ -21,19 +20,17 @@ from dsrelay.events import (
     ROUTER,
     WORKER,
     Action,
-    ChunkArrived,
     Complain,
     Event,
     KeptCopied,
-    KeptStaged,
+    OpenProof,
     PoolProved,
-    ProofArrived,
-    SendProof,
+    StreamProved,
 )
 from dsrelay.incoming import IncomingTransfers
 from dsrelay.keeper import Keeper
 from dsrelay.ledger import MAX_LISTED, Ask, CancelResult, Ledger
-from dsrelay.outgoing import Copy, OutgoingTransfers
+from dsrelay.outgoing import OutgoingTransfers
 from dsrelay.paths import Paths
 from dsrelay.registry import Fetchers, Workers
 from dswire.errors import ProtocolError, TransferFailed
@@ -58,15 +55,9 @@ class RelayState:
             config.name, config.node, config.keep, config.keep_nbytes, self.ledger, config.lease_s, self._out
         )
         self.direct = DirectReaders(self._out)
-        self.paths = Paths(config.node, config.slot_nbytes, self._out)
-        sending: StagingSlots[Copy] = StagingSlots(0, config.sending_slots)
-        self.outgoing = OutgoingTransfers(
-            self.ledger, sending, config.slot_nbytes, timeout_s, timeout_s, self._out, self._tell
-        )
-        receiving: StagingSlots[KvKey] = StagingSlots(config.sending_slots, config.receiving_slots)
-        self.incoming = IncomingTransfers(
-            config.sources, receiving, config.slot_nbytes, timeout_s, config.lease_s, self._out
-        )
+        self.paths = Paths(self._out)
+        self.outgoing = OutgoingTransfers(self.ledger, self._out)
+        self.incoming = IncomingTransfers(config.sources, timeout_s, config.lease_s, self._out)
         self._begun = False
 
     # the machine's interface
@@ -77,16 +68,12 @@ class RelayState:
         match event:
             case Received(now, peer, message):
                 self._received(now, peer, message)
-            case ChunkArrived():
-                self.incoming.arrived(event)
-            case ProofArrived():
-                self.paths.arrived(event)
+            case StreamProved(source=source, bytes_per_s=rate, error=error):
+                self.paths.streamed(source, rate, error)
             case PoolProved(owner=owner, bytes_per_s=rate, error=error):
-                self.paths.mapped(owner, rate, error, stand_in=self.config.node in self.config.sources)
+                self.paths.mapped(owner, rate, error)
             case KeptCopied(now, key, error):
                 self.keeper.copied(now, key, error)
-            case KeptStaged(now, key, chunk):
-                self.outgoing.staged(now, self.config.name, key, chunk.index)
             case Tick(now):
                 self._tick(now)
             case PeerLost(now, peer):
@@ -98,7 +85,7 @@ class RelayState:
 
     def next_deadline(self) -> float | None:
         """The earliest deadline of any part."""
-        parts = (self.workers, self.ledger, self.keeper, self.outgoing, self.incoming)
+        parts = (self.workers, self.ledger, self.keeper, self.incoming)
         deadlines = [self.links.deadline(), *(part.next_deadline() for part in parts)]
         return min((at for at in deadlines if at is not None), default=None)
 
@@ -173,8 +160,6 @@ class RelayState:
                 self._out.append(Send(peer, kv.KvCancelled(key, result)))
             case kv.KvHeld(key=key):
                 self.ledger.held(peer.removeprefix(WORKER), key)
-            case kv.KvStaged(key=key, chunk=chunk):
-                self.outgoing.staged(now, peer.removeprefix(WORKER), key, chunk.index)
             case _:
                 self._from_reader(now, peer, message)
 
@@ -182,12 +167,10 @@ class RelayState:
         match message:
             case kv.KvPull(handle=handle):
                 self._extend(now, peer, ((handle.key, handle.node),))
-                if self._may_read(handle):
+                if handle.node == self.config.node and self.config.direct:
                     self.ledger.ask(now, Ask(peer, handle.key, self.direct, handle))
                 else:
                     self.incoming.pull(now, peer, handle)
-            case kv.KvTaken(key=key, chunk=chunk):
-                self.incoming.taken(now, peer, key, chunk.index)
             case kv.KvPulled(key=key, error=error):
                 if not self.incoming.ended(now, peer, key, error):
                     self.ledger.ended(now, peer, key, "pulled" if error is None else "lost")
@@ -203,13 +186,6 @@ class RelayState:
                 self._extend(now, peer, wanted)
             case _:
                 self._out.append(Complain(peer, _unexpected(message)))
-
-    def _may_read(self, handle: KvHandle) -> bool:
-        """Whether readers of this node copy straight from the owner's segment."""
-        config = self.config
-        if handle.node != config.node or not config.direct:
-            return False
-        return self.paths.direct(handle.owner) or config.node not in config.sources
 
     def _again(self, now: float, peer: str, key: KvKey) -> None:
         if self.incoming.again(now, peer, key):
@@ -237,12 +213,10 @@ class RelayState:
         match message:
             case kv.KvFetch():
                 self.outgoing.fetch(now, peer, message)
-            case kv.KvCredit(key=key):
-                self.outgoing.credit(now, peer, key)
             case kv.KvFetched():
                 self.outgoing.ended(now, peer, message)
-            case kv.KvProbe(nbytes=nbytes):
-                self._out.append(SendProof(peer, max(0, min(nbytes, self.config.slot_nbytes))))
+            case kv.KvProbe():
+                self._out.append(OpenProof(peer))
             case kv.KvExtend(wanted=wanted):
                 for key, node in wanted:
                     if node == self.config.node:
@@ -253,10 +227,14 @@ class RelayState:
     def _from_source(self, now: float, peer: str, message: msgspec.Struct) -> None:
         match message:
             case worker.HelloWanted():
-                self._greet(now, peer.removeprefix(RELAY))
+                self._greet(peer.removeprefix(RELAY))
                 self.incoming.source_restarted(now, peer)
+            case kv.KvFetchGranted():
+                self.incoming.granted(now, peer, message)
             case kv.KvFetchFailed():
                 self.incoming.source_failed(now, peer, message)
+            case kv.KvProof():
+                self.paths.answered(peer.removeprefix(RELAY), message)
             case _:
                 self._out.append(Complain(peer, _unexpected(message)))
 
@@ -277,12 +255,12 @@ class RelayState:
             self._begun = True
             self._out += self.links.begin(now)
             for node in self.config.sources:
-                self._greet(now, node)
+                self._greet(node)
 
-    def _greet(self, now: float, node: str) -> None:
+    def _greet(self, node: str) -> None:
         self._out.append(Send(RELAY + node, self._relay_hello()))
         if self.config.prove:
-            self.paths.ask(now, node)
+            self.paths.ask(node)
 
     def _hello(self, now: float, peer: str, hello: kv.KvHello) -> None:
         error = self.workers.refusal(peer, hello)
@@ -295,21 +273,9 @@ class RelayState:
         # whoever says hello has forgotten what it read; what it offered it offers again
         self._reader_lost(now, peer)
         if restarted:
-            owner = peer.removeprefix(WORKER)
-            self.ledger.owner_lost(now, owner)
-            self.outgoing.owner_restarted(owner)
+            self.ledger.owner_lost(now, peer.removeprefix(WORKER))
         config = self.config
-        slots = config.sending_slots + config.receiving_slots
-        welcome = kv.KvWelcome(
-            config.name,
-            config.incarnation,
-            config.lease_s,
-            config.staging,
-            slots,
-            config.slot_nbytes,
-            config.verify,
-            config.direct and config.node not in config.sources,
-        )
+        welcome = kv.KvWelcome(config.name, config.incarnation, config.lease_s, config.verify, config.direct)
         self._out.append(Send(peer, welcome))
         if hello.pool is not None and config.direct and config.prove:
             self.paths.map(peer.removeprefix(WORKER), hello.pool)
@@ -342,7 +308,6 @@ class RelayState:
         self.keeper.tick(now)
         self.workers.tick(now, self._worker_lost)
         self.ledger.tick(now)
-        self.outgoing.tick(now)
         self.incoming.tick(now)
 
     def _tell(self, owner: str, message: msgspec.Struct) -> None:
@@ -368,13 +333,12 @@ class RelayState:
             node=config.node,
             handles=handles,
             left_off=len(self.ledger.handles) + self.keeper.idle - len(handles),
-            slots_held=self.outgoing.slots.held + self.incoming.slots.held,
-            slots=config.sending_slots + config.receiving_slots,
+            streams=len(self.outgoing.transfers),
             paths=tuple(self.paths.known.values()),
         )
 
     def _load(self) -> worker.Load:
-        waiting = len(self.incoming.waiting)
+        waiting = sum(not one.granted for one in self.incoming.transfers.values())
         running = len(self.incoming.transfers) - waiting + len(self.outgoing.transfers)
         handles = self.ledger.counts()
         if self.keeper.idle:

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from dsbench.handoff.ends import scattered
 from dsbench.kv import command
 
-QUICK = ["--rounds", "1", "--mib", "2", "--handles", "20", "--staging", "16MiB", "--no-system"]
+QUICK = ["--rounds", "1", "--mib", "2", "--handles", "20", "--no-system"]
 TRANSFER = {"transport", "bytes", "curve", "seconds", "bytes_per_s", "limit_bytes_per_s", "ratio"}
 
 

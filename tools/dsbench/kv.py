@@ -21,6 +21,7 @@ from dsbench.handoff.measure import Copies, Cost, Crowd, Limit, Transfer, cost, 
 from dsbench.handoff.whole import HandOff, hand_off, system
 from dsbench.handoff.world import World, world
 from dskv.segment import Segment
+from dskv.stream import RECORD_NBYTES
 from dsobserve.terminal import output
 from dswire.errors import Failed
 
@@ -33,16 +34,12 @@ TOKENS = 512
 @click.option(
     "--transport", type=click.Choice(["shm", "host"]), multiple=True, help="May be said twice; default: both."
 )
-@click.option(
-    "--curve", is_flag=True, help="Encrypt what goes between the relays (and beside it measure that alone)."
-)
+@click.option("--curve", is_flag=True, help="Also with encryption between the nodes.")
 @click.option(
     "--mib", "sizes", type=click.IntRange(1, 4096), multiple=True, help="Size of a hand-off; default: 16, 64."
 )
 @click.option("--rounds", type=click.IntRange(1), default=15, show_default=True)
 @click.option("--handles", type=click.IntRange(2, 4096), default=1000, show_default=True, help="Wanted at once.")
-@click.option("--slot", default="4MiB", show_default=True, help="As relay.slot in a topology.")
-@click.option("--staging", default="64MiB", show_default=True, help="As relay.staging in a topology.")
 @click.option("--model", default="smollm2-135m-instruct", show_default=True, help="Of the whole system.")
 @click.option("--system/--no-system", "whole", default=True, help="Also start a whole system.", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line and figure, on standard output.")
@@ -52,8 +49,6 @@ def command(
     sizes: tuple[int, ...],
     rounds: int,
     handles: int,
-    slot: str,
-    staging: str,
     model: str,
     whole: bool,
     as_json: bool,
@@ -63,8 +58,8 @@ def command(
     \b
     shm    one node: the reader copies straight out of the owner's pool; the limit is memcpy of the same bytes.
            `copy` is that without the messages that lead to it
-    host   two nodes on this host's loopback: owner's pool, staging, TCP, staging, reader's pool; the limit is a
-           blocking socket that carries the same bytes, and with --curve libsodium's box over them, in one thread
+    host   two nodes on this host's loopback: owner's pool, TCP, reader's pool; the limit is a blocking
+           socket that carries the same bytes, and with --curve libsodium's box over them, in one thread
 
     Every figure is the median of rounds in which it and its limit take turns. At last a whole system of one prefill
     and one decode instance hands prompts of 512 tokens over, one by one; its ledger tells how long that took.
@@ -93,7 +88,7 @@ def command(
 
         async def run(name: str, on: bool) -> None:
             progress.update(task, description=f"{name}{' with CURVE' if on else ''}")
-            async for row in _measure(name, on, sizes or (16, 64), rounds, handles, slot, staging):
+            async for row in _measure(name, on, sizes or (16, 64), rounds, handles):
                 add(row)
 
         for name, on in plan:
@@ -109,10 +104,10 @@ def command(
 
 
 async def _measure(
-    transport: str, curve: bool, sizes: Sequence[int], rounds: int, handles: int, slot: str, staging: str
+    transport: str, curve: bool, sizes: Sequence[int], rounds: int, handles: int
 ) -> AsyncIterator[Row]:
     blocks = max(sizes) * (1 << 20) // LAYOUT.block_nbytes
-    async with world(transport, blocks, curve=curve, staging=staging, slot=slot) as running:
+    async with world(transport, blocks, curve=curve) as running:
         source = Segment.open(
             running.topology.instance("prefill-0").segment, blocks, LAYOUT.block_nbytes, writable=True
         )
@@ -134,7 +129,7 @@ def _limit(running: World, transport: str, curve: bool, source: Segment) -> Limi
     if not curve:
         mine, theirs = memoryview(pool.buffer), memoryview(source.buffer)
         return lambda nbytes: limits.socket_s(mine[:nbytes], theirs[:nbytes])
-    box = limits.box(running.topology.relays[0].slot_nbytes)
+    box = limits.box(RECORD_NBYTES)
     if box is None:
         raise Failed(
             "there is no libsodium to compare with",

@@ -170,9 +170,8 @@ def _add_relay(branch: Tree, relay: Relay, live: Live) -> None:
     here = branch.add(_state_line(relay.name, status.state if status else "", *facts))
     here.add(_line("local", relay.local, style=""))
     here.add(_line("data", relay.data_bind or "none, all KV stays in shared memory", style=""))
-    slots = relay.staging_nbytes // relay.slot_nbytes
-    staging = f"{shown(relay.staging_nbytes)} in {slots} slots of {shown(relay.slot_nbytes)}"
-    here.add(_line("staging", staging, style=""))
+    if relay.stream_bind is not None:
+        here.add(_line("streams", f"{relay.stream_bind}, {relay.streams} at once", style=""))
     if relay.keep_nbytes:
         here.add(_line("keep", f"{shown(relay.keep_nbytes)} of handed-over KV", style=""))
 

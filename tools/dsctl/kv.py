@@ -123,7 +123,7 @@ def _print_handles(answers: list[Answer]) -> None:
             _complain(answer)
         else:
             more = f", {answer.listing.left_off} handles not listed" if answer.listing.left_off else ""
-            _print(f"{answer.relay}: {answer.listing.slots_held}/{answer.listing.slots} staging slots in use{more}")
+            _print(f"{answer.relay}: {answer.listing.streams} streams leave the node{more}")
 
 
 def _print_paths(answers: list[Answer]) -> None:

@@ -16,8 +16,9 @@ import msgspec
 
 import dsdecode.events as decode
 from dsdecode.state import DecodeState
+from dskv.handle import KvKey
 from dssched.steps import Made, RunStep, Stepped
-from dssim.processes import TOKEN, RouterProcess, Worker
+from dssim.processes import ENDS, TOKEN, RouterProcess, Worker
 from dswire.links import ROUTER
 from dswire.messages.worker import StepDone
 
@@ -55,22 +56,25 @@ class DecodeProcess(Worker):
         if self._stretch is not None:
             self._stretch.left = min(self._stretch.left, self._decode.repeat() - 1)
 
-    def send(self, peer: str, message: msgspec.Struct, nbytes: int = 0, began_s: float | None = None) -> None:
+    def send(self, peer: str, message: msgspec.Struct) -> None:
         """Send a message; what tells of a stretch is on its way already."""
         if self._word is not None and type(message) is StepDone:
             self._word.append(message)
         else:
-            super().send(peer, message, nbytes, began_s)
+            super().send(peer, message)
 
     def perform(self, action: Any) -> None:
         """Copies, and stretches of steps."""
         match action:
             case decode.CopyDirect(handle, _):
                 seconds = self.transfers.copy_s(handle.nbytes)
-                self.copy(seconds, lambda now: decode.CopyEnded(now, handle.key, None, True))
-            case decode.CopyChunk(handle, _, chunk, _, last):
-                seconds = self.transfers.copy_s(chunk.count * handle.layout.block_nbytes)
-                self.copy(seconds, lambda now: decode.CopyEnded(now, handle.key, chunk, last))
+                self.copy(seconds, lambda now: decode.CopyEnded(now, handle.key))
+            case decode.CopyStream(handle, _, ticket):
+                (ends_s,) = ENDS.unpack(ticket.token)
+                self.kernel.at(max(self.kernel.now, ends_s), self._streamed, handle.key)
+            case decode.CutStream():
+                # what it costs to read on is nobody's
+                pass
             case RunStep() if self._stretch is not None:
                 # it runs already
                 self._stretch.step = action
@@ -88,6 +92,9 @@ class DecodeProcess(Worker):
         self._tell_heard()
         while stretch.on_way:
             self._tell(stretch, 1, stretch.on_way.popleft())
+
+    def _streamed(self, key: KvKey) -> None:
+        self.feed(decode.CopyEnded(self.kernel.now, key))
 
     def _run(self, stretch: _Stretch) -> None:
         leaves = self.work((), stretch.contexts)

@@ -9,6 +9,7 @@ it was sent unread when it is back.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import msgspec
 
 import dsprefill.events as prefill
-from dsrelay.events import ChunkArrived, Complain, SendChunk, StoreChunk
+from dsrelay.events import CloseStream, Complain, OpenStream
 from dssched.instance import InstanceState
 from dssched.steps import ForgetSequence, Made, RunStep, StartSequence, Stepped
 from dssim.kernel import Kernel
@@ -25,11 +26,13 @@ from dssim.times import Chunk, StepTimes, TransferTimes
 from dswire.errors import ErrorInfo, from_info
 from dswire.links import End, Ready
 from dswire.machine import Machine, PeerLost, Received, Send, Tick
-from dswire.messages.kv import KvChunk
+from dswire.messages.kv import KvFetchGranted, Ticket
 from dswire.messages.worker import Load, Preempted, StepDone, WorkerReport
 
 #: every token, of prompts and answers
 TOKEN = 1
+#: what the token of a ticket holds here: when the stream ends, in seconds
+ENDS = struct.Struct("<d")
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -50,8 +53,8 @@ class Receiver(Protocol):
     name: str
     alive: bool
 
-    def arrive(self, peer: str, message: msgspec.Struct, nbytes: int) -> None:
-        """A message has come, with ``nbytes`` of raw frames behind it."""
+    def arrive(self, peer: str, message: msgspec.Struct) -> None:
+        """A message has come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ class Process:
         self.ready = False
         self.alive = True
         #: what came after its death
-        self.unread: list[tuple[str, msgspec.Struct, int]] = []
+        self.unread: list[tuple[str, msgspec.Struct]] = []
         #: called after every event
         self.check: Callable[[], None] | None = None
         self.kernel = kernel
@@ -105,16 +108,12 @@ class Process:
         """The process comes up, and says hello to those it knows."""
         self.feed(Tick(self.kernel.now))
 
-    def arrive(self, peer: str, message: msgspec.Struct, nbytes: int) -> None:
+    def arrive(self, peer: str, message: msgspec.Struct) -> None:
         """A message has come, perhaps to nobody."""
         if self.alive:
-            self.take(peer, message, nbytes)
+            self.feed(Received(self.kernel.now, peer, message))
         else:
-            self.unread.append((peer, message, nbytes))
-
-    def take(self, peer: str, message: msgspec.Struct, nbytes: int) -> None:
-        """Look at a message."""
-        self.feed(Received(self.kernel.now, peer, message))
+            self.unread.append((peer, message))
 
     def feed(self, event: Any) -> None:
         """Give the machine an event and perform what it wants, unless the process is dead."""
@@ -133,14 +132,13 @@ class Process:
             self._tick_at = deadline
             self.kernel.at(deadline, self._tick, deadline)
 
-    def send(self, peer: str, message: msgspec.Struct, nbytes: int = 0, began_s: float | None = None) -> None:
-        """Send a message, which leaves now or at ``began_s``."""
+    def send(self, peer: str, message: msgspec.Struct) -> None:
+        """Send a message."""
         way = self.peers[peer]
         if not (way.ours or way.other.alive):
             self.kernel.after(0.0, self.feed, PeerLost(self.kernel.now, peer))
             return
-        when = (self.kernel.now if began_s is None else began_s) + way.seconds
-        self.kernel.at(when, way.other.arrive, way.us, message, nbytes)
+        self.kernel.after(way.seconds, way.other.arrive, way.us, message)
 
     def perform(self, action: Any) -> None:
         """Perform an action of the service."""
@@ -201,11 +199,11 @@ class RouterProcess(Process):
         """Tokens have come that end nothing: the machine only counts them, and looks at nothing else."""
         super().feed(Received(came_at, peer, message))
 
-    def send(self, peer: str, message: msgspec.Struct, nbytes: int = 0, began_s: float | None = None) -> None:
+    def send(self, peer: str, message: msgspec.Struct) -> None:
         """Send a message; a client is told at once, since what it hears changes nothing here."""
         known = self.clients.get(peer)
         if known is None:
-            super().send(peer, message, nbytes, began_s)
+            super().send(peer, message)
         else:
             known[0].heard(self.kernel.now + known[1], message)
 
@@ -229,13 +227,13 @@ class Worker(Process):
         self.watch = watch
         self.pipeline = Pipeline(machine.config.stages)
 
-    def send(self, peer: str, message: msgspec.Struct, nbytes: int = 0, began_s: float | None = None) -> None:
+    def send(self, peer: str, message: msgspec.Struct) -> None:
         """Send a message; the load that is told every second is noted on the way."""
         if type(message) is WorkerReport:
             self.watch.load(self.kernel.now, self.name, message.load)
         elif type(message) is Preempted:
             self.watch.preempted()
-        super().send(peer, message, nbytes, began_s)
+        super().send(peer, message)
 
     def perform(self, action: Any) -> None:
         """Steps."""
@@ -290,9 +288,6 @@ class PrefillProcess(Worker):
             case prefill.Seal(key, blocks):
                 nbytes = len(blocks) * self._block_nbytes
                 self.copy(self.transfers.seal_s(nbytes), lambda now: prefill.Sealed(now, key, 0))
-            case prefill.StageChunk(handle, chunk, _):
-                seconds = self.transfers.copy_s(chunk.count * handle.layout.block_nbytes)
-                self.copy(seconds, lambda now: prefill.Staged(now, handle.key, chunk))
             case _:
                 super().perform(action)
 
@@ -307,21 +302,16 @@ class RelayProcess(Process):
 
     _link_free_s = 0.0
 
-    def take(self, peer: str, message: msgspec.Struct, nbytes: int) -> None:
-        """A message, or a chunk with its bytes."""
-        if type(message) is KvChunk:
-            self.feed(ChunkArrived(self.kernel.now, peer, message.key, message.chunk, nbytes, message.number))
-        else:
-            super().take(peer, message, nbytes)
-
     def perform(self, action: Any) -> None:
-        """Chunks leave one after the other."""
+        """Streams leave one after the other; a ticket tells when its bytes will have come."""
         match action:
-            case StoreChunk():
+            case OpenStream(peer, handle, number):
+                self._link_free_s = max(self.kernel.now, self._link_free_s) + self.transfers.network_s(
+                    handle.nbytes
+                )
+                self.send(peer, KvFetchGranted(handle.key, Ticket(ENDS.pack(self._link_free_s)), number))
+            case CloseStream():
                 pass
-            case SendChunk(peer, message, _, nbytes):
-                self._link_free_s = max(self.kernel.now, self._link_free_s) + self.transfers.network_s(nbytes)
-                self.send(peer, message, nbytes, self._link_free_s)
             case Complain(_, error):
                 raise error
             case Ready():

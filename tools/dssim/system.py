@@ -11,7 +11,6 @@ from dsdecode.config import DecodeConfig
 from dsdecode.state import DecodeState
 from dskv.layout import KvLayout
 from dskv.shards import shards
-from dskv.staging import halves
 from dsprefill.state import PrefillConfig, PrefillState
 from dsrelay.config import RelayConfig
 from dsrelay.state import RelayState
@@ -157,9 +156,9 @@ class System:
         made.start()
         if isinstance(made, RelayProcess):
             # what a process had queued for it died with that process
-            for peer, message, nbytes in gone.unread:
+            for peer, message in gone.unread:
                 if peer in made.peers:
-                    made.arrive(peer, message, nbytes)
+                    made.arrive(peer, message)
 
     # processes
 
@@ -210,15 +209,10 @@ class System:
     def _relay(self, name: str) -> Process:
         relay = self.topology.relay(name)
         sources = sources_of(self.topology, relay.node)
-        sending, receiving = halves(relay.staging_nbytes, relay.slot_nbytes)
         config = RelayConfig(
             name=name,
             node=relay.node,
             incarnation=self._incarnation,
-            staging=str(relay.staging),
-            sending_slots=sending,
-            receiving_slots=receiving,
-            slot_nbytes=relay.slot_nbytes,
             lease_s=relay.lease_s,
             transfer_timeout_s=relay.transfer_timeout_s,
             sources=sources,
@@ -290,6 +284,6 @@ def _held(machine: object) -> dict[str, int]:
         case PrefillState() | DecodeState():
             return {"blocks": machine.pool.held, "sequences": len(machine.sequences)}
         case RelayState():
-            slots = machine.outgoing.slots.held + machine.incoming.slots.held
-            return {"handles": len(machine.ledger.handles), "slots": slots}
+            transfers = len(machine.outgoing.transfers) + len(machine.incoming.transfers)
+            return {"handles": len(machine.ledger.handles), "transfers": transfers}
     return {}

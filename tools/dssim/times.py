@@ -50,10 +50,10 @@ class TransferTimes(Protocol):
         """Copy of KV within a node, verification included; one at a time on each instance."""
 
     def network_s(self, nbytes: int) -> float:
-        """A chunk on the way out of a node that has its link to itself, beyond :meth:`message_s`.
+        """KV on the way out of a node that has its link to itself.
 
-        The kernel sends the chunks that leave a node one after the other, so that transfers share the bandwidth
-        chunk by chunk, as on the real connections.
+        The kernel lets streams leave a node one after the other, where real ones share the link, a few at a time:
+        the last of those that begin together ends when it would, the others earlier.
         """
 
 
@@ -150,7 +150,7 @@ class FlatTransfer:
         return _over(nbytes, self.copy_bytes_per_s)
 
     def network_s(self, nbytes: int) -> float:
-        """A chunk between nodes."""
+        """A stream between nodes."""
         return _over(nbytes, self.network_bytes_per_s)
 
 

@@ -1,9 +1,9 @@
 """Prefill, decode <-> the relay of their node, and relay <-> relay.
 
-Same host: the decode instance copies straight from the owner's mapped pool; the relay only grants and ends it. The
-copy need not wait for the grant: a checksum that fits proves it; where it does not, it is made again once granted.
-Else the blocks go in chunks: owner -> its relay's staging slot -> TCP -> the other relay's slot -> decode's
-pool. A chunk is ``count`` whole blocks beginning with the ``first`` of the handle's list, one slot at most.
+Relays grant and end every hand-off; the bytes are the reader's business. Same host: the decode instance copies
+straight from the owner's mapped pool. The copy need not wait for the grant: a checksum that fits proves it; where
+it does not, it is made again once granted. Else the relay of the owner's node gives a ticket, with which the decode
+instance reads the blocks from that relay's stream port (``dskv.stream``).
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from dswire.errors import ErrorInfo
 from dswire.messages.worker import HelloWanted
 
 
-class Chunk(msgspec.Struct, frozen=True, array_like=True):
-    """A run of a handle's blocks."""
+class Ticket(msgspec.Struct, frozen=True, array_like=True):
+    """Good for reading one handle's KV from the relay of its node, once."""
 
-    #: from 0, in order
-    index: int
-    #: position of its first block in ``KvHandle.blocks``
-    first: int
-    #: whole blocks
-    count: int
+    #: ``dskv.stream.TOKEN_NBYTES`` bytes that nobody can guess
+    token: bytes
+    #: key under which the stream is sealed; empty where nothing is encrypted
+    secret: bytes = b""
 
 
 class PoolInfo(msgspec.Struct, frozen=True):
@@ -76,24 +74,10 @@ class KvHeld(msgspec.Struct, frozen=True, tag=True):
     key: KvKey
 
 
-class KvStaged(msgspec.Struct, frozen=True, tag=True):
-    """Prefill: the chunk is in the slot."""
-
-    key: KvKey
-    chunk: Chunk
-
-
 class KvPull(msgspec.Struct, frozen=True, tag=True):
     """Decode: blocks are reserved, bring the KV."""
 
     handle: KvHandle
-
-
-class KvTaken(msgspec.Struct, frozen=True, tag=True):
-    """Decode: the chunk is in the pool, the slot is free."""
-
-    key: KvKey
-    chunk: Chunk
 
 
 class KvPulled(msgspec.Struct, frozen=True, tag=True):
@@ -130,17 +114,14 @@ class KvExtend(msgspec.Struct, frozen=True, tag=True):
 
 
 class KvWelcome(msgspec.Struct, frozen=True, tag=True):
-    """Registered. The staging slots are for chunks only."""
+    """Registered."""
 
     relay: str
     incarnation: str
     lease_s: float
-    staging: str
-    slots: int
-    slot_nbytes: int
     #: KV is summed where it is made and where it arrives
     verify: bool = True
-    #: KV that is offered on this node is always granted, never staged
+    #: KV that is offered on this node is copied straight from its owner's pool
     direct: bool = False
 
     @property
@@ -218,32 +199,16 @@ class KvListing(msgspec.Struct, frozen=True, tag=True):
     handles: tuple[HandleInfo, ...]
     #: handles beyond those listed
     left_off: int
-    #: staging slots in use, and all of them
-    slots_held: int
-    slots: int
+    #: streams that leave the node now
+    streams: int
     paths: tuple[PathInfo, ...] = ()
 
 
-class KvStage(msgspec.Struct, frozen=True, tag=True):
-    """To the owner: copy this chunk into that staging slot."""
-
-    key: KvKey
-    chunk: Chunk
-    slot: int
-
-
 class KvGrant(msgspec.Struct, frozen=True, tag=True):
-    """To decode: copy straight from the owner's segment."""
+    """To decode: copy straight from the owner's segment; or, with a ticket, read from the relay of its node."""
 
     key: KvKey
-
-
-class KvChunkReady(msgspec.Struct, frozen=True, tag=True):
-    """To decode: the chunk is in that staging slot."""
-
-    key: KvKey
-    chunk: Chunk
-    slot: int
+    ticket: Ticket | None = None
 
 
 class KvFailed(msgspec.Struct, frozen=True, tag=True):
@@ -265,28 +230,15 @@ class RelayHello(msgspec.Struct, frozen=True, tag=True):
 
 
 class KvFetch(msgspec.Struct, frozen=True, tag=True):
-    """Send this handle's chunks, ``credits`` of them for now."""
+    """A ticket for this handle, please; the same again after its stream was not what it should be."""
 
     key: KvKey
-    credits: int
-    #: largest chunk, in bytes, that the fetching side takes
-    slot_nbytes: int
-    #: all have come once, and were not what they should be
-    again: bool = False
-    #: of the fetching side's fetches; the answers tell it, as an earlier fetch may have left chunks on the way
+    #: of the fetching side's fetches; the answers tell it, as an earlier fetch may have left some on the way
     number: int = 0
 
 
 class KvProbe(msgspec.Struct, frozen=True, tag=True):
-    """Send so many bytes, a slot at most: the path is tried."""
-
-    nbytes: int
-
-
-class KvCredit(msgspec.Struct, frozen=True, tag=True):
-    """One more chunk may be sent."""
-
-    key: KvKey
+    """A ticket for any bytes, please: the path is tried."""
 
 
 class KvFetched(msgspec.Struct, frozen=True, tag=True):
@@ -299,17 +251,20 @@ class KvFetched(msgspec.Struct, frozen=True, tag=True):
 # owner's relay -> fetching relay
 
 
-class KvChunk(msgspec.Struct, frozen=True, tag=True):
-    """One chunk; its bytes are the one raw frame that follows."""
+class KvFetchGranted(msgspec.Struct, frozen=True, tag=True):
+    """The ticket. It is good until the fetch has ended."""
 
     key: KvKey
-    chunk: Chunk
+    ticket: Ticket
     #: of the fetch
     number: int = 0
 
 
 class KvProof(msgspec.Struct, frozen=True, tag=True):
-    """Answer to :class:`KvProbe`; the bytes are the one raw frame that follows."""
+    """Answer to :class:`KvProbe`: a ticket for ``nbytes`` bytes."""
+
+    ticket: Ticket
+    nbytes: int
 
 
 class KvFetchFailed(msgspec.Struct, frozen=True, tag=True):
@@ -322,32 +277,10 @@ class KvFetchFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 FromKvWorker: TypeAlias = (
-    KvHello
-    | KvPong
-    | KvOffer
-    | KvWithdraw
-    | KvHeld
-    | KvStaged
-    | KvPull
-    | KvTaken
-    | KvPulled
-    | KvAgain
-    | KvAbort
-    | KvExtend
-    | KvList
+    KvHello | KvPong | KvOffer | KvWithdraw | KvHeld | KvPull | KvPulled | KvAgain | KvAbort | KvExtend | KvList
 )
 ToKvWorker: TypeAlias = (
-    KvWelcome
-    | KvRefused
-    | HelloWanted
-    | KvPing
-    | KvRelease
-    | KvCancelled
-    | KvListing
-    | KvStage
-    | KvGrant
-    | KvChunkReady
-    | KvFailed
+    KvWelcome | KvRefused | HelloWanted | KvPing | KvRelease | KvCancelled | KvListing | KvGrant | KvFailed
 )
-FromFetcher: TypeAlias = RelayHello | KvFetch | KvCredit | KvFetched | KvExtend | KvList | KvProbe
-ToFetcher: TypeAlias = HelloWanted | KvChunk | KvProof | KvFetchFailed | KvListing
+FromFetcher: TypeAlias = RelayHello | KvFetch | KvFetched | KvExtend | KvList | KvProbe
+ToFetcher: TypeAlias = HelloWanted | KvFetchGranted | KvProof | KvFetchFailed | KvListing

@@ -23,7 +23,9 @@ from dskv.layout import KvLayout
 from dskv.memory import SMALL_NBYTES, RankPools
 from dskv.receive import Receiver
 from dskv.segment import Segment, SegmentCache
-from dskv.send import stage
+from dskv.stream import Stream
+from dstopology.endpoints import Tcp
+from dstopology.resolved import Relay
 from dswire.codec import Decoder, encode
 from dswire.errors import Failed, from_info
 from dswire.keys import CurveKeys, load_system
@@ -86,11 +88,6 @@ class End:
             return run()
         return await asyncio.get_running_loop().run_in_executor(self._copies, run)
 
-    def staging(self, *, writable: bool) -> Segment:
-        """The relay's staging slots."""
-        told = self.welcome
-        return self.mapped.get(Path(told.staging), told.slots, told.slot_nbytes, writable=writable)
-
     def take(self, message: Any) -> None:
         """A message that concerns KV."""
 
@@ -113,13 +110,11 @@ class End:
 
 
 class Owner(End):
-    """Offers handles over a filled pool, and stages what it is asked for."""
+    """Offers handles over a filled pool."""
 
     def __init__(self, endpoint: str, node: str, pool: Segment, keys: CurveKeys | None = None) -> None:
         super().__init__(endpoint, "prefill-0", pool, keys)
         self._node = node
-        self._handles: dict[KvKey, KvHandle] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
         self._epoch = 0
 
     def offer(self, first: int, blocks: int) -> KvHandle:
@@ -138,36 +133,21 @@ class Owner(End):
             segment_blocks=self.pool.slots,
             checksum=self.pool.checksum(mine),
         )
-        self._handles[handle.key] = handle
         self.send(kv.KvOffer(handle))
         return handle
-
-    def take(self, message: Any) -> None:
-        """Stage a chunk; forget what was released."""
-        match message:
-            case kv.KvStage():
-                task = asyncio.get_running_loop().create_task(self._stage(message))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-            case kv.KvRelease(key=key):
-                self._handles.pop(key, None)
-
-    async def _stage(self, asked: kv.KvStage) -> None:
-        handle, slot = self._handles[asked.key], self.staging(writable=True).slot(asked.slot)
-        nbytes = asked.chunk.count * LAYOUT.block_nbytes
-        await self.copy(nbytes, lambda: stage(self.pools, handle, asked.chunk, slot))
-        self.send(kv.KvStaged(asked.key, asked.chunk))
 
 
 class Reader(End):
     """Pulls handles into a pool of its own."""
 
-    def __init__(self, endpoint: str, node: str, pool: Segment, keys: CurveKeys | None = None) -> None:
-        super().__init__(endpoint, "decode-0", pool, keys)
-        self._node = node
+    def __init__(self, relay: Relay, source: Tcp | None, pool: Segment, keys: CurveKeys | None = None) -> None:
+        """``source``: where the relay of the owner's node has its streams."""
+        super().__init__(relay.local, "decode-0", pool, keys)
+        self._node = relay.node
+        self._source = source
         #: read before the relay's word
         self._unanswered: set[KvKey] = set()
-        self._pulls: dict[KvKey, asyncio.Queue[Any]] = {}
+        self._pulls: dict[KvKey, asyncio.Future[Any]] = {}
 
     async def pull(self, handle: KvHandle, blocks: Sequence[int]) -> None:
         """Fetch, copy and verify, as a decode instance does. Raises what went wrong."""
@@ -177,12 +157,12 @@ class Reader(End):
             self.send(kv.KvPull(handle))
             await self.copy(handle.nbytes, lambda: self.direct(receiver))
             return
-        news = self._pulls[handle.key] = asyncio.Queue()
+        self._pulls[handle.key] = word = asyncio.get_running_loop().create_future()
         self.send(kv.KvPull(handle))
         try:
             async with asyncio.timeout(PATIENCE_S):
-                while not receiver.complete:
-                    await self._step(receiver, await news.get())
+                ticket = await word
+                await self.copy(1 << 30, lambda: self._read(receiver, ticket))
         finally:
             del self._pulls[handle.key]
         self.send(kv.KvPulled(handle.key))
@@ -192,32 +172,31 @@ class Reader(End):
         if isinstance(message, kv.KvGrant) and message.key in self._unanswered:
             self._unanswered.discard(message.key)
             self.send(kv.KvPulled(message.key))
-        news = self._pulls.get(message.key)
-        if news is not None:
-            news.put_nowait(message)
-
-    async def _step(self, receiver: Receiver, message: Any) -> None:
+        word = self._pulls.get(message.key)
+        if word is None or word.done():
+            return
         match message:
             case kv.KvFailed(error=error):
-                raise from_info(error)
-            case kv.KvGrant():
-                await self.copy(receiver.handle.nbytes, lambda: self.direct(receiver))
-            case kv.KvChunkReady(chunk=chunk, slot=slot):
-                data = self.staging(writable=False).slot(slot)
-                await self.copy(chunk.count * LAYOUT.block_nbytes, lambda: _take(receiver, chunk, data))
-                if not receiver.complete:
-                    self.send(kv.KvTaken(receiver.handle.key, chunk))
+                word.set_exception(from_info(error))
+            case kv.KvGrant(ticket=ticket):
+                word.set_result(ticket)
+
+    def _read(self, receiver: Receiver, ticket: kv.Ticket | None) -> None:
+        if ticket is None or self._source is None:
+            self.direct(receiver)
+            return
+        stream = Stream(self._source.pair, ticket, PATIENCE_S)
+        try:
+            stream.open()
+            receiver.receive(stream.read)
+        finally:
+            stream.close()
+        receiver.verify()
 
     def direct(self, receiver: Receiver) -> None:
         """Copy straight out of the owner's pool, and verify."""
         handle = receiver.handle
         receiver.copy_direct(RankPools.map(LAYOUT, handle.shards, handle.segment_blocks, self.mapped))
-        receiver.verify()
-
-
-def _take(receiver: Receiver, chunk: kv.Chunk, data: memoryview) -> None:
-    receiver.take(chunk, data)
-    if receiver.complete:
         receiver.verify()
 
 

@@ -34,7 +34,7 @@ nodes:
 router: {{node: n0, frontend: "tcp://127.0.0.1:{port}", backend: "tcp://127.0.0.1:{backend}"}}
 prefill: {{place: [[n0/cpu:0]]}}
 decode: {{place: [[{reader}/cpu:1]]}}
-relay: {{staging: {staging}, slot: {slot}, port: {relay}}}
+relay: {{port: {relay}}}
 security: {{curve: {curve}, keys: {keys}}}
 """
 _STOP_S = 20.0
@@ -64,12 +64,10 @@ class World:
 
 
 @asynccontextmanager
-async def world(
-    transport: str, blocks: int, *, curve: bool, staging: str = "64MiB", slot: str = "4MiB"
-) -> AsyncIterator[World]:
+async def world(transport: str, blocks: int, *, curve: bool) -> AsyncIterator[World]:
     """Everything up and registered, with pools of ``blocks`` blocks; ``transport`` is ``shm`` or ``host``."""
     with ExitStack() as stack:
-        topology = _topology(stack.enter_context(directory()), transport, curve, staging, slot)
+        topology = _topology(stack.enter_context(directory()), transport, curve)
         keys = system_keys(topology)
         if keys is not None:
             stack.callback(start_authenticator(topology.security.keys_dir).stop)
@@ -82,7 +80,7 @@ async def world(
         command = [sys.executable, "-m", "dsbench.handoff.ends", ends[0].local, ends[0].node]
         command += [str(pools[0]), str(blocks), *([str(topology.security.keys_dir)] if keys else [])]
         owner = stack.enter_context(_owner(command))
-        reader = Reader(ends[1].local, ends[1].node, filled_pool(pools[1], blocks), keys)
+        reader = Reader(ends[1], ends[0].stream_connect, filled_pool(pools[1], blocks), keys)
         stack.callback(reader.close)
         await reader.hello()
         running = World(topology, owner, reader)
@@ -114,10 +112,10 @@ def directory() -> Iterator[Path]:
         shutil.rmtree(path)
 
 
-def _topology(root: Path, transport: str, curve: bool, staging: str, slot: str) -> Topology:
+def _topology(root: Path, transport: str, curve: bool) -> Topology:
     if curve:
         write_pair(root / "keys" / SYSTEM_SECRET, root / "keys" / SYSTEM_PUBLIC)
-    port = free_ports(4)
+    port = free_ports(6)
     path = root / "t.yaml"
     path.write_text(
         _TOPOLOGY.format(
@@ -125,8 +123,6 @@ def _topology(root: Path, transport: str, curve: bool, staging: str, slot: str) 
             backend=port + 1,
             relay=port + 2,
             reader="n1" if transport == "host" else "n0",
-            staging=staging,
-            slot=slot,
             curve="on" if curve else "off",
             keys=root / "keys",
         )
