@@ -10,9 +10,9 @@ Two kinds, one conformance suite:
     One peer. Messages are queued (``HIGH_WATER`` at most, then :class:`PeerUnreachable`) while it is away and are
     sent when it comes back; so a hello needs no retry, and everything else needs the hello's answer first.
 
-Frames above ``MAX_FRAME_NBYTES`` are refused by libzmq before they are read: it drops that connection. What libzmq
-has no limit for is the number of frames in one message: it keeps them until the last one came, so whoever may
-connect can make us hold as much as it sends. That is why anything but loopback and ``ipc`` asks for a key.
+Frames above ``max_nbytes`` are refused by libzmq before they are read: it drops that connection. What libzmq has no
+limit for is the number of frames in one message: it keeps them until the last one came, so whoever may connect can
+make us hold as much as it sends. That is why anything but loopback and ``ipc`` asks for a key.
 Nothing polls: libzmq's file descriptor wakes the loop, at most ``BURST`` messages are taken at a time.
 """
 
@@ -49,12 +49,12 @@ class PeerUnreachable(ConnectionError):
 class _Socket:
     """What both kinds share: receiving by callback."""
 
-    def __init__(self, kind: int) -> None:
+    def __init__(self, kind: int, max_nbytes: int) -> None:
         self._zmq: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
         self._zmq.setsockopt(zmq.LINGER, LINGER_MS)
         self._zmq.setsockopt(zmq.SNDHWM, HIGH_WATER)
         self._zmq.setsockopt(zmq.RCVHWM, HIGH_WATER)
-        self._zmq.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_NBYTES)
+        self._zmq.setsockopt(zmq.MAXMSGSIZE, max_nbytes)
         # a host that vanished without a FIN is noticed too
         self._zmq.setsockopt(zmq.HEARTBEAT_IVL, 2_000)
         self._zmq.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6_000)
@@ -110,9 +110,9 @@ class _Socket:
 class BoundSocket(_Socket):
     """A ROUTER socket at a fixed address."""
 
-    def __init__(self, endpoint: str, *, keys: CurveKeys | None = None) -> None:
+    def __init__(self, endpoint: str, *, keys: CurveKeys | None = None, max_nbytes: int = MAX_FRAME_NBYTES) -> None:
         """Raises :class:`PortInUse` or :class:`StartFailed` when ``endpoint`` cannot be bound."""
-        super().__init__(zmq.ROUTER)
+        super().__init__(zmq.ROUTER, max_nbytes)
         self._zmq.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._zmq.setsockopt(zmq.ROUTER_HANDOVER, 1)
         if keys is not None:
@@ -148,10 +148,11 @@ class ConnectedSocket(_Socket):
         identity: str,
         *,
         keys: CurveKeys | None = None,
+        max_nbytes: int = MAX_FRAME_NBYTES,
         on_denied: OnDenied | None = None,
     ) -> None:
         """``identity``: how the other side names this connection; unique among its peers."""
-        super().__init__(zmq.DEALER)
+        super().__init__(zmq.DEALER, max_nbytes)
         self._endpoint = endpoint
         self._zmq.setsockopt(zmq.IDENTITY, identity.encode())
         self._zmq.setsockopt(zmq.RECONNECT_IVL, 100)

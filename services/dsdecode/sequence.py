@@ -82,7 +82,7 @@ class Sequence:
     in_step: bool = False
     #: when the relay last moved its hand-off on
     heard_at: float = 0.0
-    #: the KV was wrong once, and is fetched once more
+    #: the KV was wrong once, or its stream broke, and is fetched once more
     again: bool = False
     #: the relay must be told when the last copy of a doomed pull has ended
     abort_pull: bool = False

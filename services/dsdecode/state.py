@@ -30,6 +30,9 @@ from dswire.links import RELAY, ROUTER
 from dswire.machine import Send
 from dswire.messages import kv, worker
 
+#: what a copy may end with once, and is tried again from the source
+_ONCE_MORE = (KvCorrupt.code, TransferFailed.code)
+
 
 class DecodeState(InstanceState):
     """Events in, actions out."""
@@ -164,7 +167,7 @@ class DecodeState(InstanceState):
         elif event.error is not None and early:
             if one.granted and one.handle is not None:
                 self._copy(one, one.handle)
-        elif event.error is not None and event.error.code == KvCorrupt.code and not one.again:
+        elif event.error is not None and event.error.code in _ONCE_MORE and not one.again:
             one.again, one.heard_at = True, now
             self._out.append(Send(RELAY, kv.KvAgain(one.key)))
         elif event.error is not None:

@@ -37,7 +37,7 @@ class Incoming:
     granted: bool = False
     #: the fetch was sent again, to a relay that had forgotten us
     repeated: bool = False
-    #: all had come, and was not what it should be
+    #: what came was not what it should be
     again: bool = False
 
 
@@ -82,7 +82,7 @@ class IncomingTransfers:
             self._wanted.set(key, now + self._lease_s)
 
     def again(self, now: float, reader: str, key: KvKey) -> bool:
-        """All had come and was wrong: another ticket. False when no transfer of that name is its own."""
+        """What came was wrong: another ticket. False when no transfer of that name is its own."""
         one = self._of(reader, key)
         if one is None or not one.granted or one.again:
             return False

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import structlog
@@ -72,6 +72,7 @@ class Streams:
         self._tokens: dict[KvKey | str, bytes] = {}
         self._strangers: dict[socket.socket, _Stranger] = {}
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="stream")
+        self._active: set[Future[None]] = set()
         #: a thread's own mappings: none is closed by another in the middle of a stream
         self._local = threading.local()
         self._caches: list[SegmentCache] = []
@@ -111,6 +112,11 @@ class Streams:
         if offer is not None and offer.connection is not None:
             with contextlib.suppress(OSError):
                 offer.connection.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def active(self) -> int:
+        """Streams that are sent, or wait for a thread."""
+        return len(self._active)
 
     def close(self) -> None:
         """End all streams, and the threads."""
@@ -173,7 +179,9 @@ class Streams:
             return
         self._forget(connection)
         offer.connection = connection
-        self._threads.submit(self._send, offer, connection)
+        sending = self._threads.submit(self._send, offer, connection)
+        self._active.add(sending)
+        sending.add_done_callback(self._active.discard)
 
     def _dismiss(self, connection: socket.socket) -> None:
         self._forget(connection)

@@ -71,7 +71,7 @@ def test_max_tokens_is_cut_to_what_fits() -> None:
 
 @pytest.mark.parametrize("shape", [Shape(), TCP, TWO_NODES])
 def test_a_burst_waits_in_prefill_memory_and_loses_nothing(shape: Shape) -> None:
-    cluster = Cluster(replace(shape, decode_batch=2, slots=2))
+    cluster = Cluster(replace(shape, decode_batch=2))
     heard = [cluster.client().submit(f"r{number}", 5, max_tokens=6) for number in range(30)]
     check_all(cluster, heard)
     assert all(one.finished.ledger.retries == 0 for one in heard)

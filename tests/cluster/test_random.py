@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 from support.cluster import LEASE_S, ROUTER, TCP, TWO_NODES, Cluster, Shape
 from support.raw_client import Heard
 
-SMALL = Shape(prefill_blocks=24, decode_blocks=20, decode_batch=6, prefill_queue=4, slots=2)
+SMALL = Shape(prefill_blocks=24, decode_blocks=20, decode_batch=6, prefill_queue=4)
 SHAPES = (
     SMALL,
     replace(SMALL, direct=False),
     replace(SMALL, prefill=TWO_NODES.prefill, decode=TWO_NODES.decode),
     replace(SMALL, prefill=("n0", "n1"), decode=("n0", "n1")),
-    replace(TCP, prefill=("n0", "n0"), decode=("n0",), decode_blocks=24, slots=1),
+    replace(TCP, prefill=("n0", "n0"), decode=("n0",), decode_blocks=24),
     replace(SMALL, prefill=(), decode=("n0", "n0"), mode="colocated", decode_tokens=12),
     replace(SMALL, prefill=(), mode="colocated", decode_tokens=16, prefill_priority=True, stages=2),
     replace(SMALL, mode="conditional", threshold_tokens=20, decode_tokens=8),
     replace(SMALL, target_tokens=16, stages=3, prefix_cache=False),
     replace(SMALL, decode=("n0", "n0"), keep_blocks=24),
     replace(SMALL, prefill=("n0", "n1"), decode=("n0", "n1"), keep_blocks=12),
-    replace(TCP, prefill=("n0",), decode=("n0", "n0"), decode_blocks=24, slots=1, keep_blocks=40),
+    replace(TCP, prefill=("n0",), decode=("n0", "n0"), decode_blocks=24, keep_blocks=40),
 )
 CLIENTS = ("c", "d")
 #: codes that trouble may lead to

@@ -31,8 +31,8 @@ TOPOLOGIES = {
     "short of blocks": "kv: {blocks: 128}",
     "short of queue": "kv: {blocks: 600}\nrouter: {max_requests: 20}\n"
     "prefill: {max_queue: 2}\ndecode: {max_queue: 3}",
-    "tcp in one node": "kv: {blocks: 600}\nforce_transport: tcp\nrelay: {slot: 4KiB, staging: 64KiB}",
-    "two nodes": "kv: {blocks: 600}\nrelay: {slot: 4KiB, staging: 16KiB}\nsecurity: off\nnodes:\n"
+    "tcp in one node": "kv: {blocks: 600}\nforce_transport: tcp",
+    "two nodes": "kv: {blocks: 600}\nsecurity: off\nnodes:\n"
     "  - {name: a, host: 10.0.0.1, devices: [cpu:0]}\n  - {name: b, host: 10.0.0.2, devices: [cpu:0]}",
     "colocated": "mode: colocated\nkv: {blocks: 600}\ndecode: {replicas: 2, max_batch_tokens: 128}",
     "conditional": "mode: conditional\nconditional: {threshold_tokens: 100}\nkv: {blocks: 600}",

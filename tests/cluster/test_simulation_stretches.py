@@ -28,7 +28,7 @@ TOPOLOGIES = {
     "2p3d": "kv: {blocks: 600}\nprefill: 2\ndecode: 3",
     "short of blocks": "kv: {blocks: 50}",
     "short of places": "kv: {blocks: 600}\ndecode: {replicas: 2, max_queue: 3, max_batch: 2}",
-    "tcp": "kv: {blocks: 600}\nforce_transport: tcp\nrelay: {slot: 4KiB, staging: 64KiB}",
+    "tcp": "kv: {blocks: 600}\nforce_transport: tcp",
     "colocated": "mode: colocated\nkv: {blocks: 300}\ndecode: {replicas: 2, max_batch_tokens: 128}",
     "conditional": "mode: conditional\nconditional: {threshold_tokens: 100}\nkv: {blocks: 600}\ndecode: 2",
     "pipelines": "kv: {blocks: 600}\ndecode: {pp: 2}",

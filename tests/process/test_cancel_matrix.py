@@ -31,7 +31,7 @@ IDLE_LIMIT_S = KV_LEASE_S + 1.0 + 25.0
 TOPOLOGY = f"""
 model: {{path: smollm2-135m-instruct, dtype: bfloat16, max_model_len: 8192}}
 router: {{frontend: "tcp://127.0.0.1:{{port}}", client_lease_s: {LEASE_S}, worker_lease_s: 15}}
-relay: {{lease_s: {KV_LEASE_S}, staging: 32MiB, port: {{port}}}}
+relay: {{lease_s: {KV_LEASE_S}, port: {{port}}}}
 prefill: {{max_queue: 1}}
 decode: {{kv: {{blocks: 520}}}}
 """

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(180)]
 TOPOLOGY = """
 model: {path: smollm2-135m-instruct, dtype: bfloat16, max_model_len: 1024}
 router: {frontend: "tcp://127.0.0.1:{port}"}
-relay: {lease_s: 6, staging: 32MiB, port: {port}, keep: KEEP}
+relay: {lease_s: 6, port: {port}, keep: KEEP}
 prefill: {max_queue: 3, max_batch_tokens: 512}
 decode: {kv: {blocks: 256}}
 """

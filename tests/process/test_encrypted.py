@@ -51,7 +51,7 @@ def yaml(home: Path) -> str:
     return f"""
 model: {{path: smollm2-135m-instruct, dtype: bfloat16, max_model_len: 512}}
 router: {{frontend: "tcp://127.0.0.1:{{port}}", backend: "tcp://127.0.0.1:{{port}}"}}
-relay: {{port: {{port}}, staging: 8MiB}}
+relay: {{port: {{port}}}}
 kv: {{blocks: 64}}
 security: {{curve: on, keys: {home / "keys"}}}
 force_transport: tcp
@@ -139,7 +139,7 @@ def test_a_worker_without_the_right_key_cannot_join(
     # a port of its own; but for the keys it would be welcome
     data = system.topology.relays[0].data_connect
     assert data is not None
-    yaml = system.path.read_text().replace(f"{{port: {data.rsplit(':', 1)[1]},", f"{{port: {free_ports()},")
+    yaml = system.path.read_text().replace(f"{{port: {data.rsplit(':', 1)[1]}}}", f"{{port: {free_ports(2)}}}")
     yaml = yaml.replace(
         f"{{curve: on, keys: {home / 'keys'}}}",
         security.replace("OTHER", str(home / "other")).replace("EMPTY", str(home / "empty")),

@@ -47,12 +47,13 @@ nodes:
 router: {{node: n0, frontend: "ipc://{root}/front.sock", backend: "tcp://{a}:5556"}}
 prefill: {{place: [[n0/cpu:0]]}}
 decode: {{place: [[n1/cpu:0]]}}
-relay: {{staging: 16MiB, slot: 768KiB, lease_s: 4, transfer_timeout_s: 1.5, port: 7100}}
+relay: {{lease_s: 4, transfer_timeout_s: 1.5, port: 7100}}
 kv: {{blocks: 96}}
 security: {{keys: {root}/keys}}
 """
-#: the relay of n0 listens there for the one of n1: KV goes this way
-KV_PORT = 7100
+#: the relay of n0 listens there for the one of n1, and behind it for who reads KV
+RELAY_PORT = 7100
+KV_PORT = RELAY_PORT + 1
 PROMPTS = tuple(
     tuple(1000 + (7 * first + at) % 900 for at in range(length)) for first, length in ((0, 24), (1, 100))
 )
@@ -104,9 +105,10 @@ def world() -> Iterator[World]:
         root = stack.enter_context(_root())
         hosts = stack.enter_context(two_hosts())
         wire = stack.enter_context(LongWire(seed=5))
-        for port in (5556, KV_PORT):
+        for port in (5556, RELAY_PORT, KV_PORT):
             wire.join(hosts.far_b, A, port, hosts.a)
-        wire.join(hosts.far_a, B, KV_PORT + 1, hosts.b)
+        for port in (RELAY_PORT + 2, KV_PORT + 2):
+            wire.join(hosts.far_a, B, port, hosts.b)
         write_pair(root / "keys" / SYSTEM_SECRET, root / "keys" / SYSTEM_PUBLIC)
         (root / "t.yaml").write_text(TOPOLOGY.format(a=A, b=B, root=root))
         for name in (hosts.a, hosts.b):

@@ -50,7 +50,7 @@ mode: conditional
 conditional: {threshold_tokens: 32}
 router: {frontend: "tcp://127.0.0.1:{port}"}
 prefill: {max_batch_tokens: 256}
-relay: {staging: 64MiB, port: {port}}
+relay: {port: {port}}
 force_transport: tcp
 kv: {memory: 1GiB}
 """,

@@ -5,6 +5,7 @@ Beside each rude peer a request runs whose tokens are known; KV goes over TCP, s
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import pytest
 
 from dskv.handle import KvKey
+from dskv.stream import TOKEN_NBYTES
 from dswire.codec import encode
 from dswire.messages import PROTOCOL, client, kv, worker
 from support.rude import PeakMemory, RudePeer, garbage, raw_connection, wait_logged
@@ -22,7 +24,7 @@ pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(120)]
 TOPOLOGY = """
 model: {path: smollm2-135m-instruct, dtype: bfloat16, max_model_len: 1024}
 router: {frontend: "tcp://127.0.0.1:{port}", worker_lease_s: 15}
-relay: {staging: 32MiB, port: {port}}
+relay: {port: {port}}
 kv: {blocks: 128}
 force_transport: tcp
 """
@@ -56,13 +58,13 @@ def _doors(system: System) -> dict[str, Door]:
     router, relay = system.topology.router, system.topology.relays[0]
     assert relay.data_connect is not None
     ping, report = encode(client.ClientPing()), encode(worker.WorkerReport(worker.Load()))
-    credit = encode(kv.KvCredit(KvKey("x", 0)))
+    fetch = encode(kv.KvFetch(KvKey("x", 0)))
     unreadable, refused = "unreadable message", "message refused"
     return {
         "frontend": Door("router-0", router.frontend_connect, ping, "ClientHelloWanted", report, unreadable),
         "backend": Door("router-0", router.backend_connect, report, "HelloWanted", ping, unreadable),
         "local": Door("relay-n0", relay.local, encode(kv.KvPong()), "HelloWanted", ping, refused),
-        "data": Door("relay-n0", relay.data_connect, credit, "HelloWanted", report, refused),
+        "data": Door("relay-n0", relay.data_connect, fetch, "HelloWanted", report, refused),
     }
 
 
@@ -144,7 +146,7 @@ def test_garbage_after_a_hello(beside: Beside, door: str) -> None:
         rude.send(*frames)
     rude.send(beside.door.asks, b"a frame too many")
     if door == "data":
-        rude.send(encode(kv.KvFetch(KvKey("x", 0), 1, 1 << 20)))
+        rude.send(encode(kv.KvFetch(KvKey("x", 0), 1)))
         rude.answers(until="KvFetchFailed")
     else:
         rude.send(_hello(door, name))
@@ -166,6 +168,19 @@ def test_bytes_that_are_no_zeromq(beside: Beside, door: str) -> None:
     for content in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\xff" * 100_000, b"", b"\x16\x03\x01\x02\x00\x01"):
         with raw_connection(beside.door.address) as connection:
             connection.sendall(content)
+
+
+def test_strangers_at_the_stream_port(system: System, tokens: tuple[int, ...]) -> None:
+    address = system.topology.relays[0].stream_connect
+    silent = [raw_connection(str(address)) for _ in range(20)]
+    for content in (b"x" * TOKEN_NBYTES, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\xff" * 100_000, b"half"):
+        with raw_connection(str(address)) as connection, contextlib.suppress(ConnectionError):
+            connection.sendall(content)
+    assert _ask(system) == tokens
+    for connection in silent:
+        # it is left without a word
+        assert connection.recv(1) == b""
+        connection.close()
 
 
 def test_a_peer_that_never_reads_fills_no_memory(system: System, tokens: tuple[int, ...]) -> None:

@@ -46,7 +46,7 @@ class Host:
         for file in ("config.json", "tokenizer.json", "model.safetensors"):
             (self.root / "model" / file).write_text("{}")
         self.topology = self.root / "t.yaml"
-        self.topology.write_text(f"model: {self.root / 'model'}\nkv: {{memory: 1MiB}}\nrelay: {{staging: 4MiB}}\n")
+        self.topology.write_text(f"model: {self.root / 'model'}\nkv: {{memory: 1MiB}}\n")
         # socket paths are short, and a test's directory need not be
         self.run = RunDir(Path(tempfile.mkdtemp(prefix="ds-")) / "run")
 
@@ -317,7 +317,6 @@ REAL = """
 model: {{path: smollm2-135m-instruct, dtype: float32, max_model_len: 1024}}
 router: {{frontend: "tcp://127.0.0.1:{port}"}}
 kv: {{memory: 64MiB}}
-relay: {{staging: 8MiB}}
 """
 
 

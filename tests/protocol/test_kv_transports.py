@@ -6,7 +6,6 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,8 +20,6 @@ from support.relays import TRANSPORTS, World, running
 
 BLOCKS = (7, 3, 60, 12, 1, 0, 33, 34, 35, 36, 2)
 OWN = tuple(range(40, 40 + len(BLOCKS)))
-#: what a decode instance hears first when it may begin to copy
-BEGINNINGS: tuple[type[Any], ...] = (kv.KvGrant, kv.KvChunkReady)
 
 
 @pytest.fixture(params=TRANSPORTS)
@@ -46,10 +43,10 @@ async def hand_off(world: World, sequence: str = "r1/0") -> None:
 
 
 async def begin(world: World) -> KvHandle:
-    """A hand-off of which the first answer has reached the decode instance."""
+    """A hand-off of which the grant has reached the decode instance."""
     handle = world.prefill.offer("r1/0", BLOCKS)
     world.decode.send(kv.KvPull(handle))
-    await world.decode.expect(*BEGINNINGS, key=handle.key)
+    await world.decode.expect(kv.KvGrant, key=handle.key)
     return handle
 
 
@@ -164,7 +161,7 @@ async def test_anybody_may_ask_what_is_held(world: World) -> None:
     assert (info.key, info.owner, info.state) == (handle.key, "prefill-0", "pulling")
     assert (info.nbytes, info.tokens) == (handle.nbytes, handle.tokens)
     assert 0.0 < info.lease_left_s <= 3.0
-    assert listing.slots == 12 if relay.data is not None else listing.slots == 2
+    assert listing.streams == (relay.data is not None)
     world.decode.send(kv.KvAbort(handle.key))
 
 
@@ -236,7 +233,7 @@ async def test_garbage_on_every_socket_harms_nobody(world: World) -> None:
             [b"\xc1" * 9, b"x", b"y"],
             [encode(kv.KvPong()), b"a frame too many"],
             [encode(kv.KvGrant(handle.key))],
-            [encode(kv.KvChunk(handle.key, kv.Chunk(0, 0, 1))), draw.randbytes(256)],
+            [encode(kv.KvFetchGranted(handle.key, kv.Ticket(b"t" * 16))), draw.randbytes(256)],
             [b"\xdf\xff\xff\xff\xff"],
         ):
             socket.send("", frames)

@@ -43,21 +43,21 @@ class Transport:
     connect: Callable[[str], Socket]
 
 
-def zmq_transport(name: str, address: str, *, bulk: bool = False) -> Transport:
+def zmq_transport(name: str, address: str) -> Transport:
     return Transport(
         name,
         lambda: BoundSocket(address),
         lambda: BoundSocket(address, max_nbytes=1024),
-        lambda identity: ConnectedSocket(address, identity, bulk=bulk),
+        lambda identity: ConnectedSocket(address, identity),
     )
 
 
-@pytest.fixture(params=["ipc", "tcp", "bulk", "memory"])
+@pytest.fixture(params=["ipc", "tcp", "memory"])
 def transport(request: pytest.FixtureRequest, tmp_path: Path) -> Transport:
     if request.param == "ipc":
         return zmq_transport("ipc", f"ipc://{tmp_path}/socket")
-    if request.param in ("tcp", "bulk"):
-        return zmq_transport("tcp", f"tcp://127.0.0.1:{free_ports()}", bulk=request.param == "bulk")
+    if request.param == "tcp":
+        return zmq_transport("tcp", f"tcp://127.0.0.1:{free_ports()}")
     memory = Memory()
     return Transport(
         "memory",

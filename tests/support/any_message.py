@@ -8,6 +8,8 @@ import msgspec
 from hypothesis import strategies as st
 from msgspec import inspect
 
+from dswire.codec import MAX_BIN_NBYTES
+
 #: whole characters: half a surrogate pair cannot be written as UTF-8
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 INTEGERS = st.integers(-(2**63), 2**64 - 1)
@@ -37,6 +39,7 @@ def _of(kind: inspect.Type) -> st.SearchStrategy[Any]:
 def _plain(kind: inspect.Type) -> st.SearchStrategy[Any]:
     plain = {
         inspect.StrType: TEXT,
+        inspect.BytesType: st.binary(max_size=MAX_BIN_NBYTES),
         inspect.IntType: INTEGERS,
         inspect.FloatType: FLOATS,
         inspect.BoolType: st.booleans(),

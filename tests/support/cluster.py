@@ -65,8 +65,6 @@ class Shape:
     #: sequences waiting at one prefill instance
     prefill_queue: int = 16
     decode_queue: int = 64
-    #: two blocks each
-    slots: int = 4
     #: blocks of KV that each relay keeps for readers that die
     keep_blocks: int = 0
     retries: int = 2
@@ -108,6 +106,7 @@ class Cluster:
         self.script = Script()
         self.pace = Pace()
         self.prefill_errors: dict[str, ErrorInfo] = {}
+        self.tickets: dict[bytes, Process] = {}
         self.wires = Wires(self.clock, self.random, lambda name: self.processes.get(name))
         #: the live processes, by name
         self.processes: dict[str, Process] = {}
@@ -201,7 +200,7 @@ class Cluster:
     def stop(self, name: str) -> None:
         """A worker ends orderly."""
         process = self.processes.pop(name)
-        process.send("router", worker.WorkerBye(), None, [])
+        process.send("router", worker.WorkerBye(), [])
         self.clock.after(0.01, lambda: self._gone(process))
 
     def ended(self, process: Process, error: ErrorInfo) -> None:
@@ -312,10 +311,6 @@ class Cluster:
             name=name,
             node=self.node(name),
             incarnation=incarnation,
-            staging=f"/shm/{name}/{incarnation}",
-            sending_slots=self.shape.slots,
-            receiving_slots=self.shape.slots,
-            slot_nbytes=2 * LAYOUT.block_nbytes,
             lease_s=self.shape.lease_s,
             transfer_timeout_s=self.shape.transfer_timeout_s,
             sources=self._sources(self.node(name)),
@@ -370,7 +365,8 @@ class Cluster:
         for name, process in self.processes.items():
             if isinstance(process, InstanceProcess) and process.tokens:
                 found[f"{name}: samplers"] = len(process.tokens)
-        return found
+        streams = sum(process.alive for process in self.tickets.values())
+        return {**found, "streams": streams} if streams else found
 
     def corrupt(self) -> list[str]:
         """Hand-offs whose checksum was wrong."""
@@ -390,9 +386,8 @@ def _held(machine: object) -> dict[str, int]:
             return {
                 "handles": len(ledger.handles),
                 "early": len(ledger.early),
-                "outgoing": len(outgoing.transfers) + len(outgoing.asked) + len(outgoing.orphans),
+                "outgoing": len(outgoing.transfers) + len(outgoing.asked),
                 "incoming": len(incoming.transfers),
-                "slots": outgoing.slots.held + incoming.slots.held,
                 "kept": len(machine.keeper.kept),
             }
     return {}

@@ -75,7 +75,7 @@ class Desk:
     def joined(self) -> Desk:
         self.feed(Tick(self.now))
         self.say("router", worker.WorkerWelcome("router-0", "1", 5.0))
-        self.say("relay", kv.KvWelcome("relay-n0", "1", LEASE_S, "/staging", 4, 64))
+        self.say("relay", kv.KvWelcome("relay-n0", "1", LEASE_S))
         return self
 
     def work(self, name: str, tokens: int = 6, max_tokens: int = 8, *, layout: KvLayout = LAYOUT) -> KvKey:
@@ -97,7 +97,7 @@ class Desk:
     def land(self, key: KvKey) -> list[Any]:
         """The whole KV comes directly."""
         self.say("relay", kv.KvGrant(key))
-        return self.feed(CopyEnded(self.now, key, None, True))
+        return self.feed(CopyEnded(self.now, key))
 
     def running(self, name: str, tokens: int = 6, max_tokens: int = 8) -> KvKey:
         key = self.work(name, tokens, max_tokens)

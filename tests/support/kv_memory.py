@@ -1,4 +1,4 @@
-"""Memory of the modelled hosts: KV pools and staging slots whose content can be checked.
+"""Memory of the modelled hosts: KV pools whose content can be checked.
 
 What lies in a block is the run of tokens that its KV stands for, so a block that is stale, torn or somebody else's
 is seen for what it is: by the checksum of a hand-off, and by every decode step before it reads.
@@ -20,17 +20,14 @@ class KvMemory:
 
     def __init__(self) -> None:
         self._files: dict[str, dict[int, Block]] = {}
-        self._slots: dict[str, dict[int, tuple[Block, ...]]] = {}
 
     def create(self, path: str) -> None:
-        """Make a file for blocks and slots."""
+        """Make a file for blocks."""
         self._files[path] = {}
-        self._slots[path] = {}
 
     def remove(self, path: str) -> None:
         """The file is gone; a path that was never there is no error."""
         self._files.pop(path, None)
-        self._slots.pop(path, None)
 
     def exists(self, path: str) -> bool:
         """Whether it can be mapped."""
@@ -43,14 +40,6 @@ class KvMemory:
     def pool(self, path: str) -> Mapping[int, Block]:
         """A mapping of a pool; like a real one it outlives its file."""
         return self._files[path]
-
-    def fill_slot(self, path: str, slot: int, contents: tuple[Block, ...]) -> None:
-        """Fill a staging slot."""
-        self._slots[path][slot] = contents
-
-    def slot(self, path: str, slot: int) -> tuple[Block, ...]:
-        """Content of a staging slot."""
-        return self._slots[path].get(slot, (GARBAGE,))
 
 
 def read(pool: Mapping[int, Block], blocks: Sequence[int]) -> tuple[Block, ...]:

@@ -13,7 +13,8 @@ from dskv.handle import KvHandle, KvKey
 from dskv.memory import RankPools
 from dskv.receive import Receiver
 from dskv.segment import Segment, SegmentCache
-from dskv.send import stage
+from dskv.stream import Stream
+from dstopology.resolved import Topology
 from dswire.codec import Decoder, encode
 from dswire.errors import DsError, KvCorrupt, from_info
 from dswire.membership import HELLO_RETRY_S
@@ -86,21 +87,16 @@ class Endpoint:
 
 
 class Prefill(Endpoint):
-    """Owns a pool, offers handles over it, stages what it is asked for."""
+    """Owns a pool, and offers handles over it."""
 
     def __init__(self, endpoint: str, name: str, node: str, directory: Path, *, incarnation: str = "1") -> None:
         super().__init__(endpoint, name, incarnation)
         self.node = node
         self.pool = make_pool(directory / f"{name}.kv", 64)
-        self.handles: dict[KvKey, KvHandle] = {}
-        #: False: leave what is to be staged lying
-        self.staging = True
-        self._mapped = SegmentCache()
 
     def offer(self, sequence: str, blocks: Sequence[int]) -> KvHandle:
         """Offer some blocks."""
         handle = offered(self.pool, sequence, blocks, owner=self.name, node=self.node)
-        self.handles[handle.key] = handle
         self.send(kv.KvOffer(handle))
         return handle
 
@@ -108,29 +104,20 @@ class Prefill(Endpoint):
         """Why the relay gave the blocks back."""
         return (await self.expect(kv.KvRelease, key=key)).reason
 
-    def take(self, message: msgspec.Struct) -> bool:
-        """Stage at once."""
-        if not isinstance(message, kv.KvStage) or not self.staging:
-            return super().take(message)
-        path = Path(self.welcome.staging)
-        staging = self._mapped.get(path, self.welcome.slots, self.welcome.slot_nbytes, writable=True)
-        stage(RankPools.of(LAYOUT, self.pool), self.handles[message.key], message.chunk, staging.slot(message.slot))
-        self.send(kv.KvStaged(message.key, message.chunk))
-        return True
-
     def close(self) -> None:
         """Vanish, pool and all."""
         super().close()
         self.pool.close()
-        self._mapped.close()
 
 
 class Decode(Endpoint):
     """Pulls handles into a pool of its own."""
 
-    def __init__(self, endpoint: str, name: str, directory: Path) -> None:
-        super().__init__(endpoint, name)
+    def __init__(self, topology: Topology, name: str, directory: Path) -> None:
+        super().__init__(topology.relay_of(topology.instance(name).node).local, name)
+        self.topology = topology
         self.pool = Segment.create(directory / f"{name}.kv", 256, LAYOUT.block_nbytes)
+        self.pools = RankPools.of(LAYOUT, self.pool)
         self._mapped = SegmentCache()
 
     async def pull(
@@ -154,29 +141,38 @@ class Decode(Endpoint):
         self.send(kv.KvPulled(handle.key))
 
     async def _fetch(self, handle: KvHandle, blocks: Sequence[int]) -> None:
-        receiver = Receiver(handle, RankPools.of(LAYOUT, self.pool), blocks)
-        while not receiver.complete:
-            await self._step(receiver)
-        receiver.verify()
-
-    async def _step(self, receiver: Receiver) -> None:
-        handle = receiver.handle
-        answers: tuple[type[Any], ...] = (kv.KvGrant, kv.KvChunkReady, kv.KvFailed)
-        message: Any = await self.expect(*answers, key=handle.key)
-        if isinstance(message, kv.KvFailed):
-            raise from_info(message.error)
-        if isinstance(message, kv.KvGrant):
+        answers: tuple[type[Any], ...] = (kv.KvGrant, kv.KvFailed)
+        word: Any = await self.expect(*answers, key=handle.key)
+        if isinstance(word, kv.KvFailed):
+            raise from_info(word.error)
+        receiver = Receiver(handle, self.pools, blocks)
+        if word.ticket is None:
             receiver.copy_direct(RankPools.map(handle.layout, handle.shards, handle.segment_blocks, self._mapped))
         else:
-            staging = self._mapped.get(Path(self.welcome.staging), self.welcome.slots, self.welcome.slot_nbytes)
-            receiver.take(message.chunk, staging.slot(message.slot))
-            self.send(kv.KvTaken(handle.key, message.chunk))
+            stream = self.stream(handle, word.ticket)
+            await asyncio.to_thread(read_all, stream, receiver)
+        receiver.verify()
+
+    def stream(self, handle: KvHandle, ticket: kv.Ticket) -> Stream:
+        """What the ticket is good for."""
+        address = self.topology.relay_of(handle.node).stream_connect
+        assert address is not None
+        return Stream(address.pair, ticket, PATIENCE_S)
 
     def close(self) -> None:
         """Vanish, pool and all."""
         super().close()
         self.pool.close()
         self._mapped.close()
+
+
+def read_all(stream: Stream, receiver: Receiver) -> None:
+    """Read a stream to its end. Raises what :class:`Stream` raises."""
+    try:
+        stream.open()
+        receiver.receive(stream.read)
+    finally:
+        stream.close()
 
 
 class ScriptedRouter:

@@ -18,16 +18,7 @@ import dsprefill.events as prefill
 from dsdecode.state import DecodeState
 from dskv.handle import KvHandle, KvKey
 from dsprefill.state import PrefillState
-from dsrelay.events import (
-    ChunkArrived,
-    Complain,
-    CopyKept,
-    KeptCopied,
-    KeptStaged,
-    SendChunk,
-    StageKept,
-    StoreChunk,
-)
+from dsrelay.events import CloseStream, Complain, CopyKept, KeptCopied, OpenStream
 from dsrelay.state import RelayState
 from dsrouter.events import Tokenize, Tokenized
 from dsrouter.state import RouterState
@@ -41,7 +32,7 @@ from support.handles import LAYOUT
 from support.kv_memory import GARBAGE, Block, KvMemory, checksum, in_blocks, read, torn
 from support.script import VOCAB, Script
 from support.virtual_clock import VirtualClock
-from support.wires import Parcel, Wire, Wires
+from support.wires import Wire, Wires
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +43,7 @@ class Pace:
     prefill_s: float = 0.02
     seal_s: float = 0.002
     copy_s: float = 0.01
-    stage_s: float = 0.003
-    chunk_s: float = 0.003
+    cut_s: float = 0.001
     keep_s: float = 0.01
     step_s: float = 0.01
 
@@ -69,6 +59,9 @@ class World(Protocol):
     pace: Pace
     #: sequence -> what its next prefill step ends with
     prefill_errors: dict[str, ErrorInfo]
+
+    #: good now: token -> the relay that gave it
+    tickets: dict[bytes, Process]
 
     def note(self, line: str) -> None:
         """Add to the trace."""
@@ -102,7 +95,7 @@ class Process:
 
     @property
     def segment(self) -> str:
-        """Path of its pool or staging memory."""
+        """Path of its pool."""
         return f"/shm/{self.name}/{self.incarnation}"
 
     @property
@@ -110,15 +103,9 @@ class Process:
         """The time."""
         return self.world.clock.now
 
-    def take(self, peer: str, parcel: Parcel) -> None:
+    def take(self, peer: str, message: msgspec.Struct) -> None:
         """A message has come."""
-        self._when_awake(lambda: self.received(peer, parcel))
-
-    def received(self, peer: str, parcel: Parcel) -> None:
-        """The process looks at a message."""
-        message, frame = parcel
-        assert frame is None
-        self.feed(Received(self.now, peer, message))
+        self._when_awake(lambda: self.feed(Received(self.now, peer, message)))
 
     def feed(self, event: Any) -> None:
         """Give the machine an event and perform what it wants, as ``dswire.actor`` does."""
@@ -126,7 +113,7 @@ class Process:
         self.world.note(f"{self.name}/{self.incarnation} {event}")
         for action in self.machine.handle(event):
             if isinstance(action, Send):
-                self.send(action.peer, action.message, None, lost)
+                self.send(action.peer, action.message, lost)
             else:
                 self.perform(action, lost)
         self.machine.validate()
@@ -134,12 +121,12 @@ class Process:
             self.feed(PeerLost(self.now, peer))
         self._arm()
 
-    def send(self, peer: str, message: msgspec.Struct, frame: tuple[Block, ...] | None, lost: list[str]) -> None:
+    def send(self, peer: str, message: msgspec.Struct, lost: list[str]) -> None:
         """Send on the right connection."""
         link = self.links.get(peer)
         if link is not None:
-            self.world.wires.to_bound(link, (message, frame))
-        elif not self.world.wires.to_dealer(self, peer, (message, frame)) and peer not in lost:
+            self.world.wires.to_bound(link, message)
+        elif not self.world.wires.to_dealer(self, peer, message) and peer not in lost:
             lost.append(peer)
 
     def perform(self, action: Any, lost: list[str]) -> None:
@@ -297,8 +284,6 @@ class PrefillProcess(InstanceProcess):
         match action:
             case prefill.Seal(key, blocks):
                 self.copy("seal", lambda: self._sealed(key, blocks))
-            case prefill.StageChunk():
-                self.copy("stage", lambda: self._staged(action))
             case _:
                 super().perform(action, lost)
 
@@ -306,17 +291,6 @@ class PrefillProcess(InstanceProcess):
         contents = read(self.world.memory.pool(self.segment), blocks)
         assert GARBAGE not in contents, f"{key} is sealed over blocks that somebody writes"
         return prefill.Sealed(self.now, key, checksum(contents))
-
-    def _staged(self, action: prefill.StageChunk) -> prefill.Staged | None:
-        welcome = self.machine.links.staging
-        if welcome is None or not self.world.memory.exists(welcome.staging):
-            return None
-        handle, chunk = action.handle, action.chunk
-        blocks = handle.blocks[chunk.first : chunk.first + chunk.count]
-        self.world.memory.fill_slot(
-            welcome.staging, action.slot, read(self.world.memory.pool(self.segment), blocks)
-        )
-        return prefill.Staged(self.now, handle.key, chunk)
 
 
 class DecodeProcess(InstanceProcess):
@@ -326,57 +300,50 @@ class DecodeProcess(InstanceProcess):
 
     def __init__(self, world: World, name: str, incarnation: str, machine: Machine) -> None:
         super().__init__(world, name, incarnation, machine)
-        #: of sequences that come in chunks: index of the next one
-        self._due: dict[KvKey, int] = {}
+        #: tokens of the streams under way
+        self._streams: dict[KvKey, bytes] = {}
 
     def perform(self, action: Any, lost: list[str]) -> None:
         """Copies."""
         match action:
-            case decode.CopyDirect():
-                self._copy_direct(action)
-            case decode.CopyChunk():
-                self._copy_chunk(action)
-            case ForgetSequence(key):
-                self._due.pop(key, None)
-                super().perform(action, lost)
+            case decode.CopyDirect(handle, blocks):
+                self._copy(handle, blocks, None)
+            case decode.CopyStream(handle, blocks, ticket):
+                self._streams[handle.key] = ticket.token
+                self._copy(handle, blocks, ticket.token)
+            case decode.CutStream(key) if key not in self._streams:
+                # it is about to end by itself
+                pass
+            case decode.CutStream(key):
+                del self._streams[key]
+                self.work("cut", lambda: decode.CopyEnded(self.now, key, _gone(key)))
             case _:
                 super().perform(action, lost)
 
-    def _copy_direct(self, action: decode.CopyDirect) -> None:
-        handle, memory = action.handle, self.world.memory
-        if not memory.exists(handle.shards[0].segment):
-            error = TransferFailed(f"{handle.shards[0].segment} is gone").info()
-            self.copy("copy", lambda: decode.CopyEnded(self.now, handle.key, None, True, error))
+    def _copy(self, handle: KvHandle, blocks: tuple[int, ...], token: bytes | None) -> None:
+        memory, segment = self.world.memory, handle.shards[0].segment
+        if not memory.exists(segment) or not self._open(token):
+            self._streams.pop(handle.key, None)
+            self.copy("copy", lambda: decode.CopyEnded(self.now, handle.key, _gone(handle.key)))
             return
-        source = memory.pool(handle.shards[0].segment)
+        source = memory.pool(segment)
         before = read(source, handle.blocks)
 
-        def end() -> decode.CopyEnded:
-            self._receive(handle, action.blocks, torn(before, read(source, handle.blocks)))
-            return decode.CopyEnded(self.now, handle.key, None, True, self._verify(handle, action.blocks))
+        def end() -> decode.CopyEnded | None:
+            if token is not None and self._streams.get(handle.key) != token:
+                # it was cut
+                return None
+            self._streams.pop(handle.key, None)
+            if not self._open(token):
+                return decode.CopyEnded(self.now, handle.key, _gone(handle.key))
+            self._receive(handle, blocks, torn(before, read(source, handle.blocks)))
+            return decode.CopyEnded(self.now, handle.key, self._verify(handle, blocks))
 
         self.copy("copy", end)
 
-    def _copy_chunk(self, action: decode.CopyChunk) -> None:
-        handle, chunk = action.handle, action.chunk
-
-        def end() -> decode.CopyEnded:
-            welcome, error = self.machine.links.staging, None
-            due = self._due.get(handle.key, 0)
-            if welcome is None or not self.world.memory.exists(welcome.staging):
-                error = TransferFailed("the staging memory is gone").info()
-            elif chunk.index != due:
-                error = TransferFailed(f"chunk {chunk.index} came where {due} is due").info()
-            else:
-                self._due[handle.key] = due + 1
-                contents = self.world.memory.slot(welcome.staging, action.slot)
-                self._receive(handle, action.blocks[chunk.first : chunk.first + chunk.count], contents)
-                error = self._verify(handle, action.blocks) if action.last else None
-            if error is not None:
-                self._due.pop(handle.key, None)
-            return decode.CopyEnded(self.now, handle.key, chunk, action.last, error)
-
-        self.copy("chunk", end)
+    def _open(self, token: bytes | None) -> bool:
+        """Whether a stream, if there is one, goes on."""
+        return token is None or (token in self.world.tickets and self.world.tickets[token].alive)
 
     def _receive(self, handle: KvHandle, blocks: tuple[int, ...], contents: tuple[Block, ...]) -> None:
         for block, content in zip(blocks, contents, strict=False):
@@ -394,31 +361,25 @@ class RelayProcess(Process):
     """The relay of a node."""
 
     machine: RelayState
-    _frame: tuple[Block, ...] | None = None
 
-    def received(self, peer: str, parcel: Parcel) -> None:
-        """A message, or a chunk with its bytes."""
-        message, self._frame = parcel
-        if isinstance(message, kv.KvChunk):
-            nbytes = len(self._frame or ()) * LAYOUT.block_nbytes
-            self.feed(ChunkArrived(self.now, peer, message.key, message.chunk, nbytes, message.number))
-        else:
-            self.feed(Received(self.now, peer, message))
+    def __init__(self, world: World, name: str, incarnation: str, machine: Machine) -> None:
+        super().__init__(world, name, incarnation, machine)
+        self._tokens: dict[KvKey, bytes] = {}
+        self._given = 0
 
     def perform(self, action: Any, lost: list[str]) -> None:
-        """Staging memory."""
+        """Tickets, and copies that are kept."""
         match action:
-            case StoreChunk(slot):
-                assert self._frame is not None
-                self.world.memory.fill_slot(self.segment, slot, self._frame)
-            case SendChunk(peer, message, slot, nbytes):
-                contents = self.world.memory.slot(self.segment, slot)
-                assert len(contents) * LAYOUT.block_nbytes == nbytes
-                self.send(peer, message, contents, lost)
+            case OpenStream(peer, handle, number):
+                self._given += 1
+                token = f"{self.name}/{self.incarnation}/{self._given}".encode()
+                self._tokens[handle.key] = token
+                self.world.tickets[token] = self
+                self.send(peer, kv.KvFetchGranted(handle.key, kv.Ticket(token), number), lost)
+            case CloseStream(key):
+                del self.world.tickets[self._tokens.pop(key)]
             case CopyKept():
                 self._keep(action)
-            case StageKept():
-                self.copy("stage", lambda: self._staged(action))
             case Complain(peer, error):
                 self.world.note(f"complaint about {peer}: {error}")
             case Ready():
@@ -444,8 +405,6 @@ class RelayProcess(Process):
 
         self.copy("keep", end)
 
-    def _staged(self, action: StageKept) -> KeptStaged:
-        kept, chunk, memory = action.kept, action.chunk, self.world.memory
-        blocks = kept.blocks[chunk.first : chunk.first + chunk.count]
-        memory.fill_slot(self.segment, action.slot, read(memory.pool(kept.shards[0].segment), blocks))
-        return KeptStaged(self.now, kept.key, chunk)
+
+def _gone(key: KvKey) -> ErrorInfo:
+    return TransferFailed(f"the KV of {key} can be read no more").info()

@@ -14,7 +14,7 @@ import msgspec
 from dswire.errors import UnknownRequest
 from dswire.messages import PROTOCOL, client
 from support.virtual_clock import VirtualClock
-from support.wires import Parcel, Wire, Wires
+from support.wires import Wire, Wires
 
 RequestEvent: TypeAlias = client.Accepted | client.Output | client.Finished | client.Failed
 PING_S = 1.0
@@ -76,7 +76,7 @@ class RawClient:
 
     def say(self, message: msgspec.Struct) -> None:
         """Send a message."""
-        self._wires.to_bound(self._wire, (message, None))
+        self._wires.to_bound(self._wire, message)
 
     def submit(
         self, request_id: str, prompt: int | str = 10, *, deadline_s: float | None = None, **sampling: Any
@@ -108,9 +108,8 @@ class RawClient:
         self.alive = False
         self._wires.died(self)
 
-    def take(self, peer: str, parcel: Parcel) -> None:
+    def take(self, peer: str, message: msgspec.Struct) -> None:
         """A message has come."""
-        message, _ = parcel
         match message:
             case client.Accepted() | client.Output() | client.Finished() | client.Failed():
                 self._event(message)

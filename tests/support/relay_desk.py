@@ -8,20 +8,16 @@ import msgspec
 
 from dskv.handle import KvKey
 from dsrelay.config import RelayConfig
-from dsrelay.events import Action, ChunkArrived, Event
+from dsrelay.events import Action, CloseStream, Event, OpenStream
 from dsrelay.state import RelayState
 from dswire.machine import PeerLost, Received, Send, Tick
 from dswire.messages import PROTOCOL, kv
-from support.handles import LAYOUT
 
 MessageT = TypeVar("MessageT", bound=msgspec.Struct)
 
 LEASE_S = 30.0
 TIMEOUT_S = 10.0
-#: two blocks a slot
-SLOT_NBYTES = 2 * LAYOUT.block_nbytes + 3
-#: five blocks in slots of two
-CHUNKS = (kv.Chunk(0, 0, 2), kv.Chunk(1, 2, 2), kv.Chunk(2, 4, 1))
+TICKET = kv.Ticket(b"t" * 16)
 
 
 def make_config(
@@ -29,19 +25,12 @@ def make_config(
     *,
     sources: tuple[str, ...] = ("n1",),
     direct: bool = True,
-    sending: int = 4,
-    receiving: int = 6,
-    slot_nbytes: int = SLOT_NBYTES,
     incarnation: str = "relay-1",
 ) -> RelayConfig:
     return RelayConfig(
         name=f"relay-{node}",
         node=node,
         incarnation=incarnation,
-        staging=f"/nowhere/{node}.staging",
-        sending_slots=sending,
-        receiving_slots=receiving,
-        slot_nbytes=slot_nbytes,
         lease_s=LEASE_S,
         transfer_timeout_s=TIMEOUT_S,
         sources=sources,
@@ -56,18 +45,23 @@ class Desk:
         self.state = RelayState(config or make_config())
         self.now = 1000.0
         self.actions: list[Action] = []
+        #: handles whose streams are open
+        self.streams: set[KvKey] = set()
         self.feed(Tick(self.now))
 
     def feed(self, event: Event) -> list[Action]:
         self.actions = self.state.handle(event)
         self.state.validate()
+        for action in self.actions:
+            if isinstance(action, OpenStream):
+                assert action.handle.key not in self.streams
+                self.streams.add(action.handle.key)
+            elif isinstance(action, CloseStream):
+                self.streams.remove(action.key)
         return self.actions
 
     def say(self, peer: str, message: msgspec.Struct) -> list[Action]:
         return self.feed(Received(self.now, peer, message))
-
-    def chunk(self, peer: str, key: KvKey, chunk: kv.Chunk, nbytes: int) -> list[Action]:
-        return self.feed(ChunkArrived(self.now, peer, key, chunk, nbytes))
 
     def lose(self, peer: str) -> list[Action]:
         return self.feed(PeerLost(self.now, peer))
@@ -106,10 +100,9 @@ class Desk:
         assert not state.ledger.early
         assert not state.outgoing.transfers
         assert not state.outgoing.asked
-        assert not state.outgoing.orphans
         assert not state.incoming.transfers
         assert not state.keeper.kept
-        assert state.outgoing.slots.held == state.incoming.slots.held == 0
+        assert not self.streams
 
 
 def failure(desk: Desk, peer: str) -> str:

@@ -1,7 +1,7 @@
 """Two relay machines and their workers on a simulated network: messages wait until they are delivered.
 
-Staging slots hold the name of what was written last, so that a slot with two users is seen by whoever reads it.
-n0 lets its workers read directly; on n1 even KV of the own node goes by TCP.
+A ticket names the relay that gave it, so that one that is void is seen by whoever brings it. n0 lets its workers
+read directly; on n1 even KV of the own node goes by TCP.
 """
 
 from __future__ import annotations
@@ -13,22 +13,20 @@ from typing import Any
 import msgspec
 
 from dskv.handle import KvHandle, KvKey
-from dsrelay.events import RELAY, WORKER, Action, ChunkArrived, Complain, SendChunk, StoreChunk
+from dsrelay.events import RELAY, WORKER, Action, CloseStream, Complain, OpenStream
 from dsrelay.state import RelayState
 from dswire.machine import PeerLost, Received, Send, Tick
 from dswire.messages import PROTOCOL, kv, worker
-from support.handles import LAYOUT, make_handle
+from support.handles import make_handle
 from support.relay_desk import make_config
 
 NODES = ("n0", "n1")
 SOURCES = {"n0": ("n1",), "n1": ("n0", "n1")}
-#: what a slot holds
-Content = tuple[KvKey, int, int] | None
 
 
 @dataclass(slots=True)
 class Prefill:
-    """Offers, and stages when the test lets it."""
+    """Offers."""
 
     name: str
     node: str
@@ -36,7 +34,6 @@ class Prefill:
     handles: dict[KvKey, KvHandle] = field(default_factory=dict)
     offers: Counter[KvKey] = field(default_factory=Counter)
     releases: Counter[KvKey] = field(default_factory=Counter)
-    stages: list[kv.KvStage] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -47,8 +44,8 @@ class Decode:
     node: str
     incarnation: int = 0
     pulls: dict[KvKey, KvHandle] = field(default_factory=dict)
-    #: what can be copied: the whole handle, or a chunk
-    copies: list[kv.KvGrant | kv.KvChunkReady] = field(default_factory=list)
+    #: what can be copied
+    copies: list[kv.KvGrant] = field(default_factory=list)
     done: int = 0
 
 
@@ -58,15 +55,14 @@ class RelayWorld:
     def __init__(self) -> None:
         self.now = 1000.0
         self.relays: dict[str, RelayState] = {}
-        self.slots: dict[str, dict[int, Content]] = {}
+        #: of each relay: what can be read there, by the tokens that are good
+        self.streams: dict[str, dict[bytes, KvHandle]] = {}
         #: (sender, its name for the receiver) -> messages under way
         self.links: dict[tuple[str, str], deque[Any]] = {}
         self.prefills = {f"prefill-{node}": Prefill(f"prefill-{node}", node) for node in NODES}
         self.decodes = {f"decode-{node}": Decode(f"decode-{node}", node) for node in NODES}
         self.complaints: list[Complain] = []
         self._serial = 0
-        #: what the chunk that arrives carries
-        self._in_flight: Content = None
         for node in NODES:
             self._boot(node)
         for name in (*self.prefills, *self.decodes):
@@ -91,33 +87,20 @@ class RelayWorld:
         self._forget(self.decodes[name], key)
         self.to_relay(name, kv.KvAbort(key))
 
-    def stage(self, name: str, at: int) -> None:
-        """The owner has done one of its copies, and perhaps for a transfer that is over."""
-        owner = self.prefills[name]
-        stage = owner.stages.pop(at)
-        self.slots[owner.node][stage.slot] = (stage.key, stage.chunk.first, stage.chunk.count)
-        self.to_relay(name, kv.KvStaged(stage.key, stage.chunk))
-
     def copy(self, name: str, *, right: bool = True) -> None:
-        """The reader does its next copy, and looks what it finds in the slot; the whole may not be ``right``."""
+        """The reader does its next copy; what it gets may not be ``right``, and is not from a stream that ended."""
         reader = self.decodes[name]
-        ready = reader.copies.pop(0)
-        key = ready.key
+        grant = reader.copies.pop(0)
+        key = grant.key
         handle = reader.pulls[key]
-        last = isinstance(ready, kv.KvGrant)
-        if isinstance(ready, kv.KvChunkReady):
-            found = self.slots[reader.node][ready.slot]
-            expected = (key, ready.chunk.first, ready.chunk.count)
-            assert found == expected or self._failing(reader, key), f"{ready} finds {found}"
-            last = ready.chunk.first + ready.chunk.count == len(handle.blocks)
-            if right or not last:
-                self.to_relay(name, kv.KvTaken(key, ready.chunk))
-        if last and not right:
+        if grant.ticket is not None:
+            right = right and self.streams[handle.node].pop(grant.ticket.token, None) == handle
+        if not right:
             self.to_relay(name, kv.KvAgain(key))
-        elif last:
-            reader.done += 1
-            self._forget(reader, key)
-            self.to_relay(name, kv.KvPulled(key))
+            return
+        reader.done += 1
+        self._forget(reader, key)
+        self.to_relay(name, kv.KvPulled(key))
 
     def withdraw(self, name: str, key: KvKey) -> None:
         self.to_relay(name, kv.KvWithdraw(key))
@@ -131,10 +114,7 @@ class RelayWorld:
         self.to_relay(name, kv.KvPong())
 
     def work(self) -> None:
-        """Every owner and reader does what it was asked for."""
-        for owner in self.prefills.values():
-            while owner.stages:
-                self.stage(owner.name, 0)
+        """Every reader does what it was asked for."""
         for reader in self.decodes.values():
             while reader.copies:
                 self.copy(reader.name)
@@ -196,7 +176,7 @@ class RelayWorld:
         elif peer.startswith(RELAY):
             self._feed(peer.removeprefix(RELAY), Received(self.now, f"fetcher:relay-{sender}", message))
         else:
-            self._to_fetcher(peer.removeprefix("fetcher:relay-"), RELAY + sender, message)
+            self._feed(peer.removeprefix("fetcher:relay-"), Received(self.now, RELAY + sender, message))
 
     def advance(self, seconds: float, *, deliver: bool) -> None:
         """Time passes, deadline by deadline; with ``deliver`` the network and the workers keep up."""
@@ -225,12 +205,10 @@ class RelayWorld:
             node,
             sources=SOURCES[node],
             direct=node == "n0",
-            sending=2,
-            receiving=3,
             incarnation=f"relay-{self._serial}",
         )
         self.relays[node] = RelayState(config)
-        self.slots[node] = {}
+        self.streams[node] = {}
         self._feed(node, Tick(self.now))
 
     def _cut(self, node: str, peer: str, name: str) -> None:
@@ -246,38 +224,28 @@ class RelayWorld:
         reader.pulls.pop(key, None)
         reader.copies = [copy for copy in reader.copies if copy.key != key]
 
-    def _failing(self, reader: Decode, key: KvKey) -> bool:
-        """The relay's word that the pull is over is under way already."""
-        link = self.links.get((reader.node, WORKER + reader.name), ())
-        return any(isinstance(message, kv.KvFailed) and message.key == key for message in link)
-
     def _feed(self, node: str, event: Any) -> None:
-        content = self._in_flight if isinstance(event, ChunkArrived) else None
         actions = self.relays[node].handle(event)
         self.relays[node].validate()
         for action in actions:
-            self._perform(node, action, content)
+            self._perform(node, action)
 
-    def _perform(self, node: str, action: Action, content: Content) -> None:
+    def _perform(self, node: str, action: Action) -> None:
         if isinstance(action, Send) and action.peer != "router":
-            self.links.setdefault((node, action.peer), deque()).append(action.message)
-        elif isinstance(action, SendChunk):
-            carried = (action, self.slots[node].get(action.slot))
-            self.links.setdefault((node, action.peer), deque()).append(carried)
-        elif isinstance(action, StoreChunk):
-            self.slots[node][action.slot] = content
+            self._send(node, action.peer, action.message)
+        elif isinstance(action, OpenStream):
+            self._serial += 1
+            token = f"{node}/{self._serial}".encode()
+            self.streams[node][token] = action.handle
+            self._send(node, action.peer, kv.KvFetchGranted(action.handle.key, kv.Ticket(token), action.number))
+        elif isinstance(action, CloseStream):
+            open_ones = self.streams[node].items()
+            self.streams[node] = {token: handle for token, handle in open_ones if handle.key != action.key}
         elif isinstance(action, Complain):
             self.complaints.append(action)
 
-    def _to_fetcher(self, node: str, peer: str, message: Any) -> None:
-        if isinstance(message, tuple):
-            action, self._in_flight = message
-            said = action.message
-            nbytes = said.chunk.count * LAYOUT.block_nbytes
-            event = ChunkArrived(self.now, peer, said.key, said.chunk, nbytes, said.number)
-            self._feed(node, event)
-        else:
-            self._feed(node, Received(self.now, peer, message))
+    def _send(self, node: str, peer: str, message: msgspec.Struct) -> None:
+        self.links.setdefault((node, peer), deque()).append(message)
 
     def _to_worker(self, name: str, message: Any) -> None:
         if isinstance(message, kv.KvPing):
@@ -294,11 +262,9 @@ class RelayWorld:
             owner.releases[message.key] += 1
             assert owner.releases[message.key] <= owner.offers[message.key], f"{message} is one too many"
             owner.handles.pop(message.key, None)
-        elif isinstance(message, kv.KvStage) and message.key in owner.handles:
-            owner.stages.append(message)
 
     def _to_decode(self, reader: Decode, message: Any) -> None:
         if isinstance(message, kv.KvFailed):
             self._forget(reader, message.key)
-        elif isinstance(message, kv.KvGrant | kv.KvChunkReady) and message.key in reader.pulls:
+        elif isinstance(message, kv.KvGrant) and message.key in reader.pulls:
             reader.copies.append(message)

@@ -15,22 +15,19 @@ from dstopology.endpoints import free_ports
 from dstopology.load import load
 from dstopology.resolved import Relay, Topology
 from dswire.errors import DsError, PortInUse
-from support.handles import LAYOUT
 from support.kv_workers import PATIENCE_S, Decode, Prefill, ScriptedRouter
 
 #: how KV gets from prefill to decode: same host; a relay to itself; a relay to another
 TRANSPORTS = ("shm", "tcp-self", "tcp-pair")
 
-#: four blocks of the tests' layout in a slot, twelve slots
-SLOT_NBYTES = 4 * LAYOUT.block_nbytes
-STAGING = f"{{staging: {12 * SLOT_NBYTES}, slot: {SLOT_NBYTES}, lease_s: 3, transfer_timeout_s: 4, port: PORT}}"
+RELAY = "{lease_s: 3, transfer_timeout_s: 4, port: PORT}"
 ONE_NODE = """
 model: tiny
 nodes: [{name: n0, host: 127.0.0.1, devices: [cpu:0, cpu:1]}]
 router: {node: n0, frontend: "tcp://127.0.0.1:ROUTER"}
 prefill: {place: [[n0/cpu:0]]}
 decode: {place: [[n0/cpu:1]]}
-relay: STAGING
+relay: RELAY
 """
 TWO_NODES = """
 model: tiny
@@ -40,7 +37,7 @@ nodes:
 router: {node: n0, frontend: "tcp://127.0.0.1:ROUTER"}
 prefill: {place: [[n0/cpu:0]]}
 decode: {place: [[n1/cpu:0]]}
-relay: STAGING
+relay: RELAY
 """
 
 
@@ -58,7 +55,9 @@ class WatchedActor(RelayActor):
     """Tells when it has refused a message; its machine validates itself."""
 
     def __init__(self, built: RelayActor) -> None:
-        super().__init__(CheckedRelay(built.machine.config), built.routes, built._staging)
+        super().__init__(
+            CheckedRelay(built.machine.config), built.routes, built._topology, built._streams, built._authenticator
+        )
         self.news = asyncio.Event()
 
     def _complain(self, peer: str, error: DsError) -> None:
@@ -103,11 +102,10 @@ class Running:
             await self.task
 
     def assert_idle(self) -> None:
-        """No handle, no transfer, no slot is held."""
+        """No handle, no transfer is held."""
         assert not self.state.ledger.handles
         assert not self.state.outgoing.transfers
         assert not self.state.incoming.transfers
-        assert self.state.outgoing.slots.held == self.state.incoming.slots.held == 0
 
 
 @dataclass(slots=True)
@@ -160,11 +158,11 @@ class World:
 
 def topology_for(transport: str, directory: Path) -> Topology:
     """A topology that takes that transport, on free ports."""
-    text = (TWO_NODES if transport == "tcp-pair" else ONE_NODE).replace("STAGING", STAGING)
+    text = (TWO_NODES if transport == "tcp-pair" else ONE_NODE).replace("RELAY", RELAY)
     if transport == "tcp-self":
         text += "force_transport: tcp\n"
-    first = free_ports(4)
-    text = text.replace("PORT", str(first)).replace("ROUTER", str(first + 2))
+    first = free_ports(6)
+    text = text.replace("PORT", str(first)).replace("ROUTER", str(first + 4))
     path = directory / "t.yaml"
     path.write_text(text)
     env = {"DS_RUN_DIR": str(directory / "run"), "DS_SHM_DIR": str(directory), "DS_HOME": str(directory)}
@@ -182,10 +180,10 @@ async def running(transport: str, directory: Path) -> AsyncIterator[World]:
         for relay in topology.relays:
             await world.start_relay(relay.name)
             stack.push_async_callback(world.end_relay, relay.name)
-        owner, reader = topology.instance("prefill-0"), topology.instance("decode-0")
+        owner = topology.instance("prefill-0")
         world.prefill = Prefill(topology.relay_of(owner.node).local, "prefill-0", owner.node, directory)
         stack.callback(lambda: world.prefill.close())
-        world.decode = Decode(topology.relay_of(reader.node).local, "decode-0", directory)
+        world.decode = Decode(topology, "decode-0", directory)
         stack.callback(world.decode.close)
         await world.prefill.hello()
         await world.decode.hello()

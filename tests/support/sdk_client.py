@@ -12,7 +12,7 @@ from dswire.errors import DsError
 from dswire.machine import Received, Send, Tick
 from dswire.messages import client
 from support.virtual_clock import VirtualClock
-from support.wires import Parcel, Wire, Wires
+from support.wires import Wire, Wires
 
 TIMEOUT_S = 15.0
 
@@ -71,15 +71,15 @@ class SdkClient:
         """The client ends."""
         self._feed(Closed(self._clock.now))
 
-    def take(self, peer: str, parcel: Parcel) -> None:
+    def take(self, peer: str, message: msgspec.Struct) -> None:
         """A message has come."""
-        self._feed(Received(self._clock.now, "router", parcel[0]))
+        self._feed(Received(self._clock.now, "router", message))
 
     def _feed(self, event: Event) -> None:
         for action in self.machine.handle(event):
             match action:
                 case Send():
-                    self._wires.to_bound(self._wire, (action.message, None))
+                    self._wires.to_bound(self._wire, action.message)
                 case Deliver(request_id, message):
                     told = self.requests[request_id]
                     assert not told.end, f"{message} follows the end {told.end}"

@@ -104,10 +104,6 @@ def _unplaced(cluster: Cluster) -> bool:
     )
 
 
-def _staging(cluster: Cluster) -> bool:
-    return any(one.staging for one in cluster.relay("n0").outgoing.transfers.values())
-
-
 _PULLING = dsdecode.sequence.Phase.PULLING
 _TCP = replace(TCP, transfer_timeout_s=PATIENT_S)
 _NODES = replace(TWO_NODES, transfer_timeout_s=PATIENT_S)
@@ -136,10 +132,8 @@ STAGES = (
     ),
     Stage("pull-asked", "copy", _decode_in(_PULLING)),
     Stage("transferring-shm", "copy", _decode_in(_PULLING, copying=True)),
-    Stage("staging-tcp-loop", "stage", _staging, _TCP),
-    Stage("transferring-tcp-loop", "chunk", _decode_in(_PULLING, copying=True), _TCP),
-    Stage("staging-tcp", "stage", _staging, _NODES),
-    Stage("transferring-tcp", "chunk", _decode_in(_PULLING, copying=True), _NODES),
+    Stage("transferring-tcp-loop", "copy", _decode_in(_PULLING, copying=True), _TCP),
+    Stage("transferring-tcp", "copy", _decode_in(_PULLING, copying=True), _NODES),
     Stage("decoding", "step", _decode_in(dsdecode.sequence.Phase.RUNNING, stepping=True)),
     Stage(
         "waiting-to-be-read",

@@ -53,7 +53,7 @@ class System:
         ``keys`` are our clients'.
         """
         while "{port}" in yaml:
-            yaml = yaml.replace("{port}", str(free_ports(2)), 1)
+            yaml = yaml.replace("{port}", str(free_ports(3)), 1)
         self.directory = directory
         self._keys = keys
         self.path = directory / "topology.yaml"

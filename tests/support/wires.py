@@ -14,18 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import msgspec
 
-from support.kv_memory import Block
 from support.virtual_clock import VirtualClock
 
 RECONNECT_S = 0.1
 BREAK_S = 6.0
-
-#: a message, and the raw frame behind it
-Parcel: TypeAlias = tuple[msgspec.Struct, tuple[Block, ...] | None]
 
 
 class Endpoint(Protocol):
@@ -36,8 +32,8 @@ class Endpoint(Protocol):
     #: as a bound side: who is connected, by this side's name for it
     peers: dict[str, Wire]
 
-    def take(self, peer: str, parcel: Parcel) -> None:
-        """A parcel has come."""
+    def take(self, peer: str, message: msgspec.Struct) -> None:
+        """A message has come."""
 
 
 @dataclass(eq=False)
@@ -55,10 +51,10 @@ class Wire:
     #: changes whenever the connection breaks: what was on its way then is lost
     session: int = 0
     #: queued at the dealer while there is no connection
-    pending: deque[Parcel] = field(default_factory=deque)
-    #: held back by a cut: (to the bound side?, parcel)
-    held: list[tuple[bool, Parcel]] | None = None
-    #: when the last parcel of each direction arrives
+    pending: deque[msgspec.Struct] = field(default_factory=deque)
+    #: held back by a cut: (to the bound side?, message)
+    held: list[tuple[bool, msgspec.Struct]] | None = None
+    #: when the last message of each direction arrives
     last_in: float = 0.0
     last_out: float = 0.0
 
@@ -80,24 +76,24 @@ class Wires:
         self._join(wire)
         return wire
 
-    def to_bound(self, wire: Wire, parcel: Parcel) -> None:
+    def to_bound(self, wire: Wire, message: msgspec.Struct) -> None:
         """Send or queue."""
         if wire.connected_to is None:
-            wire.pending.append(parcel)
+            wire.pending.append(message)
         elif wire.held is not None:
-            wire.held.append((True, parcel))
+            wire.held.append((True, message))
         else:
-            self._schedule(wire, True, parcel)
+            self._schedule(wire, True, message)
 
-    def to_dealer(self, sender: Endpoint, peer: str, parcel: Parcel) -> bool:
+    def to_dealer(self, sender: Endpoint, peer: str, message: msgspec.Struct) -> bool:
         """Send; False when the peer is away."""
         wire = sender.peers.get(peer)
         if wire is None:
             return False
         if wire.held is not None:
-            wire.held.append((False, parcel))
+            wire.held.append((False, message))
         else:
-            self._schedule(wire, False, parcel)
+            self._schedule(wire, False, message)
         return True
 
     def died(self, endpoint: Endpoint) -> None:
@@ -129,7 +125,7 @@ class Wires:
                 self._break(wire)
                 self._join(wire)
 
-    def _give_up(self, wire: Wire, cut: list[tuple[bool, Parcel]]) -> None:
+    def _give_up(self, wire: Wire, cut: list[tuple[bool, msgspec.Struct]]) -> None:
         if wire.held is cut:
             wire.held = []
             self._break(wire)
@@ -138,8 +134,8 @@ class Wires:
         held, wire.held = wire.held or [], None
         if wire.connected_to is None:
             self._join(wire)
-        for inbound, parcel in held:
-            self._schedule(wire, inbound, parcel)
+        for inbound, message in held:
+            self._schedule(wire, inbound, message)
 
     def _join(self, wire: Wire) -> None:
         bound = self._find(wire.bound)
@@ -162,7 +158,7 @@ class Wires:
             del wire.connected_to.peers[wire.inward]
         wire.connected_to = None
 
-    def _schedule(self, wire: Wire, inbound: bool, parcel: Parcel) -> None:
+    def _schedule(self, wire: Wire, inbound: bool, message: msgspec.Struct) -> None:
         when = self._clock.now + self._random.uniform(0.0002, 0.002)
         if inbound:
             when = wire.last_in = max(when, wire.last_in)
@@ -174,6 +170,6 @@ class Wires:
 
         def deliver() -> None:
             if wire.session == session and taker.alive:
-                taker.take(peer, parcel)
+                taker.take(peer, message)
 
         self._clock.at(when, deliver)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dsdecode.config import MAX_PULLS
-from dsdecode.events import CopyChunk, CopyDirect, CopyEnded
+from dsdecode.events import CopyDirect, CopyEnded, CopyStream, CutStream
 from dsdecode.sequence import Phase
 from dskv.handle import KvKey
 from dssched.steps import RunStep, StartSequence
@@ -14,6 +14,7 @@ from dswire.machine import Received, Send, Tick
 from dswire.messages import kv, worker
 from dswire.messages.client import Sampling
 from support.decode_desk import LEASE_S, Desk
+from support.relay_desk import TICKET
 
 
 @pytest.fixture
@@ -29,35 +30,54 @@ def test_blocks_are_taken_then_the_kv_is_pulled(desk: Desk) -> None:
     assert desk.state.pool.held == 3
     desk.say("relay", kv.KvGrant(key))
     assert desk.did(CopyDirect) == [CopyDirect(pull.handle, tuple(desk.state.sequences[key].blocks))]
-    desk.feed(CopyEnded(desk.now, key, None, True))
+    desk.feed(CopyEnded(desk.now, key))
     assert desk.told("relay", kv.KvPulled) == [kv.KvPulled(key)]
     assert desk.did(StartSequence) == [StartSequence(key, tuple(range(1, 9)), (50,), Sampling(max_tokens=8))]
     (run,) = desk.did(RunStep)
     assert [(one.key, one.tokens, one.start, len(one.blocks)) for one in run.runs] == [(key, (50,), 8, 3)]
 
 
-def test_chunks_are_copied_and_their_slots_given_back(desk: Desk) -> None:
+def test_kv_of_another_node_is_read_with_a_ticket(desk: Desk) -> None:
     key = desk.work("r", 12)
-    chunks = (kv.Chunk(0, 0, 2), kv.Chunk(1, 2, 1))
-    for slot, chunk in enumerate(chunks):
-        desk.say("relay", kv.KvChunkReady(key, chunk, slot))
-        (copy,) = desk.did(CopyChunk)
-        assert (copy.chunk, copy.slot, copy.last) == (chunk, slot, chunk is chunks[1])
-    desk.feed(CopyEnded(desk.now, key, chunks[0], False))
-    assert desk.actions == [Send("relay", kv.KvTaken(key, chunks[0]))]
-    desk.feed(CopyEnded(desk.now, key, chunks[1], True))
-    assert desk.told("relay", kv.KvTaken) == [kv.KvTaken(key, chunks[1])]
+    (pull,) = desk.told("relay", kv.KvPull)
+    desk.say("relay", kv.KvGrant(key, TICKET))
+    assert desk.did(CopyStream) == [CopyStream(pull.handle, tuple(desk.state.sequences[key].blocks), TICKET)]
+    desk.feed(CopyEnded(desk.now, key))
     assert desk.told("relay", kv.KvPulled) == [kv.KvPulled(key)]
+
+
+def test_a_stream_that_breaks_is_read_once_more(desk: Desk) -> None:
+    key = desk.work("r", 12)
+    desk.say("relay", kv.KvGrant(key, TICKET))
+    error = TransferFailed("the relay has gone").info()
+    desk.feed(CopyEnded(desk.now, key, error))
+    assert desk.actions == [Send("relay", kv.KvAgain(key))]
+    desk.say("relay", kv.KvGrant(key, TICKET))
+    assert len(desk.did(CopyStream)) == 1
+    desk.feed(CopyEnded(desk.now, key, error))
+    assert desk.failures() == [(key, "transfer_failed")]
+    assert desk.state.pool.held == 0
+
+
+def test_an_abort_cuts_the_stream_and_waits_for_its_end(desk: Desk) -> None:
+    key = desk.work("r", 12)
+    desk.say("relay", kv.KvGrant(key, TICKET))
+    desk.say("router", worker.Abort(key))
+    assert desk.did(CutStream) == [CutStream(key)]
+    assert desk.state.pool.held > 0, "a thread still writes"
+    desk.feed(CopyEnded(desk.now, key, TransferFailed("it was cut").info()))
+    assert desk.told("relay", kv.KvAbort) == [kv.KvAbort(key)]
+    assert desk.state.pool.held == 0
 
 
 def test_wrong_kv_is_told_to_both_sides(desk: Desk) -> None:
     key = desk.work("r")
     desk.say("relay", kv.KvGrant(key))
     error = KvCorrupt("it is not what was sealed").info()
-    desk.feed(CopyEnded(desk.now, key, None, True, error))
+    desk.feed(CopyEnded(desk.now, key, error))
     assert desk.actions == [Send("relay", kv.KvAgain(key))], "once more, from the source"
     desk.say("relay", kv.KvGrant(key))
-    desk.feed(CopyEnded(desk.now, key, None, True, error))
+    desk.feed(CopyEnded(desk.now, key, error))
     assert desk.told("relay", kv.KvPulled) == [kv.KvPulled(key, error)]
     assert desk.told("relay", kv.KvAbort) == []
     assert desk.failures() == [(key, "kv_corrupt")]
@@ -75,7 +95,7 @@ def test_a_pull_that_the_relay_gives_up_fails(desk: Desk) -> None:
 def test_wrong_kv_that_is_right_the_second_time_runs(desk: Desk) -> None:
     key = desk.work("r")
     desk.say("relay", kv.KvGrant(key))
-    desk.feed(CopyEnded(desk.now, key, None, True, KvCorrupt("it is not what was sealed").info()))
+    desk.feed(CopyEnded(desk.now, key, KvCorrupt("it is not what was sealed").info()))
     desk.land(key)
     assert desk.phase(key) is Phase.RUNNING
 
@@ -115,7 +135,7 @@ def test_nothing_is_pulled_while_the_relay_is_away(desk: Desk) -> None:
     assert desk.failures() == [(pulling, "transfer_failed")]
     waiting = desk.work("b")
     assert desk.phase(waiting) is Phase.WAITING
-    desk.say("relay", kv.KvWelcome("relay-n0", "2", LEASE_S, "/staging", 4, 64))
+    desk.say("relay", kv.KvWelcome("relay-n0", "2", LEASE_S))
     assert [pull.handle.key for pull in desk.told("relay", kv.KvPull)] == [waiting]
 
 
@@ -139,7 +159,7 @@ def near() -> Desk:
     """On a node whose KV is always granted, never staged."""
     desk = Desk(node="n1")
     desk.joined()
-    desk.say("relay", kv.KvWelcome("relay-n1", "2", LEASE_S, "/staging", 4, 64, direct=True))
+    desk.say("relay", kv.KvWelcome("relay-n1", "2", LEASE_S, direct=True))
     return desk
 
 
@@ -147,7 +167,7 @@ def test_a_copy_does_not_wait_for_the_grant_and_tells_of_its_end_after_it(near: 
     key = near.work("r", 8)
     (pull,) = near.told("relay", kv.KvPull)
     assert near.did(CopyDirect) == [CopyDirect(pull.handle, tuple(near.state.sequences[key].blocks))]
-    near.feed(CopyEnded(near.now, key, None, True))
+    near.feed(CopyEnded(near.now, key))
     assert near.phase(key) is Phase.RUNNING
     assert near.told("relay", kv.KvPulled) == [], "the relay does not know of a reader yet"
     near.say("relay", kv.KvGrant(key))
@@ -160,28 +180,28 @@ def test_a_grant_that_comes_during_the_copy_is_answered_at_its_end(near: Desk) -
     key = near.work("r", 8)
     near.say("relay", kv.KvGrant(key))
     assert near.actions == []
-    near.feed(CopyEnded(near.now, key, None, True))
+    near.feed(CopyEnded(near.now, key))
     assert near.told("relay", kv.KvPulled) == [kv.KvPulled(key)]
 
 
 @pytest.mark.parametrize("granted_first", [False, True])
 def test_a_copy_that_was_too_early_is_made_again_when_granted(near: Desk, *, granted_first: bool) -> None:
     key = near.work("r", 8)
-    ended = CopyEnded(near.now, key, None, True, TransferFailed("cannot be mapped").info())
+    ended = CopyEnded(near.now, key, TransferFailed("cannot be mapped").info())
     granted = Received(near.now, "relay", kv.KvGrant(key))
     near.feed(granted if granted_first else ended)
     assert near.did(CopyDirect) == []
     near.feed(ended if granted_first else granted)
     assert len(near.did(CopyDirect)) == 1
     assert near.failures() == []
-    near.feed(CopyEnded(near.now, key, None, True))
+    near.feed(CopyEnded(near.now, key))
     assert near.told("relay", kv.KvPulled) == [kv.KvPulled(key)]
     assert near.phase(key) is Phase.RUNNING
 
 
 def test_a_refusal_after_a_verified_copy_changes_nothing(near: Desk) -> None:
     key = near.work("r", 8)
-    near.feed(CopyEnded(near.now, key, None, True))
+    near.feed(CopyEnded(near.now, key))
     near.say("relay", kv.KvFailed(key, ErrorInfo("transfer_failed", "its lease is over")))
     assert near.failures() == []
     assert near.phase(key) is Phase.RUNNING
@@ -192,12 +212,12 @@ def test_an_abort_during_an_early_copy_waits_for_its_end(near: Desk) -> None:
     near.say("router", worker.Abort(key))
     assert near.phase(key) is Phase.DOOMED
     assert near.state.pool.held == 3
-    near.feed(CopyEnded(near.now, key, None, True))
+    near.feed(CopyEnded(near.now, key))
     assert near.told("relay", kv.KvAbort) == [kv.KvAbort(key)]
     assert near.state.pool.held == 0
 
 
 def test_nothing_is_copied_early_that_no_checksum_would_prove(near: Desk) -> None:
-    near.say("relay", kv.KvWelcome("relay-n1", "3", LEASE_S, "/staging", 4, 64, verify=False, direct=True))
+    near.say("relay", kv.KvWelcome("relay-n1", "3", LEASE_S, verify=False, direct=True))
     near.work("r", 8)
     assert near.did(CopyDirect) == []

@@ -78,7 +78,7 @@ def test_the_first_token_tells_where_the_time_went(desk: Desk) -> None:
     desk.state.links.relay.forget(desk.now)
     key = desk.work("r")
     desk.now += 1.0
-    desk.say("relay", kv.KvWelcome("relay-n0", "1", LEASE_S, "/staging", 4, 64))
+    desk.say("relay", kv.KvWelcome("relay-n0", "1", LEASE_S))
     desk.now += 2.0
     desk.land(key)
     desk.step(key)
@@ -179,7 +179,7 @@ def test_abort_in_every_phase() -> None:
         Phase.DOOMED,
         Phase.DOOMED,
     ]
-    desk.feed(CopyEnded(desk.now, copying, None, True))
+    desk.feed(CopyEnded(desk.now, copying))
     assert desk.told("relay", kv.KvAbort) == [kv.KvAbort(copying)]
     assert desk.told("relay", kv.KvPulled) == []
     desk.step(running)
@@ -199,7 +199,6 @@ def test_late_words_of_the_relay_change_nothing(desk: Desk) -> None:
     key = desk.running("r")
     late = [
         kv.KvGrant(key),
-        kv.KvChunkReady(key, kv.Chunk(0, 0, 1), 0),
         kv.KvFailed(key, ErrorInfo("transfer_failed", "late")),
         kv.KvGrant(KvKey("nobody/0", 0)),
     ]

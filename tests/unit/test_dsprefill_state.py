@@ -9,7 +9,7 @@ import pytest
 
 from dskv.handle import KvKey
 from dskv.shards import shards
-from dsprefill.events import Seal, Sealed, StageChunk, Staged
+from dsprefill.events import Seal, Sealed
 from dsprefill.state import Phase, PrefillConfig, PrefillState
 from dssched.steps import Made, RunStep, Stepped
 from dswire.errors import EngineFailed, ErrorInfo
@@ -78,7 +78,7 @@ class Desk:
     def joined(self) -> Desk:
         self.feed(Tick(self.now))
         self.say("router", worker.WorkerWelcome("router-0", "1", 5.0))
-        self.say("relay", kv.KvWelcome("relay-n0", "1", LEASE_S, "/staging", 4, 64))
+        self.say("relay", kv.KvWelcome("relay-n0", "1", LEASE_S))
         return self
 
     def work(self, name: str, tokens: int = 6, output: tuple[int, ...] = (), max_tokens: int = 8) -> KvKey:
@@ -325,23 +325,12 @@ def test_a_lost_router_takes_everything_with_it(desk: Desk) -> None:
 # the relay
 
 
-def test_chunks_are_staged_while_they_are_offered(desk: Desk) -> None:
-    key = desk.offered()
-    chunk = kv.Chunk(0, 0, 2)
-    desk.say("relay", kv.KvStage(key, chunk, 3))
-    (stage,) = desk.did(StageChunk)
-    assert (stage.handle.key, stage.chunk, stage.slot) == (key, chunk, 3)
-    assert desk.feed(Staged(desk.now, key, chunk)) == [Send("relay", kv.KvStaged(key, chunk))]
-    desk.say("relay", kv.KvRelease(key, "pulled"))
-    assert desk.say("relay", kv.KvStage(key, chunk, 3)) == []
-
-
 def test_a_relay_that_is_back_gets_its_offers_again(desk: Desk) -> None:
     kept, withdrawn = desk.offered("a"), desk.offered("b")
     desk.say("router", worker.Abort(withdrawn))
     desk.say("relay", worker.HelloWanted())
     assert desk.actions == [Send("relay", HELLO)]
-    desk.say("relay", kv.KvWelcome("relay-n0", "2", LEASE_S, "/staging", 4, 64))
+    desk.say("relay", kv.KvWelcome("relay-n0", "2", LEASE_S))
     told = [send.message for send in desk.did(Send)]
     assert [(type(one).__name__, getattr(one, "key", None) or one.handle.key) for one in told] == [  # type: ignore[attr-defined]
         ("KvOffer", kept),
@@ -355,7 +344,7 @@ def test_what_is_sealed_while_the_relay_is_away_is_offered_later(desk: Desk) -> 
     key = desk.offered()
     assert desk.told("relay", kv.KvOffer) == []
     assert len(desk.told("router", worker.KvSealed)) == 1
-    desk.say("relay", kv.KvWelcome("relay-n0", "2", LEASE_S, "/staging", 4, 64))
+    desk.say("relay", kv.KvWelcome("relay-n0", "2", LEASE_S))
     assert [one.handle.key for one in desk.told("relay", kv.KvOffer)] == [key]
 
 

@@ -1,4 +1,4 @@
-"""The memory of kept KV: in from owners of any shape, out straight or by staging slots."""
+"""The memory of kept KV: in from owners of any shape."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from dskv.handle import KvHandle, KvKey
 from dskv.memory import RankPools, whole_model
 from dskv.receive import Receiver
 from dskv.segment import SegmentCache
-from dskv.send import plan
 from dsrelay.copies import KeptMemory
-from dsrelay.events import CopyKept, StageKept
+from dsrelay.events import CopyKept
 from support.handles import LAYOUT, ranks
 
 TOKENS = 10
 BLOCKS = (0, 1, 2)
 KEPT = (2, 7, 1)
-SLOT_NBYTES = 2 * LAYOUT.block_nbytes
 
 
 @pytest.fixture
@@ -39,24 +37,15 @@ def handles(owner: RankPools, directory: Path) -> tuple[KvHandle, KvHandle]:
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
-@pytest.mark.parametrize("staged", [False, True], ids=["straight", "by slots"])
-async def test_a_copy_is_what_its_owner_had(
-    tmp_path: Path, memory: KeptMemory, tp: int, pp: int, staged: bool
-) -> None:
+async def test_a_copy_is_what_its_owner_had(tmp_path: Path, memory: KeptMemory, tp: int, pp: int) -> None:
     with ranks(tmp_path / "owner", tp, pp, LAYOUT.block_size, tokens=TOKENS) as owner:
         handle, kept = handles(owner, tmp_path)
         assert await memory.keep(CopyKept(handle, kept)) is None
     with ranks(tmp_path / "reader", 1, 1, LAYOUT.block_size) as reader:
         receiver = Receiver(kept, reader, (4, 5, 6))
-        if staged:
-            for chunk in plan(len(KEPT), LAYOUT.block_nbytes, SLOT_NBYTES):
-                slot = memoryview(bytearray(SLOT_NBYTES))
-                assert await memory.stage(StageKept(kept, chunk, 0), slot) is None
-                receiver.take(chunk, slot)
-        else:
-            mapped = SegmentCache()
-            receiver.copy_direct(RankPools.map(kept.layout, kept.shards, kept.segment_blocks, mapped))
-            mapped.close()
+        mapped = SegmentCache()
+        receiver.copy_direct(RankPools.map(kept.layout, kept.shards, kept.segment_blocks, mapped))
+        mapped.close()
         receiver.verify()
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dskv.handle import KvHandle, KvKey
-from dsrelay.events import CopyKept, KeptCopied, StageKept
+from dsrelay.events import CopyKept, KeptCopied, OpenStream
 from dswire.errors import TransferFailed
 from dswire.messages import kv, worker
 from support.handles import LAYOUT, make_handle
@@ -77,13 +77,13 @@ def test_a_copy_is_offered_under_another_key_and_stays(desk: Desk) -> None:
     assert kept(desk) == ["r1/0"]
 
 
-def test_another_relay_gets_it_chunk_by_chunk(desk: Desk) -> None:
+def test_another_relay_gets_a_ticket_for_it(desk: Desk) -> None:
     mine = keep(desk)
     desk.say("router", worker.KvReoffer(mine.key, NEXT))
     desk.join_fetcher("relay-n1")
-    desk.say("fetcher:relay-n1", kv.KvFetch(NEXT, 4, 2 * LAYOUT.block_nbytes))
-    stages = [action for action in desk.actions if isinstance(action, StageKept)]
-    assert [(one.kept.key, one.chunk) for one in stages] == [(NEXT, kv.Chunk(0, 0, 2)), (NEXT, kv.Chunk(1, 2, 1))]
+    desk.say("fetcher:relay-n1", kv.KvFetch(NEXT, 1))
+    (stream,) = (action for action in desk.actions if isinstance(action, OpenStream))
+    assert (stream.handle.key, stream.handle.blocks, stream.handle.owner) == (NEXT, mine.blocks, "relay-n0")
 
 
 @pytest.mark.parametrize("when", ["unknown", "copying", "dropped"])

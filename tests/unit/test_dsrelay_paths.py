@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
-from dsrelay.events import PathKnown, PoolProved, ProofArrived, ProvePool, SendProof
-from dsrelay.paths import FIRST_NBYTES
+from dsrelay.events import OpenProof, PathKnown, PoolProved, ProvePool, ProveStream, StreamProved
 from dswire.errors import TransferFailed
-from dswire.machine import Send
 from dswire.messages import PROTOCOL, kv, worker
-from support.handles import LAYOUT, make_handle, whole
-from support.relay_desk import SLOT_NBYTES, Desk, make_config
+from support.handles import LAYOUT, whole
+from support.relay_desk import TICKET, Desk, make_config
 
 SOURCE = "relay:n1"
+PROOF = kv.KvProof(TICKET, 1 << 20)
 POOL = kv.PoolInfo(LAYOUT, whole("/pool"), 16)
 GONE = TransferFailed("/pool: cannot be mapped: No such file or directory").info()
 
@@ -33,28 +30,28 @@ def hello(desk: Desk) -> None:
     desk.say("worker:prefill-0", kv.KvHello(PROTOCOL, "prefill-0", "1", POOL))
 
 
-def test_another_relay_is_asked_for_a_little_and_then_for_a_slot_against_the_clock() -> None:
+def test_another_relay_is_asked_for_a_ticket_and_its_bytes_are_read() -> None:
     desk = proving()
-    assert desk.sent(SOURCE, kv.KvProbe) == [kv.KvProbe(FIRST_NBYTES)]
+    assert desk.sent(SOURCE, kv.KvProbe) == [kv.KvProbe()]
     assert paths(desk) == [kv.PathInfo("n1", "tcp")]
-    desk.now += 5.0
-    desk.feed(ProofArrived(desk.now, SOURCE, FIRST_NBYTES))
-    assert desk.actions == [Send(SOURCE, kv.KvProbe(SLOT_NBYTES))]
-    desk.now += 0.5
-    known = kv.PathInfo("n1", "tcp", 2.0 * SLOT_NBYTES)
-    assert desk.feed(ProofArrived(desk.now, SOURCE, SLOT_NBYTES)) == [PathKnown(known)]
+    assert desk.say(SOURCE, PROOF) == [ProveStream("n1", PROOF)]
+    assert desk.say(SOURCE, PROOF) == [], "nobody asked for this one"
+    known = kv.PathInfo("n1", "tcp", 2e9)
+    assert desk.feed(StreamProved(desk.now, "n1", 2e9, None)) == [PathKnown(known)]
     assert paths(desk) == [known]
-    assert desk.feed(ProofArrived(desk.now, SOURCE, SLOT_NBYTES)) == [], "nobody asked for these"
 
 
-def test_a_probe_is_answered_with_a_slot_at_most() -> None:
+def test_a_stream_that_cannot_be_had_is_told() -> None:
+    desk = proving()
+    desk.say(SOURCE, PROOF)
+    told = kv.PathInfo("n1", "tcp", reason=GONE.message)
+    assert desk.feed(StreamProved(desk.now, "n1", 0.0, GONE)) == [PathKnown(told)]
+
+
+def test_a_probe_is_answered_with_a_ticket() -> None:
     desk = proving()
     desk.join_fetcher("relay-n1")
-    assert desk.say("fetcher:relay-n1", kv.KvProbe(64)) == [SendProof("fetcher:relay-n1", 64)]
-    desk.say("fetcher:relay-n1", kv.KvProbe(1 << 60))
-    assert desk.actions == [SendProof("fetcher:relay-n1", SLOT_NBYTES)]
-    desk.say("fetcher:relay-n1", kv.KvProbe(-1))
-    assert desk.actions == [SendProof("fetcher:relay-n1", 0)]
+    assert desk.say("fetcher:relay-n1", kv.KvProbe()) == [OpenProof("fetcher:relay-n1")]
 
 
 def test_a_relay_that_was_restarted_or_lost_is_asked_again_or_told() -> None:
@@ -78,21 +75,11 @@ def test_an_owners_pool_is_read() -> None:
     assert desk.feed(PoolProved(desk.now, "prefill-0", 1e9, None)) == [], "it is gone"
 
 
-@pytest.mark.parametrize(("sources", "used"), [(("n1",), "shm"), (("n0", "n1"), "tcp")])
-def test_a_pool_that_cannot_be_read_is_told_and_goes_by_tcp_where_it_can(
-    sources: tuple[str, ...], used: str
-) -> None:
-    desk = proving(sources=sources)
+def test_a_pool_that_cannot_be_read_is_told() -> None:
+    desk = proving()
     hello(desk)
     desk.feed(PoolProved(desk.now, "prefill-0", 0.0, GONE))
-    assert desk.actions == [PathKnown(kv.PathInfo("prefill-0", used, reason=GONE.message))]
-    desk.join("decode-0")
-    handle = make_handle()
-    desk.say("worker:prefill-0", kv.KvOffer(handle))
-    desk.say("worker:decode-0", kv.KvPull(handle))
-    by_tcp = bool(desk.sent("relay:n0", kv.KvFetch))
-    assert by_tcp == (used == "tcp")
-    assert bool(desk.sent("worker:decode-0", kv.KvGrant)) != by_tcp
+    assert desk.actions == [PathKnown(kv.PathInfo("prefill-0", "shm", reason=GONE.message))]
 
 
 def test_nothing_is_tried_where_nobody_asks_for_it() -> None:

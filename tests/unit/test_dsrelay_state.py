@@ -50,11 +50,10 @@ def cancelled(peer: str, result: str) -> Send:
 # registration
 
 
-def test_a_worker_is_welcomed_and_told_of_the_staging(desk: Desk) -> None:
+def test_a_worker_is_welcomed(desk: Desk) -> None:
     desk.join("decode-1")
     (welcome,) = desk.sent("worker:decode-1", kv.KvWelcome)
-    assert (welcome.relay, welcome.lease_s, welcome.slots) == ("relay-n0", LEASE_S, 10)
-    assert welcome.staging == "/nowhere/n0.staging"
+    assert (welcome.relay, welcome.lease_s, welcome.verify, welcome.direct) == ("relay-n0", LEASE_S, True, True)
 
 
 def test_another_protocol_version_is_refused(desk: Desk) -> None:

@@ -79,13 +79,6 @@ def test_a_length_that_cannot_be_served_is_refused(desk: Desk) -> None:
     assert told in desk.problems("model: tiny\nkv: {memory: 1KiB}\n")
 
 
-def test_slots_must_hold_a_block_where_kv_goes_over_tcp(desk: Desk) -> None:
-    text = "model: tiny\nrelay: {slot: 2KiB}\n"
-    assert desk.problems(text) == []
-    told = "2: relay.slot: a slot of 2KiB cannot hold a KV block of 4KiB"
-    assert desk.problems(text + "force_transport: tcp\n") == [told]
-
-
 def test_room_for_kept_kv_must_hold_a_block_where_prompts_are_read(desk: Desk) -> None:
     told = "2: relay.keep: 2KiB cannot hold a KV block of 4KiB"
     assert desk.problems("model: tiny\nrelay: {keep: 2KiB}\n") == [told]
@@ -100,7 +93,7 @@ def test_what_does_not_fit_the_host_is_refused_with_its_parts(desk: Desk) -> Non
     assert len(found) == 2
     memory, shared = found
     assert memory.startswith("2: kv: this host has ")
-    assert "weights 2048GiB, KV pools 1433600GiB, staging 0B" in memory
+    assert "weights 2048GiB, KV pools 1433600GiB" in memory
     assert shared.startswith(f"2: kv: {desk.directory} has room for ")
 
 

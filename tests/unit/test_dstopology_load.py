@@ -22,7 +22,7 @@ router:  {node: n0, frontend: "tcp://127.0.0.1:5555"}
 gateway: {node: n0, bind: "127.0.0.1:8000"}
 prefill: {replicas: 1, tp: 1, pp: 1, place: [[n0/cpu:0]]}
 decode:  {replicas: 1, tp: 1, pp: 1, place: [[n0/cpu:1]]}
-relay:   {staging: 512MiB, lease_s: 30, transports: [shm, tcp]}
+relay:   {streams: 8, lease_s: 30, transports: [shm, tcp]}
 security: {curve: auto}
 """
 TWO_NODES = """\
@@ -65,7 +65,7 @@ def test_the_example_of_the_architecture(desk: Desk) -> None:
     assert topology.model.dtype == "bfloat16"
     assert topology.gateway is not None
     assert topology.gateway.bind == "127.0.0.1:8000"
-    assert topology.relay("relay-n0").staging_nbytes == 512 << 20
+    assert topology.relay("relay-n0").streams == 8
     assert topology.instance("decode-0").devices == ("cpu:1",)
 
 
@@ -113,7 +113,7 @@ def test_environment_and_digest(desk: Desk, tmp_path: Path) -> None:
     assert topology.run_dir == Path("/run/x")
     assert topology.security.keys_dir == Path("/etc/keys")
     assert topology.instance("prefill-0").segment == Path(f"/mnt/y/ds-{topology.digest}-prefill-0.kv")
-    assert topology.relay("relay-n0").staging == Path(f"/mnt/y/ds-{topology.digest}-relay-n0.staging")
+    assert topology.relay("relay-n0").keep == Path(f"/mnt/y/ds-{topology.digest}-relay-n0.keep")
     plain = desk.load("model: m")
     assert plain.digest == topology.digest
     assert plain.run_dir.name == plain.digest
@@ -129,8 +129,10 @@ def test_two_nodes_meet_over_tcp(desk: Desk) -> None:
     assert topology.router.backend_bind == topology.router.backend_connect == "tcp://10.0.0.1:5556"
     assert [(one.data_bind, one.data_connect) for one in topology.relays] == [
         ("tcp://10.0.0.1:7100", "tcp://10.0.0.1:7100"),
-        ("tcp://10.0.0.2:7101", "tcp://10.0.0.2:7101"),
+        ("tcp://10.0.0.2:7102", "tcp://10.0.0.2:7102"),
     ]
+    streams = [(str(one.stream_bind), str(one.stream_connect)) for one in topology.relays]
+    assert streams == [(f"tcp://10.0.0.{at}",) * 2 for at in ("1:7101", "2:7103")]
     assert topology.security.encrypted
 
 

@@ -25,7 +25,7 @@ GOOD: dict[str, Any] = {
     "prefill": {"replicas": 2, "tp": 1, "place": ["n0/cpu:0", ["n0/cuda:12"]], "kv": {"memory": "1.5 GiB"}},
     "decode": 3,
     "kv": {"block_size": 16, "blocks": None, "memory": 1 << 20},
-    "relay": {"staging": "512MiB", "slot": 4096, "transports": ["tcp"], "port": 7100},
+    "relay": {"streams": 8, "transports": ["tcp"], "port": 7100},
     "security": {"curve": "on", "keys": "keys"},
     "force_transport": "tcp",
 }

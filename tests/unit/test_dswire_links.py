@@ -14,7 +14,7 @@ from dswire.messages import PROTOCOL, kv, worker
 ROUTER_HELLO = worker.WorkerHello(PROTOCOL, "w", "prefill", "n0", "1")
 RELAY_HELLO = kv.KvHello(PROTOCOL, "w", "1")
 WELCOME = worker.WorkerWelcome("router-0", "1", 5.0)
-KV_WELCOME = kv.KvWelcome("relay-n0", "1", 30.0, "/staging", 4, 64)
+KV_WELCOME = kv.KvWelcome("relay-n0", "1", 30.0)
 ABORT = worker.Abort(KvKey("r/0", 0))
 
 
@@ -39,7 +39,7 @@ def test_the_relay_is_greeted_once_the_router_has_taken_us() -> None:
     assert links.begin(10.0) == []
     assert links.take(10.1, ROUTER, WELCOME) == ([Send(RELAY, RELAY_HELLO)], [Link.ROUTER_JOINED])
     assert links.take(10.2, RELAY, KV_WELCOME) == ([], [Link.RELAY_JOINED])
-    assert links.staging == KV_WELCOME
+    assert links.welcome == KV_WELCOME
     # said again: the relay knows us already
     assert links.take(10.3, ROUTER, WELCOME) == ([], [Link.ROUTER_JOINED])
 

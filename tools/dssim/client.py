@@ -94,7 +94,7 @@ class Client:
         self._kernel.after(self._lease_s / 3, self._ping)
 
     def _say(self, message: msgspec.Struct) -> None:
-        self._kernel.after(self._seconds, self._router.arrive, PEER, message, 0)
+        self._kernel.after(self._seconds, self._router.arrive, PEER, message)
 
 
 class _Open:

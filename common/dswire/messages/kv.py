@@ -88,7 +88,7 @@ class KvPulled(msgspec.Struct, frozen=True, tag=True):
 
 
 class KvAgain(msgspec.Struct, frozen=True, tag=True):
-    """Decode: all has come and the checksum is wrong; bring it once more, from the source."""
+    """Decode: the checksum is wrong, or the stream broke; the same once more, from the source."""
 
     key: KvKey
 
