@@ -11,7 +11,7 @@ import yaml
 from click.testing import CliRunner
 
 from dsctl.plan import command
-from dsplan import branches, pareto, report
+from dsplan import branches, pareto, report, startable
 from dsplan.confirm import agreed, checked, confirm, confirmations, simulated
 from dsplan.devices import find_device
 from dsplan.errors import PlanInput, ProfileMismatch, UnreachableSlo
@@ -240,11 +240,38 @@ def test_what_no_topology_can_say_is_not_simulated_but_noted(plan: Plan) -> None
     spec = Spec("high", Group(Parallel(4, 1), 1), Group(Parallel(1, 1), 1))
     plan = dataclasses.replace(plan, chosen=dataclasses.replace(plan.chosen, spec=spec), notes=[])
     assert checked(plan, 10) == []
-    assert "has stages on 2 nodes or more" in plan.notes[0]
+    assert "has stages on several nodes" in plan.notes[0]
     one = Group(Parallel(1, 2), 1)
     spread = dataclasses.replace(plan.chosen, spec=Spec("low", one, one, stages=2))
     with pytest.raises(PlanInput, match="can be planned and compared, not started"):
         text(plan, spread)
+
+
+def test_a_choice_over_several_nodes_names_the_best_that_the_servers_can_start(plan: Plan) -> None:
+    one = Group(Parallel(2, 2), 1)
+    wide = dataclasses.replace(plan.question, nodes=2, devices_per_node=2, algorithm="high")
+    spread = dataclasses.replace(plan.chosen, spec=Spec("high", one, one))
+    told = dataclasses.replace(plan, question=wide, chosen=spread, notes=[])
+    startable.tell(told)
+    assert told.startable is not None
+    assert max(group.parallel.devices for group in (told.startable.spec.prefill, told.startable.spec.decode)) <= 2
+    assert f"the best that they can is {told.startable.spec}" in told.notes[0]
+    assert report.data(told)["startable"]["prefill"]["replicas"] == told.startable.spec.prefill.replicas
+    assert text(told, told.startable)
+    startable.tell(plan)
+    assert plan.startable is None
+
+
+def test_a_rate_of_many_clusters_is_refused_at_once() -> None:
+    with pytest.raises(PlanInput, match="devices at the very least"):
+        Planner(question(rate=5000.0)).run()
+
+
+def test_a_network_that_is_too_slow_for_kv_is_named() -> None:
+    slow = dataclasses.replace(A100, network_bytes_per_s=2.5e6)
+    asked = question(device=slow, nodes=2, devices_per_node=1, algorithm="high")
+    with pytest.raises(UnreachableSlo, match="the KV of a mean prompt"):
+        Planner(asked).run()
 
 
 def test_a_wanted_rate_is_met_by_enough_replicas() -> None:

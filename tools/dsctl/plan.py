@@ -72,6 +72,7 @@ CHECKED_REQUESTS = 400
     metavar="[DEVICE=]PRICE",
     help="Of a device-hour; with it placements are compared by goodput for the money.",
 )
+@click.option("--startable", is_flag=True, help="Only what `dsctl up` can start: each instance on one node.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--check/--no-check", default=True, show_default=True, help="Simulate the choice and the runner-up.")
 @click.option("--compare", type=click.Path(path_type=Path), metavar="T.yaml", help="Hold a topology against it.")
@@ -105,6 +106,7 @@ def command(
     dsctl plan --model OPT-13B --compare mine.yaml --report plan.html
     """
     from dsplan import report as told
+    from dsplan import startable
     from dsplan.branches import cores
     from dsplan.goodput import make_workload
     from dsplan.planner import Planner
@@ -120,6 +122,7 @@ def command(
         spec = _given(planner, compare)
         plan = planner.run(processes=cores())
         given = planner.measured(spec) if spec is not None else None
+        startable.tell(plan, tell, cores())
         runs = _checked(plan, tell) if check else []
         if report is not None:
             _report(planner, plan, runs, given, report)
@@ -158,6 +161,7 @@ def _question(wanted: dict[str, object], workload: object, slo: Slo) -> Question
         decode_hardware=kinds[1] if len(kinds) > 1 else None,
         modes=MODES if mode == "auto" else (mode,),
         prices=_prices(wanted["price"], [kind.device.name for kind in kinds]),
+        startable=bool(wanted["startable"]),
     )
 
 

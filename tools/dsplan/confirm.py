@@ -48,17 +48,20 @@ def checked(plan: Plan, requests: int) -> list[Confirmation]:
     notes say what it thinks, and the goodputs of the plan become the simulator's where those are less."""
     chosen = plan.chosen
     found: list[tuple[Placement, Confirmation]] = []
+    refused: dict[str, list[str]] = {}
     for one in (chosen, *(other for other in plan.placements if other.spec.mode != chosen.spec.mode)):
         try:
             runs = confirmations(plan, requests, one)
         except DsError as error:
-            plan.notes.append(f"mode {one.spec.mode} is not checked in the simulator: {error.message}")
+            refused.setdefault(error.message, []).append(one.spec.mode)
             continue
         found.append((one, agreed(plan, runs)))
         if one is not chosen:
             break
         if found[0][1].rate < chosen.goodput.rate:
             plan.notes.append(_less(chosen, runs[0], found[0][1]))
+    for message, modes in refused.items():
+        plan.notes.append(f"not checked in the simulator, mode {' and '.join(dict.fromkeys(modes))}: {message}")
     if len(found) == 2:
         worth, rivals = (run.rate * one.worth / one.goodput.rate for one, run in found)
         if rivals > worth:

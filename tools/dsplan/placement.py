@@ -106,3 +106,5 @@ class Plan:
     search_s: float = 0.0
     #: the chosen system's goodput at 99 % attainment
     strict: Goodput = NONE
+    #: the best system that the servers can start, where that is not the choice
+    startable: Placement | None = None

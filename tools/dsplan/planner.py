@@ -6,13 +6,14 @@ choose is then measured as a whole system, with the joint attainment of both obj
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 from dsplan import branches, reach
 from dsplan.branches import Part
-from dsplan.errors import DoesNotFit
+from dsplan.errors import DoesNotFit, PlanInput
 from dsplan.goodput import Goodput
 from dsplan.memory import fitting
 from dsplan.oracles import Oracles
@@ -39,6 +40,8 @@ from dsplan.search import (
 ORACLE = "queueing approximation (FCFS prefill recursion, fluid decode; dsplan.queueing), not the simulator"
 #: replicas added at most so that both objectives hold together
 MOST_GROWTH = 16
+#: times the cluster's devices up to which a rate is planned for
+MOST_CLUSTERS = 16
 #: tokens of a step of colocated instances that are tried
 BUDGETS = (512, 2048)
 #: quantiles of the prompt lengths that are tried as the threshold of mode conditional
@@ -72,7 +75,7 @@ class Planner:
         known = hardware.latency.degrees()
         cut = [
             (one.tp, one.pp)
-            for one in space(question.nodes, question.devices_per_node)
+            for one in space(question.instance_nodes, question.devices_per_node)
             if shape.heads % one.tp == 0 and shape.layers % one.pp == 0
             if shape.kv_heads % one.tp == 0 or one.tp % shape.kv_heads == 0
             if known is None or one.tp in known
@@ -89,6 +92,9 @@ class Planner:
         """
         began = time.perf_counter()
         question = self.question
+        if question.decode_hardware is None:
+            reach.bounded(question, sorted(self.allowed[0]))
+        self._check_rate()
         parts = branches.run(self, self._parts(), processes)
         self.notes += [note for part in parts for note in part.notes]
         placements = [one for part in parts for one in part.own] + [one for part in parts for one in part.derived]
@@ -96,7 +102,7 @@ class Planner:
         high = next((part.high for part in parts if part.high), None)
         low = next((part.low for part in parts if part.low), None)
         if not placements:
-            self._explain(high, low)
+            self._explain()
         placements.sort(key=_order, reverse=True)
         chosen = placements[0]
         self._warn(chosen)
@@ -104,6 +110,23 @@ class Planner:
         mixed = tuple(one for part in parts for one in part.mixed)
         seconds = time.perf_counter() - began
         return Plan(question, chosen, placements, high, low, mixed, self.notes, seconds, strict)
+
+    def _check_rate(self) -> None:
+        """A rate that takes many times the cluster is a slip of the pen, and long to plan for."""
+        rate, oracles = self.question.rate, self.oracles
+        if rate is None:
+            return
+        prefill = max(oracles.prefill_cap(one) / one.devices for one in self.allowed[0])
+        decode = max(oracles.decode_cap(one) / one.devices for one in self.allowed[-1])
+        each = [1 / (1 / prefill + 1 / decode)]
+        for kind, allowed in enumerate(self.allowed):
+            each += [oracles.mixed_cap(Mixed(one, max(BUDGETS)), kind) / one.devices for one in allowed]
+        least, room = math.ceil(rate / max(each)), self.question.devices
+        if least > MOST_CLUSTERS * room:
+            raise PlanInput(
+                f"--rate {rate:g} takes {least} devices at the very least, and the cluster has {room}",
+                remedy="give it more --nodes, or a lower rate",
+            )
 
     def _parts(self) -> list[str]:
         """The searches that the question asks for."""
@@ -131,9 +154,9 @@ class Planner:
         found.notes, self.notes = self.notes[before:], self.notes[:before]
         return found
 
-    def _explain(self, high: High | None, low: Low | None) -> None:
+    def _explain(self) -> None:
         if self.question.decode_hardware is None:
-            reach.explain(self.question, sorted(self.allowed[0]))
+            reach.explain(self.question)
         raise DoesNotFit(
             f"no prefill and decode instance fit together into {self.question.devices} devices, or none meets the "
             "objectives",
@@ -164,8 +187,8 @@ class Planner:
         )
 
     def _search_low(self) -> Low:
-        pairs = pairs_of(self.question.nodes, self.question.devices_per_node, self.allowed[0].__contains__)
-        oracles = self.oracles
+        question, oracles = self.question, self.oracles
+        pairs = pairs_of(question.instance_nodes, question.devices_per_node, self.allowed[0].__contains__)
         counted = self._counted("algorithm 2", len(pairs), oracles.pair_rate)
         bounds = oracles.pair_cap, oracles.pair_bound
         return algorithm2(pairs, counted, bounds, lambda one, rate: oracles.reaches(oracles.of_pair(one), rate))

@@ -30,7 +30,7 @@ class Question:
     shape: ModelShape
     device: Device
     latency: Latency
-    #: node limit of an instance, and the nodes of the cluster (with two kinds of devices, of each kind)
+    #: of the cluster; with two kinds of devices, of each kind
     nodes: int
     devices_per_node: int
     workload: Workload
@@ -45,6 +45,13 @@ class Question:
     modes: tuple[str, ...] = MODES
     #: device -> its price an hour
     prices: Mapping[str, float] = field(default_factory=dict)
+    #: only systems with each instance on one node (:mod:`dsplan.startable`)
+    startable: bool = False
+
+    @property
+    def instance_nodes(self) -> int:
+        """Node limit of an instance."""
+        return 1 if self.startable else self.nodes
 
     @property
     def kinds(self) -> tuple[Hardware, ...]:

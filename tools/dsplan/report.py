@@ -47,6 +47,7 @@ def data(
         "oracle": ORACLE,
         "latency": [one.latency.source for one in question.kinds],
         "simulated": [asdict(one) for one in confirmations],
+        "startable": None if plan.startable is None else _placement(plan, plan.startable),
         "compared": None if compared is None else _placement(plan, compared),
         "placements": [_placement(plan, one) for one in plan.placements],
         "reasons": reasons(plan),

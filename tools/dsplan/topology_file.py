@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
+from dsplan import startable
 from dsplan.devices import Device
-from dsplan.errors import PlanInput
 from dsplan.memory import BLOCK_TOKENS, memory
 from dsplan.oracles import MAX_BATCH, step_tokens
 from dsplan.placement import Group, Placement, Plan, Spec
@@ -27,7 +27,7 @@ def document(question: Question, spec: Spec) -> dict[str, Any]:
     Raises :class:`PlanInput` where an instance spans nodes, which no topology can say.
     """
     per_node = question.devices_per_node
-    _check_one_node_each(question, spec)
+    startable.check(question, spec)
     places = _places(spec, per_node, apart=question.decode_hardware is not None)
     used = {device.partition("/")[0] for group in places.values() for each in group for device in each}
     kind = "cpu" if question.device.name == "cpu" else "cuda"
@@ -69,26 +69,6 @@ def model(question: Question) -> dict[str, Any]:
     if isinstance(latency, ProfileLatency) and latency.profile.subject.quantization:
         section["quantization"] = latency.profile.subject.quantization
     return section
-
-
-def _check_one_node_each(question: Question, spec: Spec) -> None:
-    """Processes of an instance talk over one node's memory: a topology has every instance on one node."""
-    per_node = question.devices_per_node
-    weights = question.shape.weights_nbytes
-    holds = weights < per_node * min(kind.device.memory_nbytes for kind in question.kinds)
-    remedy = (
-        "plan with --nodes 1, and start a system of that topology for each node"
-        if holds
-        else f"its weights take {weights / 2**30:.0f} GiB, more than a node of {per_node} has: plan for nodes with "
-        "more devices, or for devices with more memory"
-    )
-    if max(spec.prefill.parallel.devices, spec.decode.parallel.devices) > per_node or spec.stages > 1:
-        across = max(spec.stages, 2)
-        raise PlanInput(
-            f"an instance of this placement has stages on {across} nodes or more; the servers, and so a topology, "
-            "have each instance on one node: it can be planned and compared, not started",
-            remedy=remedy,
-        )
 
 
 def _groups(question: Question, spec: Spec, places: dict[str, list[list[str]]], kind: str) -> dict[str, Any]:

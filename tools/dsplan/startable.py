@@ -1,0 +1,50 @@
+"""What ``dsctl up`` can start: every instance on one node. And the best of that, where the best of all is not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dsplan.errors import PlanInput
+from dsplan.placement import Plan, Spec
+from dsplan.planner import Planner, Progress, silent
+from dsplan.question import Question
+from dswire.errors import DsError
+
+
+def startable(question: Question, spec: Spec) -> bool:
+    """Whether a topology can say it: processes of an instance talk over one node's memory."""
+    largest = max(one.parallel.devices for one in (spec.prefill, spec.decode))
+    return largest <= question.devices_per_node and spec.stages == 1
+
+
+def check(question: Question, spec: Spec) -> None:
+    """Raise :class:`PlanInput` for a system that is not."""
+    if startable(question, spec):
+        return
+    weights, per_node = question.shape.weights_nbytes, question.devices_per_node
+    holds = weights < per_node * min(kind.device.memory_nbytes for kind in question.kinds)
+    raise PlanInput(
+        "an instance of this placement has stages on several nodes; the servers, and so a topology, have each "
+        "instance on one node: it can be planned and compared, not started",
+        remedy="plan with --startable, among placements that have each instance on one node"
+        if holds
+        else f"its weights take {weights / 2**30:.0f} GiB, more than a node of {per_node} has: plan for nodes with "
+        "more devices, or for devices with more memory",
+    )
+
+
+def tell(plan: Plan, progress: Progress = silent, processes: int = 1) -> None:
+    """Where the choice is not, search for the best that is, and note it."""
+    if startable(plan.question, plan.chosen.spec):
+        return
+    try:
+        one = Planner(replace(plan.question, startable=True), progress).run(processes).chosen
+    except DsError as error:
+        plan.notes.append(f"no system with each instance on one node, as the servers want it: {error.message}")
+        return
+    plan.startable = one
+    plan.notes.append(
+        f"the choice has instances over several nodes, which the servers cannot start; the best that they can is "
+        f"{one.spec} on {one.spec.devices} devices, {one.per_device.rate:.3g} requests/s a device, "
+        f"{1 - one.worth / plan.chosen.worth:.0%} less: --startable plans for that"
+    )
