@@ -15,8 +15,6 @@ from dsplan.profile import ProfileLatency
 from dsplan.question import Question
 from dsplan.shapes import ModelShape
 
-#: sizes of a slot and of all of a relay's staging in MiB, if blocks are not larger, and how many slots there are
-LEAST_SLOT, LEAST_STAGING, SLOTS = 4, 512, 32
 #: affinity by which KV leaves its node only where that has no decode instance with room
 BOUND = 1_000_000.0
 
@@ -40,7 +38,7 @@ def document(question: Question, spec: Spec) -> dict[str, Any]:
         },
         "mode": spec.mode,
         **({"conditional": {"threshold_tokens": spec.threshold}} if spec.mode == "conditional" else {}),
-        **(_between_nodes(question.shape, spec) if len(used) > 1 else {}),
+        **({"router": {"node_affinity": BOUND}} if spec.algorithm == "low" and len(used) > 1 else {}),
         "nodes": [
             {
                 "name": name,
@@ -51,15 +49,6 @@ def document(question: Question, spec: Spec) -> dict[str, Any]:
         ],
         **_groups(question, spec, places, kind),
     }
-
-
-def _between_nodes(shape: ModelShape, spec: Spec) -> dict[str, Any]:
-    """Where KV may go, and slots that hold a block of it."""
-    if spec.mode == "colocated":
-        return {}
-    bound = {"router": {"node_affinity": BOUND}} if spec.algorithm == "low" else {}
-    slot = max(-(-shape.kv_token_nbytes * BLOCK_TOKENS >> 20), LEAST_SLOT)
-    return {**bound, "relay": {"slot": f"{slot}MiB", "staging": f"{max(slot * SLOTS, LEAST_STAGING)}MiB"}}
 
 
 def model(question: Question) -> dict[str, Any]:
