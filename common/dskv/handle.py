@@ -38,7 +38,7 @@ class KvHandle(msgspec.Struct, frozen=True):
     shards: tuple[KvShard, ...]
     #: blocks in each of these pools
     segment_blocks: int
-    #: xxh3_64 over the bytes of ``blocks`` in order, each as if one pool held the whole model
+    #: of ``dskv.checksum``, over ``blocks`` in order, each as if one pool held the whole model
     checksum: int
 
     @property

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import xxhash
-
+from dskv.checksum import block_sum, checksum
 from dskv.handle import KvHandle
-from dskv.memory import CanonicalBlocks, KvMemory, RankPools, copy
+from dskv.memory import CanonicalBlocks, KvMemory, RankPools, copy, side_by_side
 from dskv.reshard import difference
 from dswire.errors import KvCorrupt, TransferFailed
 
@@ -45,7 +44,8 @@ class Receiver:
         #: the pool, where the owner's blocks can be had as they are
         self._alike = pool.single if handle.layout == own else None
         self._summed = summed
-        self._digest = xxhash.xxh3_64()
+        #: of the owner's blocks, as they lie here
+        self._sums = [b""] * len(handle.blocks)
 
     @property
     def complete(self) -> bool:
@@ -59,19 +59,24 @@ class Receiver:
         if self._alike is None or source.single is None:
             self._copy(source, self.handle.blocks, 0, len(self.handle.blocks))
             return
-        for theirs, mine in zip(self.handle.blocks, self._own, strict=True):
-            self._alike.copy_from(source.single, [(theirs, mine)])
-            # a block is summed while the processor's caches still hold it: memory is read once, not twice
-            self._sum(self._alike.slot(mine))
-        self.taken = len(self._own)
+        alike, theirs, mine = self._alike, source.single, self._own
+
+        def part(places: range) -> None:
+            for place in places:
+                alike.copy_from(theirs, self.handle.blocks[place], mine[place])
+                # while the processor's caches still hold it: memory is read once, not twice
+                self._sum(place, alike.slot(mine[place]))
+
+        side_by_side(len(mine), self.handle.nbytes, part)
+        self.taken = len(mine)
 
     def receive(self, read: Callable[[memoryview], None]) -> None:
         """Have ``read`` fill one canonical block after the other. Raises what it raises."""
         if self._alike is not None:
-            for mine in self._own:
+            for place, mine in enumerate(self._own):
                 target = self._alike.slot(mine)
                 read(target)
-                self._sum(target)
+                self._sum(place, target)
                 self.taken += 1
             return
         block = CanonicalBlocks.scratch(self.handle.layout)
@@ -84,7 +89,7 @@ class Receiver:
         """Vouch for the blocks. Raises :class:`TransferFailed` when some are missing, else :class:`KvCorrupt`."""
         if not self.complete:
             raise TransferFailed(f"{self.handle.key}: {self.taken} of {len(self.handle.blocks)} blocks have come")
-        found = self._digest.intdigest()
+        found = checksum(self._sums) if self._summed else 0
         if self._summed and found != self.handle.checksum:
             raise KvCorrupt(
                 f"{self.handle.key}: the KV from {self.handle.owner} has checksum {found:016x}, "
@@ -102,9 +107,9 @@ class Receiver:
             if self._summed:
                 scratch.clear()
                 copy(self._pool, self._own, scratch, range(-at, 1), low, high)
-                self._sum(scratch.data)
+                self._sum(at, scratch.data)
         self.taken += count
 
-    def _sum(self, data: memoryview) -> None:
+    def _sum(self, place: int, data: memoryview) -> None:
         if self._summed:
-            self._digest.update(data)
+            self._sums[place] = block_sum(data)

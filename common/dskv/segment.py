@@ -14,10 +14,7 @@ import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-import xxhash
 
 from dswire.errors import DuplicateName, OutOfMemory, TransferFailed
 
@@ -36,6 +33,7 @@ class Segment:
         self.slot_nbytes = slot_nbytes
         self._map = mapped
         self._view = memoryview(mapped)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
         self._owner = owner
         self._cooling = threading.Event()
         self._warming: threading.Thread | None = None
@@ -69,7 +67,8 @@ class Segment:
     @classmethod
     def open(cls, path: Path, slots: int, slot_nbytes: int, *, writable: bool = False) -> Segment:
         """Map another process's file, read-only unless ``writable``. Raises :class:`TransferFailed`."""
-        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        # a private mapping shows what the owner writes, too, and has an address, which one for reading only has not
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY
         try:
             fd = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
         except OSError as error:
@@ -90,26 +89,23 @@ class Segment:
 
     def slot(self, index: int) -> memoryview:
         """The bytes of slot ``index``. Raises :class:`TransferFailed` outside ``0 <= index < slots``."""
-        if not 0 <= index < self.slots:
-            raise TransferFailed(f"{self.path}: slot {index} of {self.slots} does not exist")
+        self.check(index)
         start = index * self.slot_nbytes
         return self._view[start : start + self.slot_nbytes]
 
-    def checksum(self, slots: Iterable[int]) -> int:
-        """xxh3_64 over the bytes of ``slots`` in order."""
-        digest = xxhash.xxh3_64()
-        for index in slots:
-            digest.update(self.slot(index))
-        return digest.intdigest()
+    def check(self, index: int) -> None:
+        """Raises :class:`TransferFailed` outside ``0 <= index < slots``."""
+        if not 0 <= index < self.slots:
+            raise TransferFailed(f"{self.path}: slot {index} of {self.slots} does not exist")
 
-    def copy_from(self, source: Segment, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy whole slots, ``(source slot, own slot)`` each; the slot sizes must be equal."""
-        if source.slot_nbytes != self.slot_nbytes:
-            raise TransferFailed(
-                f"blocks of {source.slot_nbytes} bytes cannot go into blocks of {self.slot_nbytes} bytes"
-            )
-        for theirs, mine in pairs:
-            self.slot(mine)[:] = source.slot(theirs)
+    def copy_from(self, source: Segment, theirs: int, mine: int) -> None:
+        """Copy a slot of ``source``; the sizes must be equal. Other threads of this process go on meanwhile."""
+        nbytes = self.slot_nbytes
+        if source.slot_nbytes != nbytes:
+            raise TransferFailed(f"blocks of {source.slot_nbytes} bytes cannot go into blocks of {nbytes} bytes")
+        for segment, index in ((source, theirs), (self, mine)):
+            segment.check(index)
+        ctypes.memmove(self._address + mine * nbytes, source._address + theirs * nbytes, nbytes)
 
     def warm(self) -> None:
         """Begin to have all pages, in a thread: the first write to a fresh page costs several times the copy.

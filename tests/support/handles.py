@@ -58,7 +58,7 @@ def offered(pool: Segment, sequence: str, blocks: Sequence[int], *, owner: str, 
         blocks=blocks,
         segment=str(pool.path),
         segment_blocks=pool.slots,
-        checksum=pool.checksum(blocks),
+        checksum=RankPools.of(LAYOUT, pool).checksum(blocks),
     )
 
 

@@ -131,7 +131,7 @@ class Owner(End):
             blocks=mine,
             shards=self.pools.placement.shards,
             segment_blocks=self.pool.slots,
-            checksum=self.pool.checksum(mine),
+            checksum=self.pools.checksum(mine),
         )
         self.send(kv.KvOffer(handle))
         return handle

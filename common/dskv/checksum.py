@@ -1,0 +1,20 @@
+"""The checksum of KV: xxh3_64 over the xxh3_64 of each canonical block, in token order.
+
+Blocks are summed one by one, so that several threads can do it, each while its caches still hold the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import xxhash
+
+
+def block_sum(data: memoryview) -> bytes:
+    """Of one block."""
+    return xxhash.xxh3_64_digest(data)
+
+
+def checksum(sums: Iterable[bytes]) -> int:
+    """Of all, from those of the blocks in order."""
+    return xxhash.xxh3_64_intdigest(b"".join(sums))
