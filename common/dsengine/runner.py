@@ -17,13 +17,14 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from dsengine import drawing
 from dsengine.attention import PagedAttention
 from dsengine.config import EngineConfig, ModelInfo
 from dsengine.model import Model, is_out_of_memory, load_model, load_shape
 from dsengine.native.decoder import NativeDecoder
 from dsengine.parallel import WHOLE, Part, Peers
 from dsengine.pool import KvPool
-from dsengine.sampler import Sampled, SamplerState, sample
+from dsengine.sampler import Drawing, Sampled, SamplerState, sample
 from dsengine.span import Span
 from dskv.layout import KvLayout
 from dskv.shards import shards
@@ -66,9 +67,11 @@ class Engine:
             dtype=config.dtype,
         )
         self._model = load_model(shape, config, self._device, part, peers)
+        self._draw: Drawing = drawing.draw
         if isinstance(self._model, NativeDecoder):
-            # Drawing tokens is all that is left to torch: its threads would spin, after every step, on the cores
-            # that those of the kernels need.
+            self._draw = self._model.draw
+            # Little is left to torch: its threads would spin, after every step, on the cores that those of the
+            # kernels need.
             torch.set_num_threads(1)
         #: of the whole model; that of :attr:`pool` has this rank's layers and heads
         self.layout = KvLayout(
@@ -157,7 +160,7 @@ class Engine:
         self, batch: Sequence[StepItem], picked: Sequence[int], samplers: Sequence[SamplerState]
     ) -> list[Sampled | None]:
         logits = self.forward(batch, picked) if batch else None
-        drawn = iter(sample(logits, samplers) if samplers and logits is not None else ())
+        drawn = iter(sample(logits, samplers, self._draw) if samplers and logits is not None else ())
         return [None if item.sampler is None else next(drawn) for item in batch]
 
     def _run_torch(self, model: Model, spans: Sequence[Span], picked: Sequence[int]) -> Tensor | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from dsengine.architecture import Activation, Architecture, AttentionRule
 from dsengine.native.library import Library, padded
 from dsengine.native.packing import LINEARS, NORMS, Packed
-from dsengine.native.structs import CBatch, CLayer, CModel, CPool, CShape, Reduce
+from dsengine.native.structs import CBatch, CDraw, CLayer, CModel, CPool, CShape, Reduce
 from dsengine.parallel import WHOLE, Part, Peers
 from dsengine.pool import KvPool
 from dsengine.rope import inverse_frequencies
@@ -112,6 +112,10 @@ class NativeDecoder:
             return self._peers.gather(logits[:, : self._vocab], self._widths)
         self._peers.send(goes)
         return None
+
+    def draw(self, logits: Tensor, draws: Sequence[CDraw]) -> None:
+        """Answer ``draws``, one for each row of ``logits``. Raises :class:`~dswire.errors.OutOfMemory`."""
+        self._session.draw(logits, draws)
 
     @property
     def spent_s(self) -> float:

@@ -1,6 +1,7 @@
 // The C interface that native/library.py loads. Built once for each element kind: ELEMENT is F32, Bf16 or F16.
 #include <exception>
 
+#include "draw.h"
 #include "step.h"
 
 namespace {
@@ -10,19 +11,21 @@ using namespace ds;
 using Element = ELEMENT;
 
 struct Session {
-  Session(const Model& model, int threads) : team(threads), step(model, team) {}
+  Session(const Model& model, int threads) : team(threads), step(model, team), drawer(team) {}
   Team team;
   Step<Element> step;
+  Drawer drawer;
 };
 
 }  // namespace
 
 extern "C" {
 
-// Sizes of Norm, Linear, Layer, Model, Batch: Python refuses to go on where its own differ.
+// Sizes of Norm, Linear, Layer, Model, Batch, Pool, Draw: Python refuses to go on where its own differ.
 void ds_sizes(int32_t* sizes) {
   sizes[0] = sizeof(Norm), sizes[1] = sizeof(Linear), sizes[2] = sizeof(Layer);
   sizes[3] = sizeof(Model), sizes[4] = sizeof(Batch), sizes[5] = sizeof(Pool);
+  sizes[6] = sizeof(Draw);
 }
 
 void ds_pack(const void* weights, int32_t out, int32_t in, void* panels) {
@@ -46,6 +49,16 @@ void* ds_open(const Model* model, int32_t threads) {
 int32_t ds_forward(void* session, const Batch* batch, const Pool* pool) {
   try {
     static_cast<Session*>(session)->step.forward(*batch, *pool);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// Answers `draws`, one for each of `rows` rows of logits that lie `stride` apart. 1 where there is no memory.
+int32_t ds_draw(void* session, const float* logits, int64_t stride, int32_t vocab, int32_t rows, Draw* const* draws) {
+  try {
+    static_cast<Session*>(session)->drawer.draw(logits, stride, vocab, rows, draws);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import time
 import weakref
-from ctypes import POINTER, byref, c_int32, c_void_p, sizeof
+from collections.abc import Sequence
+from ctypes import POINTER, addressof, byref, c_int32, c_int64, c_void_p, sizeof
 from functools import cache
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from dsengine.native import structs
 from dsengine.native.build import build
-from dsengine.native.structs import CBatch, CModel, CPool
+from dsengine.native.structs import CBatch, CDraw, CModel, CPool
 from dswire.errors import EngineFailed, OutOfMemory
 
 #: output columns of one panel of packed weights
@@ -39,6 +40,7 @@ class Library:
             raise EngineFailed(f"{path} cannot be loaded: {error}", remedy=f"remove {path}") from error
         self._c.ds_open.argtypes, self._c.ds_open.restype = (POINTER(CModel), c_int32), c_void_p
         self._c.ds_forward.argtypes = (c_void_p, POINTER(CBatch), POINTER(CPool))
+        self._c.ds_draw.argtypes = (c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p)
         self._c.ds_close.argtypes, self._c.ds_close.restype = (c_void_p,), None
         self._c.ds_pack.argtypes, self._c.ds_pack.restype = (c_void_p, c_int32, c_int32, c_void_p), None
         self._c.ds_pack_int8.argtypes, self._c.ds_pack_int8.restype = (c_void_p, c_int32, c_int32, c_void_p), None
@@ -86,6 +88,17 @@ class Session:
             raise OutOfMemory(
                 f"no room for a step of {batch.rows} tokens", remedy="lower the batch limits in the topology"
             )
+
+    def draw(self, logits: Tensor, draws: Sequence[CDraw]) -> None:
+        """Answer ``draws``, one for each row of ``logits`` ``[rows, vocab_size]`` float32.
+
+        Raises :class:`OutOfMemory`.
+        """
+        rows, vocab = logits.shape
+        assert (rows, logits.dtype, logits.stride(1)) == (len(draws), torch.float32, 1)
+        addresses = (c_void_p * rows)(*map(addressof, draws))
+        if self._c.ds_draw(self._handle, logits.data_ptr(), logits.stride(0), vocab, rows, addresses):
+            raise OutOfMemory("no room for drawing tokens", remedy="lower the batch limits in the topology")
 
     def close(self) -> None:
         """End the threads; no step can follow. Doing it twice is harmless."""

@@ -5,7 +5,7 @@ Invariant: sizes equal those of the compiled library (:mod:`dsengine.native.libr
 
 from __future__ import annotations
 
-from ctypes import CFUNCTYPE, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import CFUNCTYPE, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 
 #: adds up all ranks' shares of ``count`` float32 at an address, in their place
 Reduce = CFUNCTYPE(None, c_void_p, c_int64)
@@ -114,5 +114,37 @@ class CBatch(Structure):
     )
 
 
+#: of one row, the likeliest tokens that can be asked for
+MOST_LIKELIEST = 20
+
+
+class CDraw(Structure):
+    """What the next token of a sequence depends on besides its logits, and the answer: see ``draw.h``."""
+
+    _fields_ = (
+        ("uniform", c_double),
+        ("top_p", c_double),
+        ("min_p", c_double),
+        ("seen", c_void_p),
+        ("counts", c_void_p),
+        ("banned", c_void_p),
+        ("seen_count", c_int32),
+        ("banned_count", c_int32),
+        ("repetition", c_float),
+        ("presence", c_float),
+        ("frequency", c_float),
+        ("scale", c_float),
+        ("top_k", c_int32),
+        ("likeliest", c_int32),
+        ("total", c_int64),
+        ("token", c_int32),
+        ("listed", c_int32),
+        ("highest", c_float),
+        ("logit", c_float),
+        ("tokens", c_int32 * MOST_LIKELIEST),
+        ("logits", c_float * MOST_LIKELIEST),
+    )
+
+
 #: in the order of ``ds_sizes``
-ALL: tuple[type[Structure], ...] = (CNorm, CLinear, CLayer, CModel, CBatch, CPool)
+ALL: tuple[type[Structure], ...] = (CNorm, CLinear, CLayer, CModel, CBatch, CPool, CDraw)
