@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +18,16 @@ from dsbench.__main__ import cli
 from dsbench.calibrate import Calibration
 from dsbench.compared import Compared
 from dsbench.contention import find
+from dsbench.disturbance import Disturbance
 from dsbench.load import Progress
-from dsbench.predict import Prediction
-from dsbench.probe import OUTPUT, OUTPUTS, SHORT, SINGLES, Constants, Seen, constants
+from dsbench.predict import Known, Prediction
+from dsbench.probe import OUTPUT, OUTPUTS, PACE, SHORT, SINGLES, Constants, Pace, Seen, constants, pace
 from dsbench.serve import Measurement
 from dsbench.served import Served, serve_figures
 from dsclient import Completion, Usage
 from dskv.layout import KvLayout
 from dsplan.profile import Profile, Subject
+from dsplan.profile import load as load_profile
 from dssim.profiled import system_of
 from dssim.records import Record
 from dssim.times import linear_times
@@ -128,6 +131,25 @@ def test_under_load_it_is_found_how_much_instances_slow_each_other_down(
         find([replace(one, ledger=None) for one in real], predict)
 
 
+def test_the_pace_of_the_machine_is_told_beside_what_was_probed(topology: Topology, tmp_path: Path) -> None:
+    engine = tmp_path / "engine.json"
+    document = Profile(Subject("here", "tiny", "f", topology.model.dtype, topology.instances[0].threads))
+    document.fits[1] = {**ENGINE, "decode_large": None, "saturating_tokens": 512}
+    document.save(engine)
+    known = Known(engine, tmp_path / "mine.json", Constants(TRANSFER, OVERHEAD))
+    known.write()
+    usual = linear_times(str(known.path), 1)
+    slow = Pace(prefill=1.5, decode=1.2)
+    known.write(slow)
+    prompt, output, count = PACE
+    asked = answers(topology, known.path, [Arrival(5.0 * number, prompt, output) for number in range(count)])
+    found = pace(asked, usual)
+    assert found.prefill == pytest.approx(1.5, rel=0.01)
+    assert found.decode == pytest.approx(1.2, rel=0.01)
+    assert found.between(Pace(0.5, 0.8)).prefill == pytest.approx(1.0, rel=0.01)
+    assert load_profile(known.path).fits[1]["saturating_tokens"] == 512
+
+
 def layout_of(topology: Topology) -> KvLayout:
     from dssim import model
 
@@ -191,6 +213,19 @@ def test_rates_that_are_none_are_refused(topology: Topology, rates: str) -> None
     assert "--rates" in str(done.exception)
 
 
+class Calm:
+    """A machine that lets every other load alone."""
+
+    watched = 0
+
+    def __init__(self, roots: list[int]) -> None:
+        assert os.getpid() in roots
+
+    def end(self) -> Disturbance:
+        Calm.watched += 1
+        return Disturbance(0.2 * (Calm.watched % 2), 0.0, None)
+
+
 def test_a_system_that_is_as_simulated_is_foretold_at_five_rates(
     topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,21 +241,30 @@ def test_a_system_that_is_as_simulated_is_foretold_at_five_rates(
         return figures, Progress(len(records), records=list(records))
 
     monkeypatch.setattr(predict, "REQUESTS", 30)
+    monkeypatch.setattr(calibrate, "DRAWS", 1)
     monkeypatch.setattr(calibrate, "started", lambda path, console: nullcontext())
     monkeypatch.setattr(calibrate, "profile_of", lambda *_: (path, measured))
     monkeypatch.setattr(Calibration, "probe", lambda *_: Constants(TRANSFER, OVERHEAD))
+    monkeypatch.setattr(Calibration, "pace", lambda *_: Pace())
     monkeypatch.setattr(calibrate, "measure", real)
+    monkeypatch.setattr(calibrate, "Watch", Calm)
     arguments = ["-f", str(topology.path), "--workload", "fixed:40,5", "--duration", "2", "--warmup", "1"]
-    done = CliRunner().invoke(cli, ["calibrate", *arguments, "--goodput", "ttft:150 tpot:50", "--json"])
+    arguments += ["--goodput", "ttft:150 tpot:50"]
+    done = CliRunner().invoke(cli, ["calibrate", *arguments, "--json"])
     assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)
     assert len(rows) == 5
-    # a hair's breadth in the factors moves one request of the 34 across an objective
-    assert all(abs(row["attainment_points"]) < 100 / 30 for row in rows)
+    # a hair's breadth in the factors moves one request of some 30 across an objective
+    assert all(abs(row["attainment_points"]) < 150 / row["measured"]["requests"] for row in rows)
     assert all(ok for row in rows for figure, ok in row["within"].items() if figure != "attainment")
     assert [row["rate"] for row in rows] == sorted(row["rate"] for row in rows)
     # the first is below the knee, the last above it
     assert rows[0]["measured"]["attainment"]["value"] > 0.9 > rows[-1]["measured"]["attainment"]["value"]
+    assert [[one["round"] for one in row["rounds"]] for row in rows] == [[1, 2, 3]] * 5
+    assert all(one["tries"] == 2 and one["steal"] == 0.0 for row in rows for one in row["rounds"])
+    assert not any(one["disturbed"] for row in rows for one in row["rounds"])
     document = json.loads((tmp_path / "measured.t.json").read_text())
     assert document["beside"] == {"prefill": pytest.approx(1.2, abs=0.03), "decode": pytest.approx(1.1, abs=0.03)}
     assert document["tp"]["1"]["overhead"] == OVERHEAD
+    text = CliRunner().invoke(cli, ["calibrate", *arguments, "--rates", "5", "--rounds", "2"]).stdout
+    assert "2 repetitions of 2 loads, 0 still disturbed" in text

@@ -1,34 +1,42 @@
-"""``dsbench calibrate``: whether the simulator tells the truth about this machine."""
+"""``dsbench calibrate``: whether the simulator tells the truth about this machine.
+
+Two rules: a prediction knows nothing of the loads that it foretells but their arrivals and the machine's pace
+beside them; and all rates are measured in alternating rounds, since a machine that others share has bad minutes.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import click
 import uvloop
 from rich.console import Console
 
-from dsbench import compared, host
+from dsbench import compared, host, noise
 from dsbench.compared import Compared
 from dsbench.contention import Factors, find
+from dsbench.disturbance import Watch
 from dsbench.load import Load, Progress
 from dsbench.objectives import objectives
-from dsbench.predict import Prediction
-from dsbench.probe import Constants, constants, probe
+from dsbench.predict import Known, Prediction
+from dsbench.probe import Constants, Pace, ask_pace, constants, pace, probe
+from dsbench.rounds import Load as Taken
+from dsbench.rounds import Tried, Turn, pooled, turns, undisturbed
 from dsbench.serve import Measurement, measure
-from dsbench.served import Served
 from dsbench.started import started
 from dsclient import AsyncClient
 from dsctl.asking import Target, find_target
 from dsctl.profile import profile_of, wanted_by
+from dsctl.supervise.rundir import RunDir
 from dsobserve.terminal import output
 from dsplan.profile import check_topology
-from dsplan.profile import load as load_profile
 from dsplan.profiling import MOST_TOKENS, Effort
 from dssim.model import layout_of
 from dssim.records import Record
@@ -38,12 +46,16 @@ from dstopology.load import load
 from dstopology.resolved import Slo, Topology
 from dswire.errors import BadInput
 
+T = TypeVar("T")
+
 #: rates of the runs, in parts of the rate at which the objectives are just met
 FACTORS = (0.5, 0.8, 1.0, 1.2, 1.5)
 #: ... and the part of it at which it is found how much instances slow each other down
 BUSY = 0.9
-#: a rate is measured for so many requests, however long that takes
+#: a rate is measured for so many requests, all rounds together, however long that takes
 LEAST_REQUESTS = 30
+#: simulations of each load, which differ by chance alone
+DRAWS = 5
 
 
 @click.command("calibrate")
@@ -59,9 +71,28 @@ LEAST_REQUESTS = 30
 @click.option("--workload", default="humaneval", show_default=True, metavar=METAVAR)
 @click.option("--rates", help="Requests a second, with commas; default five around the predicted knee.")
 @click.option(
-    "--duration", type=click.FloatRange(1), default=30.0, show_default=True, help="Seconds of each rate, at least."
+    "--duration",
+    type=click.FloatRange(1),
+    default=30.0,
+    show_default=True,
+    help="Seconds of each rate, at least, all rounds together.",
 )
-@click.option("--warmup", type=click.FloatRange(0), default=5.0, show_default=True, help="Seconds before that.")
+@click.option(
+    "--warmup", type=click.FloatRange(0), default=2.0, show_default=True, help="Seconds before each load."
+)
+@click.option(
+    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Each runs all rates, in another order."
+)
+@click.option(
+    "--disturbed",
+    type=click.FloatRange(0, 1),
+    default=0.05,
+    show_default=True,
+    help="Share of the cores' time, taken by the host or by other processes, above which a load is run again.",
+)
+@click.option(
+    "--repeats", type=click.IntRange(0), default=2, show_default=True, help="So many times at most, for each load."
+)
 @click.option(
     "--goodput", multiple=True, metavar="ttft:MS tpot:MS", help="Objectives; default the first topology's."
 )
@@ -78,6 +109,9 @@ def command(
     rates: str | None,
     duration: float,
     warmup: float,
+    rounds: int,
+    disturbed: float,
+    repeats: int,
     goodput: tuple[str, ...],
     attainment: float | None,
     profile: Path | None,
@@ -87,12 +121,14 @@ def command(
 ) -> None:
     """Profile this machine, predict, then run the real system at five rates, and compare.
 
-    Each topology is started, probed for what steps and messages cost in it, loaded, and stopped. Prefill, decode,
-    router and this program share the machine's cores: give the instances one thread each where there are two.
+    Each topology is started, probed for what steps and messages cost in it, loaded in rounds, and stopped. Prefill,
+    decode, router and this program share the machine's cores: give the instances one thread each where there are
+    two. Before and after each load a few single requests tell how fast the machine is just then.
 
     \b
     dsbench calibrate -f T.yaml --goodput "ttft:800 tpot:80" --plot truth.png
     dsbench calibrate -f disaggregated.yaml -f colocated.yaml --workload fixed:128,64 --json
+    dsbench calibrate -f T.yaml --rates 2,4,6 --rounds 5 --disturbed 0.02 --repeats 4
     """
     if plot is not None:
         from dssim.plot import check
@@ -100,14 +136,15 @@ def command(
         check()
     topologies = [load(file) for file in files]
     slo = objectives(goodput, topologies[0].slo, attainment)
-    wish = Wish(workload, None, seed=seed, until_s=warmup + duration)
+    wish = Wish(workload, None, seed=seed, until_s=duration)
+    plan = Plan(rounds, warmup, disturbed, repeats)
     chosen = None if rates is None else _rates(rates)
     console = Console(stderr=True)
     host.warn(console)
     path, _ = profile_of(wanted_by(topologies[0]), profile, False, Effort(), MOST_TOKENS, console)
     rows: list[Compared] = []
     for topology in topologies:
-        for row in Calibration(topology, path, slo, wish, warmup, console).rows(chosen):
+        for row in Calibration(topology, path, slo, wish, plan, console).rows(chosen):
             rows.append(row)
             console.print(
                 f"{row.system}, {row.rate:.2f}/s: predicted {row.predicted.attainment.value:.1%}, "
@@ -116,7 +153,7 @@ def command(
     if plot is not None:
         compared.save(rows, plot)
     if as_json:
-        click.echo(json.dumps(compared.plain(rows, slo), indent=2))
+        click.echo(json.dumps(compared.plain(rows, slo, warmup), indent=2))
     else:
         compared.show(output(), rows, slo)
 
@@ -132,6 +169,18 @@ def _rates(text: str) -> list[float]:
 
 
 @dataclass(frozen=True, slots=True)
+class Plan:
+    """How it is measured."""
+
+    rounds: int
+    #: before each load
+    warmup_s: float
+    #: see :class:`dsbench.disturbance.Disturbance`; the loads that exceed it are repeated so many times
+    bound: float
+    repeats: int
+
+
+@dataclass(frozen=True, slots=True)
 class Calibration:
     """One topology."""
 
@@ -139,8 +188,9 @@ class Calibration:
     #: of the engine alone
     profile: Path
     slo: Slo
+    #: ``until_s``: of each rate, all rounds together
     wish: Wish
-    warmup_s: float
+    plan: Plan
     console: Console
 
     @property
@@ -153,52 +203,59 @@ class Calibration:
         """By what is known so far."""
         return Prediction(self.topology, self.mine, self.slo)
 
-    def rows(self, rates: list[float] | None) -> Iterator[Compared]:
-        """Start, probe, load for a while, then each rate predicted and measured."""
+    def rows(self, rates: Sequence[float] | None) -> Iterator[Compared]:
+        """Start, probe, load for a while, then all rates in rounds; a row for each rate."""
         check_topology(self.profile, self.topology)
         with started(self.topology.path, self.console):
             target = find_target(self.topology.path, None, None)
-            found = self.probe(target)
-            _write(self.profile, self.mine, found, {})
-            if _neighbours(self.topology):
-                self.contend(target, found, BUSY * (median(rates) if rates else self.knee()))
+            known = Known(self.profile, self.mine, self.probe(target))
+            known.write()
+            self.contend(target, known, BUSY * (median(rates) if rates else self.knee()))
             if not rates:
                 knee = self.knee()
                 rates = [knee * factor for factor in FACTORS]
-            for rate in rates:
-                wish = self._at(rate)
-                predicted = self.prediction.served(wish, self.warmup_s)
-                measured, _ = self._measure(target, wish)
-                yield Compared(self.topology.path.stem, rate, predicted, measured)
+            taken = [self.take(target, known, turn) for turn in turns(rates, self.plan.rounds, self.wish.seed)]
+            known.write()
+        for rate in rates:
+            yield self.row(rate, [one for one in taken if one.turn.rate == rate])
 
     def probe(self, target: Target) -> Constants:
         """What is needed beyond the engine."""
         decoding = len(self.topology.role("decode"))
-
-        async def ask() -> Constants:
-            async with AsyncClient(target.address, keys=target.keys) as client:
-                seen = await probe(client, self.console.print, decoding=decoding)
-            return constants(seen, _alone(self.topology, self.profile), layout_of(self.topology))
-
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            found = runner.run(ask())
+        seen = _ask(target, lambda client: probe(client, self.console.print, decoding=decoding))
+        found = constants(seen, _times(self.topology, self.profile), layout_of(self.topology))
         self.console.print(f"beyond the engine: {json.dumps(_rounded(found))}", soft_wrap=True)
         return found
 
-    def contend(self, target: Target, found: Constants, rate: float) -> None:
-        """How much the instances slow each other down at that rate, by arrivals of their own."""
-        wish = replace(self._at(rate), seed=self.wish.seed + 1)
+    def pace(self, target: Target) -> Pace:
+        """How fast the machine is just now, beside what :meth:`probe` found."""
+        return pace(_ask(target, ask_pace), _times(self.topology, self.mine))
+
+    def contend(self, target: Target, known: Known, rate: float) -> None:
+        """How much instances slow each other down at that rate, and how much is left to chance.
+
+        By arrivals of their own.
+        """
+        wish = replace(self._at(rate, 1), seed=self.wish.seed - 1)
+        arrivals = make(wish)
         self.console.print(f"{rate:.2f} requests/s, to see how much instances slow each other down")
-        _, sent = self._measure(target, wish)
+        tried, _, _ = undisturbed(lambda: self._try(target, known, wish), self.plan.bound, self.plan.repeats)
 
         def predict(factors: Factors) -> Sequence[Record]:
-            _write(self.profile, self.mine, found, factors)
-            return self.prediction.records(make(wish))
+            known.beside = factors
+            known.write(tried.pace)
+            return self.prediction.records(arrivals)
 
-        factors = find(sent.records, predict)
-        _write(self.profile, self.mine, found, factors)
-        told = ", ".join(f"{phase} {factor:.2f}" for phase, factor in factors.items())
-        self.console.print(f"a step beside others takes so many times as long: {told}")
+        if _neighbours(self.topology):
+            known.beside = find(tried.records, predict)
+            told = ", ".join(f"{phase} {factor:.2f}" for phase, factor in known.beside.items())
+            self.console.print(f"a step beside others takes so many times as long: {told}")
+        simulated = predict(known.beside)
+        known.noise = noise.factors(tried.records, simulated, _times(self.topology, self.mine))
+        known.write()
+        self.console.print(
+            f"a step takes so many times as long as foretold, p10/p50/p90/p99: {noise.told(known.noise)}"
+        )
 
     def knee(self) -> float:
         """The rate at which the objectives are just met, as predicted."""
@@ -206,13 +263,58 @@ class Calibration:
         self.console.print(f"the objectives are predicted to hold up to {rate:.2f} requests/s")
         return rate
 
-    def _at(self, rate: float) -> Wish:
-        until_s = max(self.wish.until_s, self.warmup_s + LEAST_REQUESTS / rate)
-        return replace(self.wish, rate=rate, until_s=until_s)
+    def take(self, target: Target, known: Known, turn: Turn) -> Taken:
+        """One rate of a round: measured, again where it was disturbed, and predicted at the pace that was seen."""
+        wish = replace(self._at(turn.rate, self.plan.rounds), seed=self.wish.seed + turn.round)
+        plan = self.plan
+        tried, tries, disturbed = undisturbed(lambda: self._try(target, known, wish), plan.bound, plan.repeats)
+        known.write(tried.pace)
+        predicted = [self.prediction.records(make(wish), draw) for draw in range(DRAWS)]
+        taken = Taken(turn, tried, tries, disturbed, predicted)
+        self.console.print(compared.told(taken, self.slo, plan.warmup_s), highlight=False, soft_wrap=True)
+        return taken
 
-    def _measure(self, target: Target, wish: Wish) -> tuple[Served, Progress]:
+    def row(self, rate: float, taken: Sequence[Taken]) -> Compared:
+        """All rounds of a rate."""
+        late_s, warmup_s = max(one.tried.late_s for one in taken), self.plan.warmup_s
+        runs = [run for one in taken for run in one.predicted]
+        predicted = pooled(runs, self.slo, warmup_s, rate, 0.0)
+        measured = pooled([one.tried.records for one in taken], self.slo, warmup_s, rate, late_s)
+        return Compared(self.topology.path.stem, rate, predicted, measured, tuple(taken))
+
+    def _try(self, target: Target, known: Known, wish: Wish) -> Tried:
+        known.write()
+        before = self.pace(target)
+        watch = Watch(self._roots())
+        sent = self._measure(target, wish)
+        disturbance = watch.end()
+        return Tried(sent.records, disturbance, before.between(self.pace(target)), sent.latest_s)
+
+    def _roots(self) -> list[int]:
+        holder = RunDir(self.topology.run_dir).holder()
+        return [os.getpid()] if holder is None else [os.getpid(), holder.pid]
+
+    def _at(self, rate: float, parts: int) -> Wish:
+        """Of each of the rounds that a rate's time is cut into."""
+        return replace(
+            self.wish,
+            rate=rate,
+            until_s=self.plan.warmup_s + max(self.wish.until_s, LEAST_REQUESTS / rate) / parts,
+        )
+
+    def _measure(self, target: Target, wish: Wish) -> Progress:
         load = Load(make(wish))
-        return measure(Measurement(target, load, self.slo, self.warmup_s, wish.rate or 0.0), self.console)
+        _, sent = measure(Measurement(target, load, self.slo, self.plan.warmup_s, wish.rate or 0.0), self.console)
+        return sent
+
+
+def _ask(target: Target, question: Callable[[AsyncClient], Awaitable[T]]) -> T:
+    async def ask() -> T:
+        async with AsyncClient(target.address, keys=target.keys) as client:
+            return await question(client)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(ask())
 
 
 def _neighbours(topology: Topology) -> bool:
@@ -221,8 +323,8 @@ def _neighbours(topology: Topology) -> bool:
     return len(nodes) > len(set(nodes))
 
 
-def _alone(topology: Topology, profile: Path) -> LinearTimes:
-    """Times of the engine alone: of the instances that read prompts, and of those that decode."""
+def _times(topology: Topology, profile: Path) -> LinearTimes:
+    """Times by a profile: of the instances that read prompts, and of those that decode."""
     decode = linear_times(str(profile), topology.role("decode")[0].tp)
     reading = topology.role("prefill") or topology.role("decode")
     return replace(decode, prefill=linear_times(str(profile), reading[0].tp).prefill)
@@ -237,12 +339,3 @@ def _rounded(found: Constants) -> dict[str, object]:
             for phase, parts in found.overhead.items()
         },
     }
-
-
-def _write(profile: Path, to: Path, found: Constants, factors: Factors) -> None:
-    """The profile with what was found, for the simulator."""
-    document = load_profile(profile)
-    document.transfer, document.beside = found.transfer, factors
-    for fit in document.fits.values():
-        fit["overhead"] = found.overhead
-    document.save(to)

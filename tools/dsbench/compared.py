@@ -11,7 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dsbench.rounds import Load
 from dsbench.served import Served, data
+from dssim.records import Record
 from dstopology.resolved import Slo
 
 #: aims: attainment in points, median and 99th percentile of TTFT and TPOT as shares
@@ -26,6 +28,14 @@ class Compared:
     rate: float
     predicted: Served
     measured: Served
+    #: of which the figures are
+    loads: tuple[Load, ...] = ()
+
+    @property
+    def covered(self) -> bool:
+        """Whether the predicted attainment lies in the interval of the measured one."""
+        share = self.measured.attainment
+        return share.low <= self.predicted.attainment.value <= share.high
 
     @property
     def points(self) -> float:
@@ -55,17 +65,29 @@ def show(console: Console, rows: Sequence[Compared], slo: Slo) -> None:
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("system", "rate", "requests", "attainment", *(figure[0] for figure in _FIGURES)):
+    headings = ("system", "rate", "requests", "attainment", "95 %", *(figure[0] for figure in _FIGURES))
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "system" else "right")
     for row in rows:
-        table.add_row(row.system, f"{row.rate:.2f}", str(row.measured.requests), _attainment(row), *_cells(row))
+        first = (row.system, f"{row.rate:.2f}", str(row.measured.requests), _attainment(row), _interval(row))
+        table.add_row(*first, *_cells(row))
     console.print(table)
     console.print(_verdict(rows), soft_wrap=True)
+    loads = [load for row in rows for load in row.loads]
+    if loads:
+        console.print(_machine(loads), soft_wrap=True)
 
 
 def _attainment(row: Compared) -> str:
     sides = f"{row.predicted.attainment.value:.1%} / {row.measured.attainment.value:.1%}"
     return f"{sides} {_coloured(f'{row.points * 100:+.1f}', abs(row.points) <= AIM_POINTS)}"
+
+
+def _interval(row: Compared) -> str:
+    """Of what was measured."""
+    share = row.measured.attainment
+    ends = f"{share.low:.0%} to {share.high:.0%}" if math.isfinite(share.high - share.low) else "?"
+    return _coloured(ends, row.covered)
 
 
 def _cells(row: Compared) -> list[str]:
@@ -94,13 +116,63 @@ def within(row: Compared) -> dict[str, bool]:
 
 def _verdict(rows: Sequence[Compared]) -> str:
     counts = [f"{name} {sum(within(row)[name] for row in rows)} of {len(rows)}" for name in within(rows[0])]
+    covered = sum(row.covered for row in rows)
     return (
+        f"predicted attainment in the interval of the measured: {covered} of {len(rows)}; "
         f"within the aims ({AIM_POINTS * 100:g} points, {AIM_MEDIAN:.0%} at p50, {AIM_TAIL:.0%} at p99): "
         + ", ".join(counts)
     )
 
 
-def plain(rows: Sequence[Compared], slo: Slo) -> list[dict[str, Any]]:
+def _machine(loads: Sequence[Load]) -> str:
+    """What is to be known of the machine before believing the figures."""
+    repeats, disturbed = sum(load.tries - 1 for load in loads), sum(load.disturbed for load in loads)
+    steal, others = (
+        sum(getattr(load.tried.disturbance, name) for load in loads) / len(loads) for name in ("steal", "others")
+    )
+    paces = [one for load in loads for one in (load.tried.pace.prefill, load.tried.pace.decode)]
+    return (
+        f"{repeats} repetitions of {len(loads)} loads, {disturbed} still disturbed; of the cores' time {steal:.1%} "
+        f"stolen and {others:.1%} others'; before and after loads steps took {min(paces):.2f} to "
+        f"{max(paces):.2f} times as long as in the probe"
+    )
+
+
+def told(load: Load, slo: Slo, warmup_s: float) -> str:
+    """A line for a load."""
+    predicted = _met([record for run in load.predicted for record in run], slo, warmup_s)
+    measured = _met(load.tried.records, slo, warmup_s)
+    seen, pace = load.tried.disturbance, load.tried.pace
+    paces = f"pace {pace.prefill:.2f} and {pace.decode:.2f}"
+    repeated = f", {load.tries} tries" if load.tries > 1 else ""
+    return (
+        f"round {load.turn.round + 1}, {load.turn.rate:.2f}/s: predicted {predicted:.1%}, measured {measured:.1%}; "
+        f"stolen {seen.steal:.1%}, others {seen.others:.1%}, {paces}{repeated}"
+    )
+
+
+def _met(records: Sequence[Record], slo: Slo, warmup_s: float) -> float:
+    met = [one.ttft_s <= slo.ttft_s and one.tpot_s <= slo.tpot_s for one in records if one.at_s >= warmup_s]
+    return sum(met) / len(met) if met else math.nan
+
+
+def _plain_load(load: Load, slo: Slo, warmup_s: float) -> dict[str, Any]:
+    seen, pace = load.tried.disturbance, load.tried.pace
+    predicted = [record for run in load.predicted for record in run]
+    return {
+        "round": load.turn.round + 1,
+        "predicted_attainment": _finite(_met(predicted, slo, warmup_s)),
+        "measured_attainment": _finite(_met(load.tried.records, slo, warmup_s)),
+        "steal": seen.steal,
+        "others": seen.others,
+        "waiting": seen.waiting,
+        "pace": {"prefill": pace.prefill, "decode": pace.decode},
+        "tries": load.tries,
+        "disturbed": load.disturbed,
+    }
+
+
+def plain(rows: Sequence[Compared], slo: Slo, warmup_s: float = 0.0) -> list[dict[str, Any]]:
     """For ``--json``."""
     return [
         {
@@ -111,6 +183,8 @@ def plain(rows: Sequence[Compared], slo: Slo) -> list[dict[str, Any]]:
             "attainment_points": row.points * 100,
             "off": {heading: _finite(row.off(name, percent)) for heading, name, percent, _ in _FIGURES},
             "within": within(row),
+            "covered": row.covered,
+            "rounds": [_plain_load(load, slo, warmup_s) for load in row.loads],
         }
         for row in rows
     ]

@@ -1,12 +1,19 @@
-"""What the simulator says of a topology at a rate, and the rate at which too few requests meet their objectives."""
+"""What the simulator says of a topology at a rate, and the rate at which too few requests meet their objectives.
+
+By a profile of the engine alone, and what was found out about the system around it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from dsbench.served import Served, serve_figures
+from dsbench.contention import Factors
+from dsbench.noise import Noise
+from dsbench.probe import Constants, Pace
+from dsplan.profile import load as load_profile
 from dssim.profiled import system_of
 from dssim.records import Record
 from dssim.wish import Wish, make
@@ -21,6 +28,41 @@ PRECISION = 0.05
 LEAST_RATE, MOST_RATE = 0.1, 1000.0
 
 
+@dataclass
+class Known:
+    """What is known of a system, and the profile that tells it to the simulator."""
+
+    #: of the engine alone
+    engine: Path
+    #: where the whole is written
+    path: Path
+    constants: Constants
+    beside: Factors = field(default_factory=dict)
+    noise: Noise = field(default_factory=dict)
+
+    def write(self, pace: Pace | None = None) -> None:
+        """Replace the whole by what is known now, with steps as long as they are at that pace."""
+        document = load_profile(self.engine)
+        document.transfer, document.beside, document.noise = self.constants.transfer, self.beside, self.noise
+        for tp, fit in document.fits.items():
+            document.fits[tp] = _paced({**fit, "overhead": self.constants.overhead}, pace or Pace())
+        document.save(self.path)
+
+
+def _paced(fit: Mapping[str, Any], pace: Pace) -> dict[str, Any]:
+    """Coefficients of a fit, and of its overhead, at another pace."""
+    factors = {"prefill": pace.prefill, "decode": pace.decode, "decode_large": pace.decode}
+
+    def scaled(parts: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: {key: value * factors[name] for key, value in part.items()} if name in factors else part
+            for name, part in parts.items()
+            if part is not None
+        }
+
+    return {**scaled(fit), "overhead": scaled(fit["overhead"])}
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """Simulates one topology with one profile."""
@@ -29,13 +71,9 @@ class Prediction:
     profile: Path
     slo: Slo
 
-    def records(self, arrivals: Sequence[Arrival]) -> tuple[Record, ...]:
-        """What becomes of each request. Raises what the simulator raises."""
-        return system_of(self.topology, str(self.profile)).run(arrivals).records
-
-    def served(self, wish: Wish, warmup_s: float) -> Served:
-        """Figures of a workload, warm-up excluded."""
-        return serve_figures(self.records(make(wish)), self.slo, warmup_s, wish.rate or 0.0, 0.0)
+    def records(self, arrivals: Sequence[Arrival], seed: int = 0) -> tuple[Record, ...]:
+        """What becomes of each request; ``seed``: of chance in the times of steps. Raises as the simulator does."""
+        return system_of(self.topology, str(self.profile), seed=seed).run(arrivals).records
 
     def attainment(self, wish: Wish) -> float:
         """Share of the requests that meet both objectives."""

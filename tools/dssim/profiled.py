@@ -3,7 +3,8 @@
 A profile may tell how much slower a step is while another instance of the same node is in one: two processes share
 caches, memory bandwidth, and cores with their router. A step takes that longer for the part of it that another
 instance is in a step as well: the rest of that one's step, and after it the share of time that it lately spent in
-steps, since what it will do is not known.
+steps, since what it will do is not known. And it may tell how steps of one kind differ by chance
+(:mod:`dssim.noise`).
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 from dssim.express.run import run
 from dssim.kernel import Kernel
 from dssim.model import layout_of
+from dssim.noise import Noisy
 from dssim.records import Run
 from dssim.system import System
-from dssim.times import Chunk, StepTimes, beside, linear_times, transfer_times
+from dssim.times import Chunk, StepTimes, beside, linear_times, noise, transfer_times
 from dssim.workload import Arrival
 from dstopology.resolved import Instance, Topology
 
@@ -26,13 +29,22 @@ from dstopology.resolved import Instance, Topology
 MEMORY_S = 0.5
 
 
-def system_of(topology: Topology, profile: str, **options: Any) -> System:
-    """The system; ``options`` are :class:`System`'s. Raises :class:`BadInput` and what :class:`System` raises."""
-    node = Nodes(beside(profile))
+def system_of(topology: Topology, profile: str, *, seed: int = 0, **options: Any) -> System:
+    """The system; ``options`` are :class:`System`'s. ``seed``: of chance in the times of steps.
+
+    Raises :class:`BadInput` and what :class:`System` raises.
+    """
+    node, chance = Nodes(beside(profile)), noise(profile)
+
+    def times(instance: Instance) -> StepTimes:
+        calm = linear_times(profile, instance.tp)
+        drawn = Noisy(calm, chance, Random(f"{seed}/{instance.name}")) if chance else calm
+        return node.times(instance, drawn)
+
     system = System(
         topology,
         layout_of(topology),
-        lambda instance: node.times(instance, linear_times(profile, instance.tp)),
+        times,
         transfer_times(profile),
         **options,
     )
@@ -42,7 +54,7 @@ def system_of(topology: Topology, profile: str, **options: Any) -> System:
 
 def express(topology: Topology, profile: str, arrivals: Sequence[Arrival]) -> Run | None:
     """The run of that system, compiled; None where that cannot be (:mod:`dssim.express.run`)."""
-    if beside(profile):
+    if beside(profile) or noise(profile):
         return None
     layout, transfers = layout_of(topology), transfer_times(profile)
     return run(topology, layout, lambda instance: linear_times(profile, instance.tp), transfers, arrivals)

@@ -211,6 +211,25 @@ def beside(profile: str) -> dict[str, float]:
     return factors
 
 
+def noise(profile: str) -> dict[str, list[float]]:
+    """How many times as long as foretold a step of a phase takes, each as likely as the others, where told.
+
+    Raises :class:`BadInput`.
+    """
+    told = _read(profile).get("noise", {})
+    try:
+        found = {str(phase): [float(factor) for factor in factors] for phase, factors in told.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"profile {profile}: noise: {error}", remedy="give lists of factors for prefill and decode"
+        ) from error
+    if not all(factors and all(0 < factor < math.inf for factor in factors) for factors in found.values()):
+        raise BadInput(
+            f"profile {profile}: noise: no factors, or some of 0 or less or without end", remedy="measure it again"
+        )
+    return found
+
+
 def _read(profile: str) -> dict[str, Any]:
     shipped = profile in SHIPPED
     try:
