@@ -20,9 +20,16 @@ from support.topologies import Desk
 
 LAYOUT = KvLayout(2, 2, 4, 16, "float16")
 TIMES = LinearTimes(Linear(0.02, 1e-4, 1e-8), Linear(0.01, 1e-6, 0.0, 1e-4), Linear(0.012, 2e-6, 0.0, 5e-5), 20)
-#: seals and copies that queue, and no two of the ways equally long
-SLOW = FlatTransfer(0.0013, 0.0021, 2e6, 3e6)
+#: seals, copies and streams that queue, and no two of the ways equally long
+SLOW = FlatTransfer(0.0013, 0.0021, 2e6, 3e6, 4e6)
 
+NODES = (
+    "kv: {blocks: 1500}\nsecurity: off\nnodes:\n"
+    "- {name: a, host: 10.0.0.1, devices: [cpu:0, cpu:1, cpu:2]}\n"
+    "- {name: b, host: 10.0.0.2, devices: [cpu:0, cpu:1, cpu:2]}\n"
+)
+#: instances of both roles on both nodes
+MIXED = "prefill: {place: [a/cpu:0, b/cpu:0]}\ndecode: {place: [a/cpu:1, b/cpu:1, b/cpu:2]}"
 TOPOLOGIES = {
     "1p1d": "kv: {blocks: 1500}",
     "3p2d": "kv: {blocks: 1500}\nprefill: 3\ndecode: 2",
@@ -34,6 +41,11 @@ TOPOLOGIES = {
     "prompts first": "mode: colocated\nkv: {blocks: 1500}\ndecode: {replicas: 2, prefill_priority: true}",
     "conditional": "mode: conditional\nconditional: {threshold_tokens: 150}\nkv: {blocks: 1500}",
     "pipelines": "kv: {blocks: 1500}\nprefill: {pp: 2, max_batch_tokens: 128}\ndecode: {pp: 3}",
+    "by tcp within a node": "kv: {blocks: 1500}\nforce_transport: tcp\ndecode: 2",
+    "two nodes": NODES + "prefill: {place: [a/cpu:0]}\ndecode: {place: [b/cpu:0, b/cpu:1]}",
+    "near and far": NODES + "router: {node_affinity: 0.3}\n" + MIXED,
+    "all by tcp": NODES + "force_transport: tcp\n" + MIXED,
+    "colocated on two nodes": NODES + "mode: colocated\ndecode: {place: [a/cpu:1, b/cpu:1, b/cpu:2]}",
     "colocated pipelines": "mode: colocated\nkv: {blocks: 1500}\ndecode: {pp: 2, max_batch_tokens: 100}",
 }
 
@@ -102,10 +114,10 @@ def test_events_of_one_time_keep_their_order(desk: Desk) -> None:
         ("kv: {blocks: 128}", arrivals(gaps("constant", 1000.0, Random(0)), fixed(16, 300), 16)),
         ("kv: {blocks: 1500}", [Arrival(0.0, 600, 2, (1, 2))]),
         ("kv: {blocks: 64}", [Arrival(0.0, 1000, 25)]),
-        ("kv: {blocks: 64}\nforce_transport: tcp", [Arrival(0.0, 10, 2)]),
         ("kv: {blocks: 64}\nrouter: {max_deadline_s: 1}", [Arrival(0.0, 10, 900)]),
+        ("kv: {blocks: 64}\nrelay: {lease_s: 2}\ndecode: {max_queue: 1}", [Arrival(0.0, 10, 200)] * 2),
     ],
-    ids=["short of blocks", "prompts alike", "no room", "tcp", "deadline"],
+    ids=["short of blocks", "prompts alike", "no room", "deadline", "lease"],
 )
 def test_what_is_out_of_the_ordinary_is_left_to_the_machines(desk: Desk, text: str, asked: list[Arrival]) -> None:
     assert run(load(desk, text), LAYOUT, lambda instance: TIMES, FlatTransfer(), asked) is None

@@ -216,6 +216,7 @@ class System:
             lease_s=relay.lease_s,
             transfer_timeout_s=relay.transfer_timeout_s,
             sources=sources,
+            verify=relay.verify,
             direct=self.topology.transport(relay.node, relay.node) == "shm",
         )
         return RelayProcess(name, relay.node, RelayState(config), self.kernel, self._transfers)

@@ -20,6 +20,8 @@ struct Instances : World {
             one.reading.push_back(number);
         } else {
             if (!r.pulls) r.arrived = now;
+            // a decode instance that has it will soon say that it wants it, and again before a lease has passed
+            else if (now - r.sealed > set.lease_s / 2) outcome = PAST_LEASE;
             seen[number] = arrived++;
             r.phase_since = now;
             one.waiting.push_back(number);
@@ -123,6 +125,14 @@ struct Instances : World {
         next_steps(who);
     }
 
+    // the relay of the owner's node has been asked, and the KV was offered to it
+    void grant(Request &r, int64_t number) {
+        if (direct(r)) return at(now + set.relay_s, GRANT, number);
+        double &link = links[size_t(instances[r.prefill].set.node)];
+        r.streamed = link = std::max(now, link) + over(blocks_for(r.prompt), set.network_bytes_per_s);
+        at(now + relays_s(r), TICKET, number);
+    }
+
     double over(int64_t blocks, double bytes_per_s) const {
         return bytes_per_s ? double(blocks * set.block_nbytes) / bytes_per_s : 0.0;
     }
@@ -149,7 +159,7 @@ struct Instances : World {
                 one.pulling += 1;
                 r.wait = now - r.phase_since;
                 at(now + set.relay_s, PULL, number);
-                if (set.early) copy(r, number, one);
+                if (set.early && direct(r)) copy(r, number, one);
             } else {
                 one.reading.push_back(number);
             }
@@ -253,6 +263,7 @@ struct Instances : World {
         Instance &one = instances[r.decode];
         r.granted = true;
         if (r.copied) at(now + set.relay_s, PULLED, number);
+        else if (!direct(r)) at(r.streamed, COPIED, number);
         else if (!set.early) copy(r, number, one);
         admit(one);
         next_steps(r.decode);

@@ -1,6 +1,8 @@
 // What the router's machine does (services/dsrouter), and the client.
 #pragma once
 
+#include <cmath>
+
 #include "instances.h"
 
 namespace express {
@@ -15,19 +17,24 @@ struct Router : Instances {
         if (number + 1 < set.requests) at(set.begun_s + arrivals[number + 1].at_s, SUBMIT, number + 1);
     }
 
-    int choose(int64_t from, int64_t to, int64_t most, int64_t reading) {
+    // with ``sent`` every instance of another node than its KV's counts as fuller by what sending that is worth
+    int choose(int64_t from, int64_t to, int64_t most, int64_t reading, const Request *sent = nullptr) {
+        auto fill = [&](const Instance &one) {
+            bool far = sent && one.set.node != instances[sent->prefill].set.node;
+            return one.tokens + (far ? int64_t(std::nearbyint(set.affinity * double(sent->prompt + 1))) : 0);
+        };
         int best = -1;
         for (int64_t i = from; i < to; i++) {
             const Instance &one = instances[i];
             if (one.sequences >= most || (reading >= 0 && one.to_read >= reading)) continue;
-            if (best < 0 || better(one, instances[best])) best = int(i);
+            if (best < 0 || better(one, fill(one), instances[best], fill(instances[best]))) best = int(i);
         }
         if (best >= 0) instances[best].last_used = ++chosen;
         return best;
     }
 
-    static bool better(const Instance &a, const Instance &b) {
-        if (a.tokens != b.tokens) return a.tokens < b.tokens;
+    static bool better(const Instance &a, int64_t a_tokens, const Instance &b, int64_t b_tokens) {
+        if (a_tokens != b_tokens) return a_tokens < b_tokens;
         return a.last_used != b.last_used ? a.last_used < b.last_used : a.set.rank < b.set.rank;
     }
 
@@ -64,7 +71,7 @@ struct Router : Instances {
             queued.pop_front();
         }
         while (!unplaced.empty()) {
-            int who = choose(set.prefills, all, set.decode_queue, -1);
+            int who = choose(set.prefills, all, set.decode_queue, -1, &requests[unplaced.front()]);
             if (who < 0) break;
             requests[unplaced.front()].pulls = true;
             send(who, unplaced.front(), PLACEMENT);

@@ -7,8 +7,10 @@ machines are to be asked then. It tells what became of requests and how busy ins
 from __future__ import annotations
 
 import ctypes
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 
 from dskv.layout import KvLayout
 from dssim.express.build import library
@@ -40,8 +42,8 @@ def run(
 ) -> Run | None:
     """The run that :class:`System` would make of the same arguments, but for what was seen inside.
 
-    None where something in them is beyond it, where KV blocks ran short or a request took longer than any may, and
-    where there is no C++ compiler.
+    None where something in them is beyond it, where KV blocks ran short, a request or the way to its KV took longer
+    than any may, and where there is no C++ compiler.
     """
     instances = (*topology.role("prefill"), *topology.role("decode"))
     each = [one for one in map(times, instances) if isinstance(one, LinearTimes | SummedTimes)]
@@ -96,13 +98,24 @@ class _Asked:
 
 
 def _ordinary(topology: Topology, layout: KvLayout, arrivals: Sequence[Arrival]) -> bool:
-    """Whether all KV stays in its node, no two prompts are alike, and every request has room by itself."""
-    nodes = {one.node for one in topology.instances}
-    if topology.relays and (len(nodes) > 1 or topology.transport(*nodes, *nodes) != "shm"):
+    """Whether KV goes by one way within nodes and can leave them, no two prompts are alike, and each has room."""
+    if topology.relays and (len(_within(topology)) > 1 or not all(_reached(topology))):
         return False
     blocks = min(_blocks(one, layout) for one in topology.instances)
     room = min(topology.model.max_model_len, blocks * layout.block_size)
     return all(not one.hashes and one.prompt_tokens + one.output_tokens <= room for one in arrivals)
+
+
+def _within(topology: Topology) -> set[str]:
+    """By which ways KV is handed over within nodes."""
+    return {topology.transport(one.node, one.node) for one in topology.relays}
+
+
+def _reached(topology: Topology) -> Iterator[bool]:
+    """For each pair of nodes, whether KV can go from the one to the other."""
+    for owner, reader in product(topology.role("prefill"), topology.role("decode")):
+        relay = topology.relay_of(owner.node)
+        yield topology.transport(owner.node, reader.node) == "shm" or relay.data_connect is not None
 
 
 def _blocks(instance: Instance, layout: KvLayout) -> int:
@@ -126,10 +139,14 @@ def _settings(
         block_size=layout.block_size,
         block_nbytes=layout.block_nbytes,
         early=any(one.verify for one in topology.relays),
+        direct=_within(topology) == {"shm"},
         begun_s=begun_s,
         client_s=transfers.message_s(False),
         relay_s=transfers.message_s(True),
         max_deadline_s=topology.router.max_deadline_s,
+        lease_s=min((one.lease_s for one in topology.relays), default=math.inf),
+        affinity=topology.router.node_affinity,
+        network_bytes_per_s=transfers.network_bytes_per_s,
     )
 
 
@@ -141,11 +158,12 @@ def _instances(
     times: Sequence[LinearTimes | SummedTimes],
 ) -> ctypes.Array[InstanceStruct]:
     ranks = {name: place for place, name in enumerate(sorted(one.name for one in instances))}
+    nodes = sorted({one.node for one in instances})
     made = (InstanceStruct * len(instances))()
     for struct, one, its in zip(made, instances, times, strict=True):
         struct.blocks, struct.rank, struct.stages = _blocks(one, layout), ranks[one.name], one.pp
         struct.max_batch, struct.max_batch_tokens = one.max_batch, one.max_batch_tokens
-        struct.prefill_priority = one.prefill_priority
+        struct.prefill_priority, struct.node = one.prefill_priority, nodes.index(one.node)
         struct.router_s = transfers.message_s(one.node == topology.router.node)
         struct.seal_bytes_per_s = transfers.seal_bytes_per_s
         struct.copy_bytes_per_s = transfers.copy_bytes_per_s

@@ -1,7 +1,6 @@
 // A simulated system without its messages: the same waits, steps and copies at the same times as in system.py, where
 // every process runs its real machine. What the machines do is written down here a second time, and tests hold the
-// two against each other. What is not: pools that run short, deadlines, failures, KV between nodes, KV that prompts
-// share; a run that comes upon one of the first two says so and is worth nothing.
+// two against each other. What is not: pools that run short, deadlines, failures, KV that prompts share; a run that comes upon one of the first two, or nearly loses a handle, says so and is worth nothing.
 //
 // Order: events of one time happen in the order in which they were scheduled, as in kernel.py, and every handler
 // schedules in the order of the machine's actions.
@@ -36,18 +35,24 @@ struct Simulation : Router {
         case WORK: return work(who);
         case PREFILLED: return prefilled(who);
         case SEALED:
+            r.sealed = now;
             at(now + set.relay_s, OFFERED, who);
             at(now + instances[r.prefill].set.router_s, KV_SEALED, who);
             return next_steps(r.prefill);
         case KV_SEALED: unplaced.push_back(who); return pump();
-        case OFFERED:
         case PULL:
-            (event.kind == PULL ? r.asked : r.offered) = true;
-            if (r.asked && r.offered) at(now + set.relay_s, GRANT, who);
+            if (!direct(r)) return at(now + relays_s(r), FETCH, who);
+            [[fallthrough]];
+        case FETCH:
+        case OFFERED:
+            (event.kind == OFFERED ? r.offered : r.asked) = true;
+            if (r.asked && r.offered) grant(r, who);
             return;
+        case TICKET: return at(now + set.relay_s, GRANT, who);
         case GRANT: return granted(r, who);
         case COPIED: return copied(r, who);
-        case PULLED: return at(now + set.relay_s, RELEASE, who);
+        case PULLED: return direct(r) ? at(now + set.relay_s, RELEASE, who) : at(now + relays_s(r), FETCHED, who);
+        case FETCHED: return at(now + set.relay_s, RELEASE, who);
         case RELEASE: instances[r.prefill].free += blocks_for(r.prompt); return next_steps(r.prefill);
         default: return;
         }
@@ -68,6 +73,7 @@ extern "C" int64_t simulate(const Settings *set, const InstanceSettings *each, c
         made.stage_free.assign(size_t(each[i].stages), 0.0);
         one.instances.push_back(std::move(made));
         one.told.emplace_back();
+        one.links.resize(std::max(one.links.size(), size_t(each[i].node) + 1));
     }
     one.run();
     for (size_t i = 0; i < one.instances.size(); i++) busy_s[i] = one.instances[i].busy;

@@ -13,8 +13,8 @@ struct InstanceSettings {
     int64_t blocks, max_batch, max_batch_tokens, stages, prefill_priority;
     // whether its times are asked of Python, and not those below
     int64_t asks;
-    // place in the order of names
-    int64_t rank;
+    // place in the order of names; number of its node
+    int64_t rank, node;
     double router_s, seal_bytes_per_s, copy_bytes_per_s;
     Linear prefill, decode, decode_large;
     int64_t large_batch;
@@ -27,9 +27,12 @@ struct Settings {
     int64_t prefills, decodes, requests, max_requests, prefill_queue, decode_queue;
     // prompts below are read by decode instances; with threshold_limits only while they have less than that to read
     int64_t local_below, threshold_limits, block_size, block_nbytes;
-    // whether instances copy before the relay's word
-    int64_t early;
-    double begun_s, client_s, relay_s, max_deadline_s;
+    // whether instances copy before the relay's word; whether any KV stays in its node
+    int64_t early, direct;
+    // a handle that is not asked for within lease_s is lost
+    double begun_s, client_s, relay_s, max_deadline_s, lease_s;
+    // what sending KV is worth, in parts of its tokens; of a node's link
+    double affinity, network_bytes_per_s;
 };
 
 struct Arrival {
