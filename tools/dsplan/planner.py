@@ -103,7 +103,7 @@ class Planner:
         low = next((part.low for part in parts if part.low), None)
         if not placements:
             self._explain()
-        placements.sort(key=_order, reverse=True)
+        placements = _distinct(sorted(placements, key=_order, reverse=True), question)
         chosen = placements[0]
         self._warn(chosen)
         strict = self.oracles.goodput(chosen.spec, attainment=0.99, interval=False)
@@ -350,6 +350,14 @@ class Planner:
             price = self.question.prices.get(name)
             return None if price is None else price * spec.devices
         return self.question.price(spec.prefill.devices, spec.decode.devices)
+
+
+def _distinct(placements: list[Placement], question: Question) -> list[Placement]:
+    """Each system once: on one node both algorithms may lead to the same."""
+    if question.nodes > 1:
+        return placements
+    found = {replace(one.spec, algorithm=""): one for one in reversed(placements)}
+    return list(reversed(found.values()))
 
 
 def _order(one: Placement) -> tuple[float, int, bool]:
