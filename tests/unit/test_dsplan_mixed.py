@@ -9,14 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsplan import capacity
+from dsplan.confirm import simulated
 from dsplan.devices import find_device
+from dsplan.goodput import Slo, make_workload
 from dsplan.latency import Instance
 from dsplan.linear import distserve_latency
 from dsplan.mixed import MixedUnit, serve_mixed
+from dsplan.oracles import Oracles
 from dsplan.paper import from_linear
+from dsplan.placement import Group, Spec
+from dsplan.question import Question
 from dsplan.queueing import PrefillUnit, Request
 from dsplan.roofline import RooflineLatency
+from dsplan.search import Parallel
 from dsplan.shapes import find_model
+from dssim.express.build import library
 
 
 @dataclass(frozen=True)
@@ -127,3 +134,35 @@ def test_no_replica_serves_more_than_its_bound(name: str) -> None:
         served = serve_mixed(requests, [], [MixedUnit(one, 100_000, 512, budget)], 0)
         spent = max(t + p * (r[2] - 1) for t, p, r in zip(served.ttft_s, served.tpot_s, requests, strict=True))
         assert len(requests) / spent <= bound * 1.03
+
+
+def test_requests_that_never_meet_are_served_each_alone() -> None:
+    instance = RooflineLatency(find_model("Llama-3-8B"), find_device("h100")).instance(1, 1)
+    requests = [(10.0 * number, 300, 20) for number in range(5)]
+    served = serve_mixed(requests, [], [unit(512, 10_000, instance)], 0)
+    assert served.ttft_s == pytest.approx([served.ttft_s[0]] * 5)
+    assert served.tpot_s == pytest.approx([served.tpot_s[0]] * 5)
+
+
+@pytest.mark.parametrize(("tp", "pp", "rate"), [(4, 1, 9.0), (1, 2, 2.5)])
+def test_a_colocated_replica_does_as_the_simulator_says(tp: int, pp: int, rate: float) -> None:
+    if library() is None:
+        pytest.skip("no C++ compiler")
+    question = Question(
+        shape=find_model("OPT-13B"),
+        device=find_device("a100-80g"),
+        latency=distserve_latency("OPT-13B", "a100-80g"),
+        nodes=1,
+        devices_per_node=4,
+        workload=make_workload("sharegpt", 2000),
+        slo=Slo(0.25, 0.1),
+    )
+    spec = Spec("", Group(Parallel(tp, pp), 0), Group(Parallel(tp, pp), 1), "colocated", budget=2048)
+    _, run = simulated(question, spec, rate, 0, 2000)
+    served = Oracles(question).units(spec).serve([(at / rate, *sizes) for at, *sizes in question.workload.requests])
+    for told, measured in (
+        (served.ttft_s, [record.ttft_s for record in run.records]),
+        (served.tpot_s, [record.tpot_s for record in run.records]),
+    ):
+        for place in (1000, 1800):
+            assert sorted(told)[place] == pytest.approx(sorted(measured)[place], rel=0.05)

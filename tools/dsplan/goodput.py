@@ -79,9 +79,10 @@ class Workload:
     name: str
     requests: tuple[Request, ...]
 
-    def at(self, rate: float, least_s: float) -> list[Request]:
-        """The same requests at another rate: :data:`LEAST_REQUESTS`, more if those come within ``least_s``."""
-        count = max(LEAST_REQUESTS, int(rate * least_s))
+    def at(self, rate: float, least_s: float, times: int = 1) -> list[Request]:
+        """The same requests at another rate: :data:`LEAST_REQUESTS`, more if those come within ``least_s``, and
+        ``times`` as many."""
+        count = max(LEAST_REQUESTS, int(rate * least_s)) * times
         return [(at / rate, prompt, output) for at, prompt, output in self.requests[:count]]
 
     @property
@@ -127,9 +128,9 @@ class Units:
         return serve(requests, self.prefill, self.decode)
 
 
-def counts(workload: Workload, rate: float, slo: Slo, units: Units) -> Counts:
-    """What became of the requests at a rate."""
-    requests = workload.at(rate, RESIDENCES * workload.mean_output * slo.tpot_s)
+def counts(workload: Workload, rate: float, slo: Slo, units: Units, times: int = 1) -> Counts:
+    """What became of the requests at a rate, in a run ``times`` as long as need be."""
+    requests = workload.at(rate, RESIDENCES * workload.mean_output * slo.tpot_s, times)
     served = units.serve(requests)
     first = int(len(requests) * WARM_UP)
     hits = ttft = tpot = transfer = 0
@@ -185,15 +186,15 @@ def goodput(attain: Attain, target: float, *, most: float = MOST_RATE, interval:
     def holds(rate: float) -> bool:
         return at(rate).share >= target
 
-    rate = _highest(holds, most / 2, most)
+    rate = highest(holds, most / 2, most)
     if rate == 0.0 or not interval:
         return Goodput(rate, rate, rate)
-    low = _highest(lambda r: wilson(at(r).hits, at(r).count).low >= target, rate, most)
-    high = _highest(lambda r: wilson(at(r).hits, at(r).count).high >= target, rate, most)
+    low = highest(lambda r: wilson(at(r).hits, at(r).count).low >= target, rate, most)
+    high = highest(lambda r: wilson(at(r).hits, at(r).count).high >= target, rate, most)
     return Goodput(rate, min(low, rate), max(high, rate))
 
 
-def _highest(holds: Callable[[float], bool], guess: float, most: float) -> float:
+def highest(holds: Callable[[float], bool], guess: float, most: float) -> float:
     """The highest rate that holds, to :data:`PRECISION`; 0 where even :data:`LEAST_RATE` does not."""
     low = high = guess
     while holds(high):

@@ -3,15 +3,15 @@
 Part of the queueing oracle (:mod:`dsplan.queueing`). While prompts wait, every step holds one token of each running
 sequence and, up to a budget of tokens, chunks of prompts, first come first served (chunked prefill); between those
 the decode fluid of :class:`DecodeReplica` goes on. With pipeline stages a step here is a round: every running
-sequence makes one token, prompts fill the stages' batches one after the other up to the budget of each, and the
-round takes as long as if all were as full as the first. A prompt is let in when the KV of its mean length is free.
+sequence makes one token, prompts fill the stages' batches one after the other, each in one of them, and the round
+takes as long as if all were as full as the first. A prompt is let in when the KV of its mean length is free.
 Seconds and tokens.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
@@ -52,6 +52,8 @@ class MixedReplica(DecodeReplica):
     reading: list[_Prompt] = field(default_factory=list)
     #: tokens of prompts in the step that ends at ``now_s``
     stepping: int = 0
+    #: ``now_s`` is within a step that holds no prompts
+    flowing: bool = False
 
     @property
     def unread(self) -> int:
@@ -63,8 +65,9 @@ class MixedReplica(DecodeReplica):
         return self.unread + (self.stepping if self.now_s > at_s else 0)
 
     def load(self) -> float:
-        """Sequences, a prompt by its steps."""
-        return len(self.running) + len(self.waiting) + self.unread / self.unit.budget
+        """Tokens, those of prompts from their arrival on."""
+        prompts = sum(one.tokens for one in self.reading) + sum(one.tokens for one in self.queued)
+        return DecodeReplica.load(self) + prompts
 
     def read(self, number: int, tokens: int, output: int) -> None:
         """A prompt has come."""
@@ -74,13 +77,27 @@ class MixedReplica(DecodeReplica):
         """Go on to ``until_s``, or to the end of the step that is under way then."""
         while True:
             self._let_in()
+            if self.reading and self.flowing:
+                self.flowing = False
+                self._end_step(ends)
+            if self.now_s >= until_s or not (self.reading or self.running):
+                break
             if self.reading:
-                if self.now_s >= until_s:
-                    return
                 self._step(ends)
-            elif not self.running or not self.segment(until_s, ends):
+            elif not self.segment(until_s, ends):
+                self.flowing = True
                 break
         self.now_s = max(self.now_s, until_s)
+
+    def _end_step(self, ends: list[float]) -> None:
+        """A stage's step under way has half its time left, on average, before prompts get their part in one."""
+        batch, part = len(self.running), 0.5 / self.unit.instance.stages
+        if batch == 0:
+            return
+        self.now_s += self.unit.instance.decode_step_s(batch, int(self.tokens) + 1) * part
+        self.steps += part
+        self.tokens += batch * part
+        self.leave(ends)
 
     def _let_in(self) -> None:
         while self.queued and len(self.running) + len(self.reading) < self.unit.max_batch:
@@ -94,26 +111,31 @@ class MixedReplica(DecodeReplica):
     def _step(self, ends: list[float]) -> None:
         """One token for all that run, and as much of the prompts as fits."""
         instance, batch = self.unit.instance, len(self.running)
-        stages = instance.stages
-        room = max(stages * self.unit.budget - batch, stages * LEAST_CHUNK)
+        stages, unread = instance.stages, iter(self.reading)
+        room = max(self.unit.budget - batch // stages, LEAST_CHUNK)
+        share = -(-sum(one.left for one in self.reading) // stages)
+        filled = [self._fill(unread, room, share) for _ in range(stages)]
+        self.stepping = sum(tokens for tokens, _, _ in filled)
+        self.now_s += stages * instance.mixed_stage_s(*max(filled), -(-batch // stages), self.tokens / stages)
+        self.steps += 1
+        self.tokens += batch
+        self.leave(ends)
+        read = [one for one in self.reading if one.left == 0]
+        self.reading = [one for one in self.reading if one.left]
+        for one in read:
+            self._first_token(one, ends)
+
+    @staticmethod
+    def _fill(unread: Iterator[_Prompt], room: int, share: int) -> tuple[int, int, int]:
+        """Chunks for one stage's batch: their tokens, squares and number. No prompt is in two batches at once, and
+        none that has its ``share`` takes another, as they come one after the other."""
         tokens = squares = count = 0
-        for prompt in self.reading:
+        while room > 0 and tokens < share and (prompt := next(unread, None)) is not None:
             start = prompt.tokens - prompt.left
             piece = min(prompt.left, room)
             prompt.left, room = prompt.left - piece, room - piece
             tokens, squares, count = tokens + piece, squares + piece * (2 * start + piece), count + 1
-            if room == 0:
-                break
-        first = min(1.0, max(self.unit.budget - batch / stages, LEAST_CHUNK) / tokens)
-        self.now_s += stages * instance.mixed_stage_s(
-            tokens * first, squares * first, count, -(-batch // stages), self.tokens / stages
-        )
-        self.steps += 1
-        self.tokens += batch
-        self.stepping = tokens
-        self.leave(ends)
-        while self.reading and self.reading[0].left == 0:
-            self._first_token(self.reading.pop(0), ends)
+        return tokens, squares, count
 
     def _first_token(self, prompt: _Prompt, ends: list[float]) -> None:
         self.firsts[prompt.number] = ends[prompt.number] = self.now_s

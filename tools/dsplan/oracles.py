@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dsplan import capacity
-from dsplan.goodput import LEAST_REQUESTS, MOST_RATE, Counts, Goodput, Units, counts, goodput
+from dsplan.goodput import LEAST_REQUESTS, MOST_RATE, PRECISION, Counts, Goodput, Units, counts, goodput, highest
 from dsplan.latency import Instance, saturating_tokens
 from dsplan.memory import STEP_TOKENS, memory
 from dsplan.mixed import MixedUnit
@@ -16,6 +16,10 @@ from dsplan.search import Mixed, Pair, Parallel
 
 #: sequences of a decode batch
 MAX_BATCH = 512
+#: times as long as those of candidates are the runs of systems: queues that grow slowly show late
+LONG = 3
+#: share of a goodput that long runs are first tried at
+LASTING = 0.92
 #: two bisections may differ by their precision: what is added where one bounds the other
 SLACK = 1.03
 #: replicas of a colocated system that are followed; more are as many times as good, which leaves out what they gain
@@ -77,13 +81,16 @@ class Oracles:
         return counts(self.question.workload, rate, self.question.slo, self.units(spec))
 
     def goodput(self, spec: Spec, *, attainment: float | None = None, interval: bool = True) -> Goodput:
-        """Of a system; ``attainment`` other than the question's."""
+        """Of a system; ``attainment`` other than the question's. With the interval, long runs hold it as well."""
         times = 1.0
         if spec.mode == "colocated" and spec.decode.replicas > MOST_FOLLOWED:
             times = spec.decode.replicas / MOST_FOLLOWED
             few = Group(spec.decode.parallel, MOST_FOLLOWED)
             spec = Spec("", Group(few.parallel, 0), few, spec.mode, budget=spec.budget, kind=spec.kind)
-        one = self._goodput(self.units(spec), attainment, self.cap(spec), interval=interval)
+        units = self.units(spec)
+        one = self._goodput(units, attainment, self.cap(spec), interval=interval)
+        if interval:
+            one = self._lasting(one, units)
         return Goodput(one.rate * times, one.low * times, one.high * times)
 
     def cap(self, spec: Spec) -> float:
@@ -98,6 +105,23 @@ class Oracles:
         if spec.mode == "conditional":
             return behind
         return min(self.prefill_cap(spec.prefill.parallel) * spec.prefill.replicas, behind)
+
+    def _lasting(self, found: Goodput, units: Units) -> Goodput:
+        """What long runs leave of a goodput."""
+        q = self.question
+
+        def holds(rate: float) -> bool:
+            return counts(q.workload, rate, q.slo, units, LONG).share >= q.slo.attainment
+
+        low = high = found.rate
+        if low and not holds(low):
+            low *= LASTING
+            if not holds(low):
+                low = highest(holds, low / 2, low)
+            while high - low > PRECISION * high:
+                middle = (low + high) / 2
+                low, high = (middle, high) if holds(middle) else (low, middle)
+        return Goodput(low, min(found.low, low), found.high)
 
     def _goodput(self, units: Units, attainment: float | None, most: float, *, interval: bool = False) -> Goodput:
         q = self.question

@@ -158,8 +158,8 @@ class DecodeReplica:
     held: set[int] = field(default_factory=set)
 
     def load(self) -> float:
-        """Sequences."""
-        return len(self.running) + len(self.waiting)
+        """Tokens, by which the router chooses."""
+        return self.tokens + sum(context for _, context, _ in self.waiting)
 
     def push(self, number: int, context: int, steps: int) -> None:
         """The KV of a sequence has come."""
