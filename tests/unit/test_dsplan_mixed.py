@@ -159,7 +159,7 @@ def test_a_colocated_replica_does_as_the_simulator_says(tp: int, pp: int, rate: 
     )
     spec = Spec("", Group(Parallel(tp, pp), 0), Group(Parallel(tp, pp), 1), "colocated", budget=2048)
     _, run = simulated(question, spec, rate, 0, 2000)
-    served = Oracles(question).units(spec).serve([(at / rate, *sizes) for at, *sizes in question.workload.requests])
+    served = Oracles(question).units(spec).serve(question.workload.at(rate, 0.0, 2))
     for told, measured in (
         (served.ttft_s, [record.ttft_s for record in run.records]),
         (served.tpot_s, [record.tpot_s for record in run.records]),
