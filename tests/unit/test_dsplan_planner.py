@@ -16,7 +16,7 @@ from dsplan.confirm import agreed, checked, confirm, confirmations, simulated
 from dsplan.devices import find_device
 from dsplan.errors import PlanInput, ProfileMismatch, UnreachableSlo
 from dsplan.given import read
-from dsplan.goodput import Slo, make_workload
+from dsplan.goodput import Goodput, Slo, make_workload
 from dsplan.linear import distserve_latency
 from dsplan.oracles import Oracles
 from dsplan.placement import Group, Plan, Spec
@@ -211,8 +211,9 @@ def test_kv_of_side_by_side_phases_stays_in_its_node(plan: Plan, monkeypatch: py
     # what is compiled does not ask for the time of each stream
     monkeypatch.setattr("dssim.express.run.library", lambda: None)
     one = Group(Parallel(1, 1), 4)
-    wide = dataclasses.replace(plan.question, nodes=2, devices_per_node=4)
-    for algorithm, crosses in (("low", False), ("high", True)):
+    # three devices: the third of a node is no pair
+    for algorithm, crosses, devices in (("low", False, 4), ("low", False, 3), ("high", True, 4)):
+        wide = dataclasses.replace(plan.question, nodes=4, devices_per_node=devices)
         _, run = simulated(wide, Spec(algorithm, one, one), 6.0, 60, 60)
         assert all(not record.error for record in run.records)
         assert bool(sent) == crosses
@@ -252,7 +253,7 @@ def test_what_no_topology_can_say_is_not_simulated_but_noted(plan: Plan) -> None
 def test_a_choice_over_several_nodes_names_the_best_that_the_servers_can_start(plan: Plan) -> None:
     one = Group(Parallel(2, 2), 1)
     wide = dataclasses.replace(plan.question, nodes=2, devices_per_node=2, algorithm="high")
-    spread = dataclasses.replace(plan.chosen, spec=Spec("high", one, one))
+    spread = dataclasses.replace(plan.chosen, spec=Spec("high", one, one), goodput=Goodput(99.0, 99.0, 99.0))
     told = dataclasses.replace(plan, question=wide, chosen=spread, notes=[])
     startable.tell(told)
     assert told.startable is not None
@@ -262,6 +263,11 @@ def test_a_choice_over_several_nodes_names_the_best_that_the_servers_can_start(p
     assert text(told, told.startable)
     startable.tell(plan)
     assert plan.startable is None
+    # no better than what can be started: that is the choice then
+    worse = dataclasses.replace(spread, goodput=Goodput(0.1, 0.1, 0.1))
+    told = dataclasses.replace(plan, question=wide, chosen=worse, placements=[worse], notes=[])
+    startable.tell(told)
+    assert (told.placements, told.startable, told.notes) == ([told.chosen, worse], None, [])
 
 
 def test_a_rate_of_many_clusters_is_refused_at_once() -> None:

@@ -34,13 +34,21 @@ def check(question: Question, spec: Spec) -> None:
 
 
 def tell(plan: Plan, progress: Progress = silent, processes: int = 1) -> None:
-    """Where the choice is not, search for the best that is, and note it."""
+    """Where the choice is not, search for the best that is, and note it; where that is no worse, choose it.
+
+    It may be better: candidates are compared one by one, and several small instances share a load more evenly.
+    """
     if startable(plan.question, plan.chosen.spec):
         return
     try:
-        one = Planner(replace(plan.question, startable=True), progress).run(processes).chosen
+        other = Planner(replace(plan.question, startable=True), progress).run(processes)
     except DsError as error:
         plan.notes.append(f"no system with each instance on one node, as the servers want it: {error.message}")
+        return
+    one = other.chosen
+    if one.worth >= plan.chosen.worth:
+        plan.placements.insert(0, one)
+        plan.chosen, plan.strict = one, other.strict
         return
     plan.startable = one
     plan.notes.append(

@@ -103,14 +103,14 @@ def _places(spec: Spec, per_node: int, *, apart: bool) -> dict[str, list[list[st
         order = [one for one in wanted for _ in range(one[1].replicas)]
         order.sort(key=lambda one: (apart and one[0], -one[1].parallel.devices))
     together = sum(group.parallel.devices for _, group in wanted) if spec.algorithm == "low" else 0
-    taken: list[tuple[str, int]] = []
+    node, taken = 0, list[tuple[str, int]]()
     found: dict[str, list[list[str]]] = {"prefill": [], "decode": []}
     for role, group in order:
-        room = together if role == "prefill" and together else group.parallel.devices
-        free = (
-            n for n, (kind, used) in enumerate(taken) if used + room <= per_node and (not apart or kind == role)
-        )
-        node = next(free, len(taken))
+        # decode of a pair has its room on the node of its prefill
+        if not together or role == "prefill":
+            room = together or group.parallel.devices
+            fits = (used + room <= per_node and (not apart or kind == role) for kind, used in taken)
+            node = next((n for n, free in enumerate(fits) if free), len(taken))
         if node == len(taken):
             taken.append((role, 0))
         first = taken[node][1]
