@@ -26,7 +26,7 @@ from dsbench.disturbance import Watch
 from dsbench.load import Load, Progress
 from dsbench.objectives import objectives
 from dsbench.predict import Known, Prediction
-from dsbench.probe import Constants, Pace, ask_pace, constants, pace, probe
+from dsbench.probe import Constants, Pace, ask_pace, constants, messages, pace, probe
 from dsbench.rounds import Load as Taken
 from dsbench.rounds import Tried, Turn, pooled, turns, undisturbed
 from dsbench.serve import Measurement, measure
@@ -232,7 +232,7 @@ class Calibration:
         return pace(_ask(target, ask_pace), _times(self.topology, self.mine))
 
     def contend(self, target: Target, known: Known, rate: float) -> None:
-        """How much instances slow each other down at that rate, and how much is left to chance.
+        """How much instances slow each other down at that rate, what messages cost, and how much is left to chance.
 
         By arrivals of their own.
         """
@@ -250,6 +250,7 @@ class Calibration:
             known.beside = find(tried.records, predict)
             told = ", ".join(f"{phase} {factor:.2f}" for phase, factor in known.beside.items())
             self.console.print(f"a step beside others takes so many times as long: {told}")
+        known.constants = replace(known.constants, transfer=known.constants.transfer | messages(tried.records))
         simulated = predict(known.beside)
         known.noise = noise.factors(tried.records, simulated, _times(self.topology, self.mine))
         known.write()

@@ -14,10 +14,13 @@ from rich.table import Table
 from dsbench.rounds import Load
 from dsbench.served import Served, data
 from dssim.records import Record
+from dssim.statistics import stages
 from dstopology.resolved import Slo
 
 #: aims: attainment in points, median and 99th percentile of TTFT and TPOT as shares
 AIM_POINTS, AIM_MEDIAN, AIM_TAIL = 0.02, 0.10, 0.20
+#: stages that take less are not told to people
+LEAST_MS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ def show(console: Console, rows: Sequence[Compared], slo: Slo) -> None:
     console.print(_verdict(rows), soft_wrap=True)
     loads = [load for row in rows for load in row.loads]
     if loads:
+        console.print(_where(loads), soft_wrap=True)
         console.print(_machine(loads), soft_wrap=True)
 
 
@@ -122,6 +126,29 @@ def _verdict(rows: Sequence[Compared]) -> str:
         f"within the aims ({AIM_POINTS * 100:g} points, {AIM_MEDIAN:.0%} at p50, {AIM_TAIL:.0%} at p99): "
         + ", ".join(counts)
     )
+
+
+def stages_ms(loads: Sequence[Load]) -> dict[str, tuple[float, float]]:
+    """Mean milliseconds of each stage of the ledger, and of the way to the client, predicted and measured."""
+    simulated = [record for load in loads for run in load.predicted for record in run]
+    sides = (simulated, [record for load in loads for record in load.tried.records])
+    ours, theirs = ({**stages(side), "client_s": _client_s(side)} for side in sides)
+    return {name.removesuffix("_s"): (ours.get(name, 0.0) * 1e3, theirs[name] * 1e3) for name in theirs}
+
+
+def _client_s(records: Sequence[Record]) -> float:
+    """Mean time of the first token that the router knows nothing of."""
+    known = [one.ttft_s - one.ledger.ttft_s for one in records if one.ledger is not None]
+    return sum(known) / len(known) if known else 0.0
+
+
+def _where(loads: Sequence[Load]) -> str:
+    told = [
+        f"{name.replace('_', ' ')} {ours:.1f} / {theirs:.1f}"
+        for name, (ours, theirs) in stages_ms(loads).items()
+        if max(ours, theirs) >= LEAST_MS
+    ]
+    return "a request's mean time by stage: " + ", ".join(told)
 
 
 def _machine(loads: Sequence[Load]) -> str:
@@ -184,6 +211,10 @@ def plain(rows: Sequence[Compared], slo: Slo, warmup_s: float = 0.0) -> list[dic
             "off": {heading: _finite(row.off(name, percent)) for heading, name, percent, _ in _FIGURES},
             "within": within(row),
             "covered": row.covered,
+            "stages_ms": {
+                name: {"predicted": ours, "measured": theirs}
+                for name, (ours, theirs) in stages_ms(row.loads).items()
+            },
             "rounds": [_plain_load(load, slo, warmup_s) for load in row.loads],
         }
         for row in rows

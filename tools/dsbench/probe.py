@@ -10,7 +10,7 @@ A few requests one at a time, a few at once, and each phase beside the other, on
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 from statistics import median
@@ -18,6 +18,7 @@ from statistics import median
 from dsbench.load import TOKENS
 from dsclient import AsyncClient, Completion
 from dskv.layout import KvLayout
+from dssim.records import Record
 from dssim.times import StepTimes
 from dswire.errors import Failed
 
@@ -115,9 +116,7 @@ def constants(seen: Seen, times: StepTimes, layout: KvLayout) -> Constants:
     if not seen.together or any(not answers for answers in seen.alone.values()):
         raise Failed("the probe got no answers", remedy="see the logs of the system")
     short, long = (seen.alone[length] for length, _ in SINGLES)
-    local_s = max(median(one.ledger.prefill_wire_s for one in short) / 2, 0.0)
-    client_s = max(median(one.ttft_s - one.ledger.ttft_s for one in short) / 2, 0.0)
-    transfer = {"local_message_s": local_s, "network_message_s": client_s}
+    transfer = messages(short)
     nbytes = [layout.blocks_for(length) * layout.block_nbytes for length, _ in SINGLES]
     for name, stage in (("seal_bytes_per_s", "placement_s"), ("copy_bytes_per_s", "transfer_s")):
         ways = [median(getattr(one.ledger, stage) for one in answers) for answers in (short, long)]
@@ -130,6 +129,17 @@ def constants(seen: Seen, times: StepTimes, layout: KvLayout) -> Constants:
         "decode": {"base_ms": base_ms, "per_sequence_ms": sequence_ms},
     }
     return Constants(transfer, overhead)
+
+
+def messages(answers: Iterable[Completion | Record]) -> dict[str, float]:
+    """What a message takes within a node, and one from or to a client; nothing where there are no answers."""
+    known = [(one.ledger, one.ttft_s) for one in answers if one.ledger is not None]
+    if not known:
+        return {}
+    return {
+        "local_message_s": max(median(ledger.prefill_wire_s for ledger, _ in known) / 2, 0.0),
+        "network_message_s": max(median(ttft_s - ledger.ttft_s for ledger, ttft_s in known) / 2, 0.0),
+    }
 
 
 def _decode_overhead(short: Sequence[Completion], seen: Seen, times: StepTimes) -> tuple[float, float]:

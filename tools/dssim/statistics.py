@@ -81,7 +81,7 @@ def summarize(records: Sequence[Record], slo: Slo, simulated_s: float) -> Summar
         total_s=percentiles([one.total_s for one in good]),
         ttft_mean_s=_mean(ttfts),
         tpot_mean_s=_mean(tpots),
-        stages_s=_stages(good),
+        stages_s=stages(good),
     )
 
 
@@ -116,12 +116,13 @@ def percentile(ordered: Sequence[float], percent: float) -> Estimate:
     return Estimate(value, ordered[low] if low >= 0 else -math.inf, ordered[high] if high < count else math.inf)
 
 
-def _stages(good: Sequence[Record]) -> dict[str, float]:
+def stages(good: Iterable[Record]) -> dict[str, float]:
+    """Mean seconds of each stage of the ledger; empty where there is none."""
     ledgers = [one.ledger for one in good if one.ledger is not None]
     if not ledgers:
         return {}
-    stages = [name for name in msgspec.structs.asdict(ledgers[0]) if name not in ("ttft_s", "total_s", "retries")]
-    return {name: _mean([getattr(ledger, name) for ledger in ledgers]) for name in stages}
+    names = [name for name in msgspec.structs.asdict(ledgers[0]) if name not in ("ttft_s", "total_s", "retries")]
+    return {name: _mean([getattr(ledger, name) for ledger in ledgers]) for name in names}
 
 
 def _mean(values: Sequence[float]) -> float:
