@@ -28,7 +28,7 @@ from dsbench.objectives import objectives
 from dsbench.predict import Known, Prediction
 from dsbench.probe import Constants, Pace, ask_pace, constants, messages, pace, probe
 from dsbench.rounds import Load as Taken
-from dsbench.rounds import Tried, Turn, pooled, turns, undisturbed
+from dsbench.rounds import Tried, Turn, in_a_row, pooled, turns, undisturbed
 from dsbench.serve import Measurement, measure
 from dsbench.started import started
 from dsclient import AsyncClient
@@ -234,25 +234,26 @@ class Calibration:
     def contend(self, target: Target, known: Known, rate: float) -> None:
         """How much instances slow each other down at that rate, what messages cost, and how much is left to chance.
 
-        By arrivals of their own.
+        By arrivals of their own, in as many loads as there will be rounds, each at its own pace.
         """
-        wish = replace(self._at(rate, 1), seed=self.wish.seed - 1)
-        arrivals = make(wish)
         self.console.print(f"{rate:.2f} requests/s, to see how much instances slow each other down")
-        tried, _, _ = undisturbed(lambda: self._try(target, known, wish), self.plan.bound, self.plan.repeats)
+        rounds, seed = self.plan.rounds, self.wish.seed
+        wishes = [replace(self._at(rate, rounds), seed=seed - 1 - number) for number in range(rounds)]
+        loads = [(wish, self._undisturbed(target, known, wish)) for wish in wishes]
+        for _, (tried, tries, _) in loads:
+            self.console.print(compared.machine(tried, tries), highlight=False)
+        measured = in_a_row(tried.records for _, (tried, _, _) in loads)
 
-        def predict(factors: Factors) -> Sequence[Record]:
+        def predict(factors: Factors) -> list[Record]:
             known.beside = factors
-            known.write(tried.pace)
-            return self.prediction.records(arrivals)
+            return in_a_row([self._predicted(known, wish, tried.pace) for wish, (tried, _, _) in loads])
 
         if _neighbours(self.topology):
-            known.beside = find(tried.records, predict)
+            known.beside = find(measured, predict)
             told = ", ".join(f"{phase} {factor:.2f}" for phase, factor in known.beside.items())
             self.console.print(f"a step beside others takes so many times as long: {told}")
-        known.constants = replace(known.constants, transfer=known.constants.transfer | messages(tried.records))
-        simulated = predict(known.beside)
-        known.noise = noise.factors(tried.records, simulated, _times(self.topology, self.mine))
+        known.constants = replace(known.constants, transfer=known.constants.transfer | messages(measured))
+        known.noise = noise.factors(measured, predict(known.beside), _times(self.topology, self.profile))
         known.write()
         self.console.print(
             f"a step takes so many times as long as foretold, p10/p50/p90/p99: {noise.told(known.noise)}"
@@ -267,12 +268,10 @@ class Calibration:
     def take(self, target: Target, known: Known, turn: Turn) -> Taken:
         """One rate of a round: measured, again where it was disturbed, and predicted at the pace that was seen."""
         wish = replace(self._at(turn.rate, self.plan.rounds), seed=self.wish.seed + turn.round)
-        plan = self.plan
-        tried, tries, disturbed = undisturbed(lambda: self._try(target, known, wish), plan.bound, plan.repeats)
-        known.write(tried.pace)
-        predicted = [self.prediction.records(make(wish), draw) for draw in range(DRAWS)]
+        tried, tries, disturbed = self._undisturbed(target, known, wish)
+        predicted = [self._predicted(known, wish, tried.pace, draw) for draw in range(DRAWS)]
         taken = Taken(turn, tried, tries, disturbed, predicted)
-        self.console.print(compared.told(taken, self.slo, plan.warmup_s), highlight=False, soft_wrap=True)
+        self.console.print(compared.told(taken, self.slo, self.plan.warmup_s), highlight=False, soft_wrap=True)
         return taken
 
     def row(self, rate: float, taken: Sequence[Taken]) -> Compared:
@@ -283,13 +282,21 @@ class Calibration:
         measured = pooled([one.tried.records for one in taken], self.slo, warmup_s, rate, late_s)
         return Compared(self.topology.path.stem, rate, predicted, measured, tuple(taken))
 
+    def _predicted(self, known: Known, wish: Wish, pace: Pace, draw: int = 0) -> tuple[Record, ...]:
+        known.write(pace)
+        return self.prediction.records(make(wish), draw)
+
+    def _undisturbed(self, target: Target, known: Known, wish: Wish) -> tuple[Tried, int, bool]:
+        return undisturbed(lambda: self._try(target, known, wish), self.plan.bound, self.plan.repeats)
+
     def _try(self, target: Target, known: Known, wish: Wish) -> Tried:
         known.write()
         before = self.pace(target)
         watch = Watch(self._roots())
         sent = self._measure(target, wish)
         disturbance = watch.end()
-        return Tried(sent.records, disturbance, before.between(self.pace(target)), sent.latest_s)
+        after = self.pace(target)
+        return Tried(sent.records, disturbance, before.between(after), sent.latest_s)
 
     def _roots(self) -> list[int]:
         holder = RunDir(self.topology.run_dir).holder()

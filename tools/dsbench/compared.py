@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dsbench.rounds import Load
+from dsbench.rounds import Load, Tried
 from dsbench.served import Served, data
 from dssim.records import Record
 from dssim.statistics import stages
@@ -169,13 +169,18 @@ def told(load: Load, slo: Slo, warmup_s: float) -> str:
     """A line for a load."""
     predicted = _met([record for run in load.predicted for record in run], slo, warmup_s)
     measured = _met(load.tried.records, slo, warmup_s)
-    seen, pace = load.tried.disturbance, load.tried.pace
-    paces = f"pace {pace.prefill:.2f} and {pace.decode:.2f}"
-    repeated = f", {load.tries} tries" if load.tries > 1 else ""
     return (
         f"round {load.turn.round + 1}, {load.turn.rate:.2f}/s: predicted {predicted:.1%}, measured {measured:.1%}; "
-        f"stolen {seen.steal:.1%}, others {seen.others:.1%}, {paces}{repeated}"
+        + machine(load.tried, load.tries)
     )
+
+
+def machine(tried: Tried, tries: int) -> str:
+    """How the machine was meanwhile."""
+    seen, pace = tried.disturbance, tried.pace
+    repeated = f", {tries} tries" if tries > 1 else ""
+    shares = f"stolen {seen.steal:.1%}, others {seen.others:.1%}"
+    return f"{shares}, pace {pace.prefill:.2f} and {pace.decode:.2f}{repeated}"
 
 
 def _met(records: Sequence[Record], slo: Slo, warmup_s: float) -> float:

@@ -68,13 +68,20 @@ def undisturbed(attempt: Callable[[], Tried], bound: float, repeats: int) -> tup
     return min(tries, key=lambda one: one.disturbance.share), len(tries), True
 
 
+def in_a_row(loads: Iterable[Sequence[Record]]) -> list[Record]:
+    """Loads as if each began when all of those before it had ended, and their requests were numbered through."""
+    joined: list[Record] = []
+    begins_s, number = 0.0, 0
+    for records in loads:
+        joined += [replace(one, at_s=begins_s + one.at_s, number=number + one.number) for one in records]
+        begins_s = max((one.at_s + one.total_s for one in joined), default=0.0)
+        number = len(joined)
+    return joined
+
+
 def pooled(parts: Iterable[Sequence[Record]], slo: Slo, warmup_s: float, rate: float, late_s: float) -> Served:
     """Figures of several loads of one rate as of one that was as long as all of them, warm-ups left out."""
-    joined: list[Record] = []
-    offset_s = 0.0
-    for records in parts:
-        counted = [one for one in records if one.at_s >= warmup_s]
-        joined += [replace(one, at_s=offset_s + one.at_s - warmup_s) for one in counted]
-        # the next begins when all of this has ended
-        offset_s += max((one.at_s + one.total_s - warmup_s for one in counted), default=0.0)
-    return serve_figures(joined, slo, 0.0, rate, late_s)
+    counted = [
+        [replace(one, at_s=one.at_s - warmup_s) for one in records if one.at_s >= warmup_s] for records in parts
+    ]
+    return serve_figures(in_a_row(counted), slo, 0.0, rate, late_s)
