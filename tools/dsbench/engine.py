@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dsbench import host
-from dsbench.points import Measured, Point, points_of
+from dsbench.points import Measured, Point, Settings, points_of
 from dsbench.run import Plan, measure_machine, run_block
 from dsbench.table import table
 from dsobserve.terminal import output
@@ -57,6 +57,25 @@ class _List(click.ParamType[list[str] | list[int]]):
         return [int(part) for part in parts]
 
 
+class _Temperatures(click.ParamType[list[float]]):
+    """Comma-separated, each one from 0 to 2."""
+
+    name = "LIST"
+
+    def convert(
+        self, value: str | list[float], param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[float]:
+        if isinstance(value, list):
+            return value
+        try:
+            found = [float(part) for part in value.split(",") if part]
+        except ValueError:
+            found = []
+        if not found or not all(0 <= one <= 2 for one in found):
+            self.fail(f"{value!r} is not a list of numbers from 0 to 2", param, ctx)
+        return found
+
+
 @click.command("engine")
 @click.option("--model", default="smollm2-135m-instruct", show_default=True, help="As model.path in a topology.")
 @click.option("--dtype", type=_List(tuple(_DTYPES)), default="bf16,f32", show_default=True)
@@ -64,6 +83,17 @@ class _List(click.ParamType[list[str] | list[int]]):
 @click.option("--batch", type=_List(), default="1,8,32", show_default=True, help="Sequences of a decode step.")
 @click.option("--context", type=_List(), default="128,512,2048", show_default=True, help="Tokens of each of them.")
 @click.option("--prefill", type=_List(), default="128,512,2048,4096", show_default=True, help="Prompt lengths.")
+@click.option(
+    "--temperature",
+    "temperatures",
+    type=_Temperatures(),
+    default="0",
+    show_default=True,
+    help="Of decode steps; 0 takes the likeliest token.",
+)
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Where drawn."
+)
 @click.option("--peers", type=_List(tuple(_NEEDS)), default="transformers", show_default=True)
 @click.option(
     "--python", "pythons", multiple=True, metavar="PEER=PYTHON", help="The Python that has PEER, if not this one."
@@ -88,6 +118,8 @@ def command(
     batch: list[int],
     context: list[int],
     prefill: list[int],
+    temperatures: list[float],
+    top_p: float,
     peers: list[str],
     pythons: tuple[str, ...],
     rounds: int,
@@ -104,6 +136,8 @@ def command(
     With --dtype int8 the weights are int8 and all else bfloat16. Its peers are distserve-bf16, which is this engine
     in bfloat16 whatever the dtype, and llama.cpp with Q8_0.
 
+    A point where a system gave no figure is "-" in the table, and null in the JSON with the reason.
+
     With --soak, requests of up to 24 tokens in and 8 out come and go, eight at once, at the first of --dtype and of
     --threads. The exit status is 5 if the process's own memory grew by more than 16 MiB after the first tenth of
     them, if blocks are held at the end, or if the KV pool is not as large as configured.
@@ -112,6 +146,7 @@ def command(
     Examples:
       dsbench engine --dtype bf16 --threads 1 --batch 1,8
       dsbench engine --dtype int8 --peers distserve-bf16 --json
+      dsbench engine --dtype bf16 --batch 32 --context 128 --temperature 0,0.8 --top-p 0.95
       dsbench engine --soak
       dsbench engine --soak 500 --model ./tiny --dtype f32 --json
     """
@@ -126,7 +161,8 @@ def command(
     systems = {"distserve": sys.executable} | _present(peers, pythons, console)
     plan = Plan(path, load_architecture(path), systems, rounds, round_seconds, point_seconds)
     host.warn(console)
-    blocks = [list(points_of(_DTYPES[kind], count, batch, context, prefill)) for kind in dtype for count in threads]
+    settings = Settings(batch, context, prefill, temperatures, top_p)
+    blocks = [list(points_of(_DTYPES[kind], count, settings)) for kind in dtype for count in threads]
     results = _run(plan, blocks, console, as_json)
     if not as_json:
         output().print(table(results, list(systems)))

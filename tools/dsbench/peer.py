@@ -55,13 +55,15 @@ class Peer:
             self.close()
             raise
 
-    def prepare(self, phase: str, batch: int = 0, context: int = 0) -> None:
+    def prepare(
+        self, phase: str, batch: int = 0, context: int = 0, temperature: float = 0.0, top_p: float = 1.0
+    ) -> None:
         """Make the next measurements be of this. Raises :class:`PeerFailed`."""
-        self._ask({"prepare": [phase, batch, context]})
+        self._ask({"prepare": [phase, batch, context, temperature, top_p]})
 
     def prepare_point(self, point: Point) -> None:
         """The same for ``point``."""
-        self.prepare(point.phase, point.batch, point.context)
+        self.prepare(point.phase, point.batch, point.context, point.temperature, point.top_p)
 
     def measure(self, for_s: float) -> list[float]:
         """Seconds of each step, for about ``for_s`` seconds and at least one. Raises :class:`PeerFailed`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any, Literal
 
 Phase = Literal["decode", "prefill"]
@@ -20,6 +21,9 @@ class Point:
     batch: int
     #: decode: tokens that each sequence attends to, the new one included; prefill: tokens of the prompt
     context: int
+    #: of drawing; 0 takes the likeliest
+    temperature: float = 0.0
+    top_p: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -44,18 +48,20 @@ class Measured:
 
     system: str
     point: Point
-    #: median of the rounds, of one whole step
-    seconds: float
+    #: median of the rounds, of one whole step; None where there is no figure to be believed
+    seconds: float | None
     #: the least time that the machine as measured allows, divided by ``seconds``
-    roofline_fraction: float
+    roofline_fraction: float | None
     #: of the steps' time, the part that is not spent inside kernels; None where that is not known
     outside_fraction: float | None = None
     loaded: Loaded | None = None
+    #: why there are no ``seconds``
+    reason: str | None = None
 
     @property
-    def tokens_per_s(self) -> float:
+    def tokens_per_s(self) -> float | None:
         """Tokens made or read a second."""
-        return self.point.tokens / self.seconds
+        return None if self.seconds is None else self.point.tokens / self.seconds
 
     def as_json(self) -> dict[str, Any]:
         """One flat object."""
@@ -66,16 +72,29 @@ class Measured:
             "tokens_per_s": self.tokens_per_s,
             "roofline_fraction": self.roofline_fraction,
             "outside_fraction": self.outside_fraction,
+            "reason": self.reason,
             **(asdict(self.loaded) if self.loaded else {}),
         }
 
 
-def points_of(
-    dtype: str, threads: int, batches: Sequence[int], contexts: Sequence[int], prefills: Sequence[int]
-) -> Iterator[Point]:
-    """All settings for one dtype and number of threads."""
-    for batch in batches:
-        for context in contexts:
-            yield Point("decode", dtype, threads, batch, context)
-    for length in prefills:
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is measured for each dtype and number of threads."""
+
+    batches: Sequence[int]
+    contexts: Sequence[int]
+    #: lengths of prompts
+    prefills: Sequence[int]
+    #: of decode steps
+    temperatures: Sequence[float] = (0.0,)
+    #: where the temperature is above 0
+    top_p: float = 1.0
+
+
+def points_of(dtype: str, threads: int, settings: Settings) -> Iterator[Point]:
+    """All points for one dtype and number of threads."""
+    for batch, context, temperature in product(settings.batches, settings.contexts, settings.temperatures):
+        top_p = settings.top_p if temperature > 0 else 1.0
+        yield Point("decode", dtype, threads, batch, context, temperature, top_p)
+    for length in settings.prefills:
         yield Point("prefill", dtype, threads, 1, length)

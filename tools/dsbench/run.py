@@ -7,6 +7,7 @@ figure is the median over all its rounds.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,37 +67,54 @@ def run_block(plan: Plan, machine: Machine, points: Sequence[Point], tell: Tell)
 
 
 def _measure(plan: Plan, machine: Machine, point: Point, peers: Sequence[Peer], tell: Tell) -> list[Measured]:
-    ready: list[Peer] = []
-    for peer in peers:
-        tell(f"{peer.system}: {point.phase}, batch {point.batch}, {point.context} tokens")
-        with _told(tell):
-            peer.prepare_point(point)
-            ready.append(peer)
-    taken: dict[str, list[float]] = {peer.system: [] for peer in ready}
-    inside: dict[str, float] = {}
+    taken = [_Taken(peer, point) for peer in peers]
+    for one in taken:
+        tell(f"{one.peer.system}: {point.phase}, batch {point.batch}, {point.context} tokens")
+        with one.told(tell):
+            one.peer.prepare_point(point)
     for _ in range(plan.rounds):
-        for peer in list(ready):
-            if sum(taken[peer.system]) > plan.point_s:
-                continue
-            try:
-                taken[peer.system].extend(peer.measure(plan.round_s))
-                if peer.kernel_s is not None:
-                    inside[peer.system] = inside.get(peer.system, 0.0) + peer.kernel_s
-            except PeerFailed as error:
-                tell(str(error))
-                ready.remove(peer)
+        for one in taken:
+            if one.reason is None and sum(one.seconds) <= plan.point_s:
+                with one.told(tell):
+                    one.measure(plan.round_s)
     least = work(plan.arch, point).seconds(machine)
-    made = []
-    for peer in peers:
-        if seconds := taken.get(peer.system):
-            outside = _outside(seconds, inside.get(peer.system))
-            middle = median(seconds)
-            made.append(Measured(peer.system, point, middle, least / middle, outside, peer.loaded))
-    return made
+    return [one.measured(least) for one in taken]
 
 
-def _outside(seconds: Sequence[float], inside_s: float | None) -> float | None:
-    return None if inside_s is None else 1 - inside_s / sum(seconds)
+class _Taken:
+    """One system's steps at one point."""
+
+    def __init__(self, peer: Peer, point: Point) -> None:
+        self.peer = peer
+        self.seconds: list[float] = []
+        #: why no more of them come
+        self.reason: str | None = None
+        self._point = point
+        self._inside: float | None = None
+
+    @contextlib.contextmanager
+    def told(self, tell: Tell) -> Iterator[None]:
+        """What goes wrong inside is the reason."""
+        try:
+            yield
+        except PeerFailed as error:
+            self.reason = str(error)
+            tell(self.reason)
+
+    def measure(self, for_s: float) -> None:
+        """Steps of one round. Raises :class:`PeerFailed`."""
+        self.seconds.extend(self.peer.measure(for_s))
+        if self.peer.kernel_s is not None:
+            self._inside = (self._inside or 0.0) + self.peer.kernel_s
+
+    def measured(self, least_s: float) -> Measured:
+        """The median of them; no figure where there are none, or where it cannot be one."""
+        peer, middle = self.peer, median(self.seconds or [math.nan])
+        if not self.seconds or not 0 < middle < math.inf:
+            reason = self.reason or f"{peer.system} gave {middle:.3g} s for a step"
+            return Measured(peer.system, self._point, None, None, None, peer.loaded, reason)
+        outside = None if self._inside is None else 1 - self._inside / sum(self.seconds)
+        return Measured(peer.system, self._point, middle, least_s / middle, outside, peer.loaded)
 
 
 def _room(points: Sequence[Point]) -> int:

@@ -34,18 +34,26 @@ def table(results: Sequence[Measured], systems: Sequence[str]) -> Table:
 
 
 def _row(point: Point, here: dict[str, Measured], systems: Sequence[str]) -> list[Text]:
-    least = min(result.seconds for result in here.values())
+    least = min((result.seconds for result in here.values() if result.seconds is not None), default=0.0)
     cells = [
-        Text(text) for text in (point.phase, point.dtype, str(point.threads), str(point.batch), str(point.context))
+        Text(text)
+        for text in (_phase(point), point.dtype, str(point.threads), str(point.batch), str(point.context))
     ]
     cells += [_cell(here.get(system), least) for system in systems]
     return [*cells, _ratio(here, systems[0]), _outside(here.get(systems[0]))]
 
 
+def _phase(point: Point) -> str:
+    if not point.temperature:
+        return point.phase
+    top_p = f", top-p {point.top_p:g}" if point.top_p < 1 else ""
+    return f"{point.phase}, temperature {point.temperature:g}{top_p}"
+
+
 def _cell(result: Measured | None, least: float) -> Text:
-    if result is None:
+    if result is None or result.seconds is None:
         return Text("-", style="dim")
-    fraction = result.roofline_fraction
+    fraction = result.roofline_fraction or 0.0
     colour = "green" if fraction >= _GOOD else "yellow" if fraction >= _POOR else "red"
     style = "bold" if result.seconds == least else ""
     return Text.assemble(
@@ -60,8 +68,9 @@ def _outside(ours: Measured | None) -> Text:
 
 
 def _ratio(here: dict[str, Measured], ours: str) -> Text:
-    peers = [result.seconds for system, result in here.items() if not system.startswith(ours)]
-    if ours not in here or not peers:
+    times = {system: result.seconds for system, result in here.items() if result.seconds is not None}
+    peers = [seconds for system, seconds in times.items() if not system.startswith(ours)]
+    if ours not in times or not peers:
         return Text("-", style="dim")
-    ratio = min(peers) / here[ours].seconds
+    ratio = min(peers) / times[ours]
     return Text(f"{ratio:.2f}x", style="green" if ratio >= 1 else "red")

@@ -11,8 +11,8 @@ class System(Protocol):
     One that knows how long it has been inside its kernels tells so by ``kernel_s()``, seconds of all steps so far.
     """
 
-    def prepare(self, phase: str, batch: int, context: int) -> None:
-        """Bring everything into the state before the step; not timed."""
+    def prepare(self, phase: str, batch: int, context: int, temperature: float = 0.0, top_p: float = 1.0) -> None:
+        """Bring everything into the state before the step; not timed. Temperature 0 takes the likeliest token."""
         ...
 
     def step(self) -> float:

@@ -1,4 +1,4 @@
-"""Transformers: one forward pass and an argmax, as its ``generate`` does for each token, less its bookkeeping."""
+"""Transformers: one forward pass and a token for each row, as its ``generate`` does it, less its bookkeeping."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Transformers:
         self._model.eval()
         self._do: Callable[[], float] = lambda: 0.0
 
-    def prepare(self, phase: str, batch: int, context: int) -> None:
+    def prepare(self, phase: str, batch: int, context: int, temperature: float = 0.0, top_p: float = 1.0) -> None:
         """Fill a cache with small numbers."""
         from transformers import DynamicCache
 
@@ -43,15 +43,33 @@ class Transformers:
             cache.update(*(torch.randn(shape).to(model.dtype) for _ in range(2)), layer)
         tokens = torch.arange(100, 100 + batch)[:, None]
 
+        pick = self._picker(temperature, top_p)
+
         def decode() -> float:
             begin = time.perf_counter()
             with torch.inference_mode():
-                model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1).tolist()
+                pick(model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1]).tolist()
             seconds = time.perf_counter() - begin
             cache.crop(-1)
             return seconds
 
         self._do = decode
+
+    def _picker(self, temperature: float, top_p: float) -> Callable[[Any], Any]:
+        """Logits ``[batch, vocab_size]`` -> tokens, as ``generate`` goes about it."""
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+        torch = self._torch
+        if temperature == 0:
+            return lambda logits: logits.argmax(-1)
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+        if top_p < 1:
+            warpers.append(TopPLogitsWarper(top_p))
+
+        def draw(logits: Any) -> Any:
+            return torch.multinomial(warpers(None, logits.float()).softmax(-1), 1)
+
+        return draw
 
     def step(self) -> float:
         """One forward pass."""

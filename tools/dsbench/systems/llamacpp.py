@@ -1,4 +1,4 @@
-"""llama.cpp through ``llama-cpp-python``: ``llama_decode`` and an argmax, no sampler chain, as llama-bench does.
+"""llama.cpp through ``llama-cpp-python``: ``llama_decode`` and an argmax, as llama-bench does, or its samplers.
 
 The model comes as a GGUF file beside the directory: ``MODEL-bf16.gguf`` and so on, in the folder of
 ``DSBENCH_GGUF`` or next to the model's directory.
@@ -43,11 +43,13 @@ class LlamaCpp:
         self._context: Any = None
         self._vocab = c.llama_vocab_n_tokens(c.llama_model_get_vocab(self._model))
         self._batch: Any = None
+        self._chain: Any = None
         self._size = 0
 
-    def prepare(self, phase: str, batch: int, context: int) -> None:
+    def prepare(self, phase: str, batch: int, context: int, temperature: float = 0.0, top_p: float = 1.0) -> None:
         """A new context; for decode, one prompt is read and its cache copied to every sequence."""
         self._open(batch, context + 8)
+        self._chain = self._samplers(temperature, top_p) if temperature > 0 else None
         self._phase, self._sequences, self._context_len = phase, batch, context
         if phase == "prefill":
             return
@@ -70,7 +72,7 @@ class LlamaCpp:
         last = self._context_len - 1
         self._decode([(100 + s, last, s, True) for s in range(self._sequences)])
         for s in range(self._sequences):
-            self._likeliest(s)
+            self._likeliest(s) if self._chain is None else c.llama_sampler_sample(self._chain, self._context, s)
         seconds = time.perf_counter() - begin
         for s in range(self._sequences):
             c.llama_memory_seq_rm(memory, s, last, -1)
@@ -92,6 +94,17 @@ class LlamaCpp:
         self._context = c.llama_init_from_model(self._model, settings)
         if not self._context:
             raise RuntimeError("llama.cpp made no context")
+
+    def _samplers(self, temperature: float, top_p: float) -> Any:
+        c = self._c
+        if self._chain is not None:
+            c.llama_sampler_free(self._chain)
+        chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
+        if top_p < 1:
+            c.llama_sampler_chain_add(chain, c.llama_sampler_init_top_p(top_p, 1))
+        c.llama_sampler_chain_add(chain, c.llama_sampler_init_temp(temperature))
+        c.llama_sampler_chain_add(chain, c.llama_sampler_init_dist(1))
+        return chain
 
     def _read(self, positions: range, sequence: int) -> None:
         rows = [((7 * p + 11) % self._vocab, p, sequence, p == positions[-1]) for p in positions]

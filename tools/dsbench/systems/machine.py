@@ -24,7 +24,7 @@ class Machine:
         self._phase = ""
         self._data: Any = None
 
-    def prepare(self, phase: str, batch: int, context: int) -> None:
+    def prepare(self, phase: str, batch: int, context: int, temperature: float = 0.0, top_p: float = 1.0) -> None:
         """Fill what is read or multiplied."""
         torch = self._torch
         self._phase = phase

@@ -40,7 +40,7 @@ class Ours:
         ctypes.memset(pool.base, _FILL, pool.num_blocks * pool.layout.block_nbytes)
         self._do: Callable[[], object] = lambda: None
 
-    def prepare(self, phase: str, batch: int, context: int) -> None:
+    def prepare(self, phase: str, batch: int, context: int, temperature: float = 0.0, top_p: float = 1.0) -> None:
         """Make the sequences; their blocks lie apart as after a while of serving."""
         from dsengine.runner import StepItem
         from dswire.messages.client import Sampling
@@ -48,8 +48,10 @@ class Ours:
         engine = self._engine
         each = -(-context // BLOCK)
         blocks = [list(range(i, each * batch, batch)) for i in range(batch)]
-        sampling = Sampling(temperature=0, ignore_eos=True)
-        samplers = [engine.sampler(sampling, [], []) for _ in range(batch)]
+        samplers = [
+            engine.sampler(Sampling(temperature=temperature, top_p=top_p, seed=i, ignore_eos=True), [], [])
+            for i in range(batch)
+        ]
         if phase == "prefill":
             tokens = [(7 * i + 11) % engine.model.vocab_size for i in range(context)]
             items = [StepItem(tokens, 0, blocks[0], samplers[0])]
