@@ -146,6 +146,7 @@ def test_many_pairs_are_summed_up(desk: Desk) -> None:
     devices = ", ".join(f"cpu:{index}" for index in range(5))
     text += f"- {{name: a, devices: [{devices}]}}\n- {{name: b, devices: [{devices}]}}\nprefill: 5\ndecode: 5\n"
     lines = drawn(desk, text, Live(None))
+    assert lines[-3].endswith("unless other nodes hold fewer tokens by 4 times the sequence's")
     assert lines[-2:] == ["12 pairs  shm, within the node", "13 pairs  tcp, between nodes"]
 
 

@@ -117,10 +117,18 @@ def tree(topology: Topology, live: Live) -> Tree:
     if topology.mode == "conditional":
         root.add(_line("short prompts", f"of fewer than {topology.threshold_tokens} tokens, are read by decode"))
     if pairs := list(handoffs(topology)):
-        ways = root.add(_line("KV hand-off"))
+        ways = root.add(_line("KV hand-off", _preference(topology, pairs)))
         for line in _handoff_lines(topology, pairs, live):
             ways.add(line)
     return root
+
+
+def _preference(topology: Topology, pairs: list[Handoff]) -> str:
+    """When KV leaves its node, where it need not."""
+    affinity = topology.router.node_affinity
+    if len({one.crosses_nodes for one in pairs}) < 2 or affinity == 0:
+        return ""
+    return f"within the node, unless other nodes hold fewer tokens by {affinity:g} times the sequence's"
 
 
 def _handoff_lines(topology: Topology, pairs: list[Handoff], live: Live) -> Iterator[Text]:
