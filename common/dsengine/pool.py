@@ -10,6 +10,7 @@ checksummed or handed on.
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import torch
@@ -94,8 +95,11 @@ class KvPool:
 
 def _allocate(nbytes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     try:
+        if device.type == "cpu":
+            # Pages that the system hands out zeroed when they are first used: loading does not wait for them.
+            return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype)
         return torch.zeros(nbytes // dtype.itemsize, dtype=dtype, device=device)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except (torch.OutOfMemoryError, RuntimeError, OSError, OverflowError) as error:
         raise OutOfMemory(
             f"no room on {device} for a KV pool of {nbytes} bytes",
             remedy="lower kv.memory in the topology",

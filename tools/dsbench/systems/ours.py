@@ -36,8 +36,7 @@ class Ours:
                 kernels=self.kernels,
             )
         )
-        pool = self._engine.pool
-        ctypes.memset(pool.base, _FILL, pool.num_blocks * pool.layout.block_nbytes)
+        self._filled = False
         self._do: Callable[[], object] = lambda: None
 
     def prepare(self, phase: str, batch: int, context: int, temperature: float = 0.0, top_p: float = 1.0) -> None:
@@ -46,6 +45,7 @@ class Ours:
         from dswire.messages.client import Sampling
 
         engine = self._engine
+        self._fill()
         each = -(-context // BLOCK)
         blocks = [list(range(i, each * batch, batch)) for i in range(batch)]
         samplers = [
@@ -58,6 +58,12 @@ class Ours:
         else:
             items = [StepItem((100 + i,), context - 1, blocks[i], samplers[i]) for i in range(batch)]
         self._do = lambda: engine.step(items)
+
+    def _fill(self) -> None:
+        if not self._filled:
+            pool = self._engine.pool
+            ctypes.memset(pool.base, _FILL, pool.num_blocks * pool.layout.block_nbytes)
+            self._filled = True
 
     def step(self) -> float:
         """One step."""
