@@ -157,12 +157,23 @@ inline void finish_tiles(int row, int count, const typename E::active* a, size_t
   });
 }
 
+// Panels of one task. Few rows take two at a time; where there are more, pieces are cut until each thread gets as many
+// as the others: nine for two threads would let one of them wait.
+inline int panels_of_task(int threads, int rows, int blocks, int panels) {
+  int piece = panels / (threads * 4);
+  piece = piece < 1 ? 1 : piece > 8 ? 8 : piece;
+  if (rows <= PAIR_ROWS) return piece;
+  auto even = [&](int size) { return blocks * ((panels + size - 1) / size) % threads == 0; };
+  for (int size = piece; size > 0; --size)
+    if (even(size)) return size;
+  return piece;
+}
+
 // Tasks are (block of rows, run of panels), shared out over the team: each(first row, rows, first panel, last panel).
 template <class Each>
 void share_product(Team& team, int rows, int panels, Each each) {
   const int blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-  int piece = panels / (team.count() * 4);
-  piece = piece < 1 ? 1 : piece > 8 ? 8 : piece;
+  const int piece = panels_of_task(team.count(), rows, blocks, panels);
   const int pieces = (panels + piece - 1) / piece;
   team.share(blocks * pieces, 1, [&](int task, int) {
     int row = task / pieces * ROW_BLOCK, first = task % pieces * piece;
