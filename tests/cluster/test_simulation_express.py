@@ -41,6 +41,7 @@ TOPOLOGIES = {
     "prompts first": "mode: colocated\nkv: {blocks: 1500}\ndecode: {replicas: 2, prefill_priority: true}",
     "conditional": "mode: conditional\nconditional: {threshold_tokens: 150}\nkv: {blocks: 1500}",
     "pipelines": "kv: {blocks: 1500}\nprefill: {pp: 2, max_batch_tokens: 128}\ndecode: {pp: 3}",
+    "copied when granted": "kv: {blocks: 1500}\nrelay: {verify: false}\ndecode: 2",
     "by tcp within a node": "kv: {blocks: 1500}\nforce_transport: tcp\ndecode: 2",
     "two nodes": NODES + "prefill: {place: [a/cpu:0]}\ndecode: {place: [b/cpu:0, b/cpu:1]}",
     "near and far": NODES + "router: {node_affinity: 0.3}\n" + MIXED,
