@@ -124,11 +124,12 @@ def test_under_load_it_is_found_how_much_instances_slow_each_other_down(
         path = profile(tmp_path, "guess.json", whole=True, beside=factors)
         return system_of(topology, str(path)).run(arrivals).records
 
-    found = find(real, predict)
+    engine = linear_times(str(profile(tmp_path, "engine.json")), 1)
+    found = find(real, predict, engine)
     assert found["prefill"] == pytest.approx(factors.get("prefill", 1.0), abs=0.03)
     assert found["decode"] == pytest.approx(factors.get("decode", 1.0), abs=0.03)
     with pytest.raises(Failed, match="nothing of the load"):
-        find([replace(one, ledger=None) for one in real], predict)
+        find([replace(one, ledger=None) for one in real], predict, engine)
 
 
 def test_the_pace_of_the_machine_is_told_beside_what_was_probed(topology: Topology, tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ class Calibration:
             return in_a_row([self._predicted(known, wish, tried.pace) for wish, (tried, _, _) in loads])
 
         if _neighbours(self.topology):
-            known.beside = find(measured, predict)
+            known.beside = find(measured, predict, _times(self.topology, self.profile))
             told = ", ".join(f"{phase} {factor:.2f}" for phase, factor in known.beside.items())
             self.console.print(f"a step beside others takes so many times as long: {told}")
         known.constants = replace(known.constants, transfer=known.constants.transfer | messages(measured))

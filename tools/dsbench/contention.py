@@ -11,7 +11,9 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import median
 
+from dsbench.noise import read_steps
 from dssim.records import Record
+from dssim.times import StepTimes
 from dswire.errors import Failed
 
 #: of the simulator, at most; and the share by which it may still be off then
@@ -24,14 +26,15 @@ WORST = 4.0
 Factors = dict[str, float]
 
 
-def find(measured: Sequence[Record], predict: Callable[[Factors], Sequence[Record]]) -> Factors:
+def find(measured: Sequence[Record], predict: Callable[[Factors], Sequence[Record]], times: StepTimes) -> Factors:
     """The factors with which ``predict`` of the same arrivals takes as long as was measured.
 
-    None is below 1: company does not make faster. Raises :class:`Failed` when too little of the load was answered.
+    ``times``: of the engine alone. None is below 1: company does not make faster. Raises :class:`Failed` when too
+    little of the load was answered.
     """
     factors = {"prefill": 1.0, "decode": 1.0}
     for _ in range(ROUNDS):
-        ratios = _ratios(measured, predict(factors))
+        ratios = _ratios(measured, predict(factors), times)
         if not ratios:
             raise Failed("nothing of the load was answered", remedy="see the logs of the system")
         found = {phase: _moved(factors[phase], ratios.get(phase, 1.0)) for phase in factors}
@@ -46,22 +49,21 @@ def _moved(factor: float, ratio: float) -> float:
     return min(max(factor * math.sqrt(ratio), 1.0), WORST)
 
 
-def _ratios(measured: Sequence[Record], predicted: Sequence[Record]) -> Factors:
-    """How many times as long each phase took: by the median request, whatever a long queue did to some."""
+def _ratios(measured: Sequence[Record], predicted: Sequence[Record], times: StepTimes) -> Factors:
+    """How many times as long each phase took, whatever a long queue did to some.
+
+    By the median step that reads, beside what its prompts take by ``times``, and the median request that decodes.
+    """
     other = {one.number: one for one in predicted}
-    pairs = [(one, other[one.number]) for one in measured if one.number in other]
+    pairs = [(_token_s(one), _token_s(other[one.number])) for one in measured if one.number in other]
+    decoded = [(real, simulated) for real, simulated in pairs if real and simulated]
     found = {}
-    for phase, seconds in (("prefill", _prefill_s), ("decode", _token_s)):
-        times = [(seconds(real), seconds(simulated)) for real, simulated in pairs]
-        known = [(real, simulated) for real, simulated in times if real and simulated]
-        if known:
-            found[phase] = median(real for real, _ in known) / median(simulated for _, simulated in known)
+    if decoded:
+        found["decode"] = median(real for real, _ in decoded) / median(simulated for _, simulated in decoded)
+    read = [read_steps(side, times) for side in (measured, predicted)]
+    if all(read) and all(map(median, read)):
+        found["prefill"] = median(read[0]) / median(read[1])
     return found
-
-
-def _prefill_s(one: Record) -> float:
-    """The step that read its prompt; 0 where it failed."""
-    return one.ledger.prefill_s if one.ledger is not None else 0.0
 
 
 def _token_s(one: Record) -> float:

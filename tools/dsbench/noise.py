@@ -31,7 +31,7 @@ Noise = dict[str, list[float]]
 def factors(measured: Sequence[Record], simulated: Sequence[Record], times: StepTimes) -> Noise:
     """What is to be drawn from; a phase of which either side has no steps is left out."""
     found = {}
-    for phase, steps in (("prefill", _prefill), ("decode", _decode)):
+    for phase, steps in (("prefill", read_steps), ("decode", _decode)):
         real, ours = sorted(steps(measured, times)), sorted(steps(simulated, times))
         if real and ours:
             found[phase] = [max(a / b, LEAST) for a, b in _pairs(real, ours)]
@@ -46,7 +46,7 @@ def _pairs(real: Sequence[float], ours: Sequence[float]) -> Iterator[tuple[float
         yield real[int(at * len(real))], ours[int(at * len(ours))]
 
 
-def _prefill(records: Sequence[Record], times: StepTimes) -> list[float]:
+def read_steps(records: Sequence[Record], times: StepTimes) -> list[float]:
     """Each step that read prompts, as a part of what it takes by ``times``."""
     return [seconds / times.prefill_s(prompts) for seconds, prompts in _batches(records)]
 
