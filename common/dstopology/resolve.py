@@ -117,10 +117,6 @@ class Resolver:
         for at, kv in sections:
             if kv is not None and kv.memory is not None and kv.blocks is not None:
                 self.problems.add(at, "memory and blocks are both given", "keep one of the two")
-        if len({self._block_size(group) for group in groups.values()}) > 1:
-            role = "decode" if groups["decode"].kv else "prefill"
-            reason = "prefill and decode would have blocks of different sizes, which cannot be handed over"
-            self.problems.add((role, "kv", "block_size"), reason, "give block_size at the top level's kv only")
 
     def _block_size(self, group: GroupSection) -> int:
         own = group.kv.block_size if group.kv is not None else None

@@ -36,6 +36,7 @@ TOPOLOGIES = {
     "  - {name: a, host: 10.0.0.1, devices: [cpu:0]}\n  - {name: b, host: 10.0.0.2, devices: [cpu:0]}",
     "colocated": "mode: colocated\nkv: {blocks: 600}\ndecode: {replicas: 2, max_batch_tokens: 128}",
     "conditional": "mode: conditional\nconditional: {threshold_tokens: 100}\nkv: {blocks: 600}",
+    "blocks of two sizes": "kv: {blocks: 600}\ndecode: {kv: {blocks: 1200, block_size: 8}}",
     "pipelines": "kv: {blocks: 600}\nprefill: {pp: 2, max_batch_tokens: 128}\ndecode: {pp: 3}",
 }
 FLAT_TRANSFER = FlatTransfer()

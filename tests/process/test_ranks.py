@@ -31,7 +31,7 @@ model: {{path: {model}, dtype: float32, max_model_len: 256}}
 router: {{frontend: "tcp://127.0.0.1:{{port}}"}}
 kv: {{memory: 8MiB}}
 prefill: {{pp: 2}}
-decode: {{tp: 2}}
+decode: {{tp: 2, kv: {{block_size: 8}}}}
 """
 TOKENS = 60
 PROMPTS = [prompt_of(length) for length in (1, 17, 33, 60, 5, 90)]

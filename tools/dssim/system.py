@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
+import msgspec
+
 from dsdecode.config import DecodeConfig
 from dsdecode.state import DecodeState
 from dskv.layout import KvLayout
@@ -222,14 +224,17 @@ class System:
         return RelayProcess(name, relay.node, RelayState(config), self.kernel, self._transfers)
 
     def _instance(self, instance: Instance, times: StepTimes) -> Process:
-        blocks = instance.kv_blocks or instance.kv_memory_nbytes // self._layout.block_nbytes
+        layout = self._layout
+        if instance.block_size != self.topology.instances[0].block_size:
+            layout = msgspec.structs.replace(layout, block_size=instance.block_size)
+        blocks = instance.kv_blocks or instance.kv_memory_nbytes // layout.block_nbytes
         name, node = instance.name, instance.node
         settings: dict[str, Any] = {
             "name": name,
             "node": node,
             "incarnation": self._incarnation,
             "model": self._model,
-            "capacity": worker.Capacity(blocks, self._layout),
+            "capacity": worker.Capacity(blocks, layout),
             "eos_ids": frozenset(),
             "max_queue": instance.max_queue,
             "max_batch": instance.max_batch,
@@ -239,7 +244,7 @@ class System:
         }
         parts = (self.kernel, self._transfers)
         if instance.role == "prefill":
-            pool = shards(self._layout, 1, 1, [str(instance.segment)])
+            pool = shards(layout, 1, 1, [str(instance.segment)])
             machine = PrefillState(PrefillConfig(**settings, shards=pool))
             return PrefillProcess(name, node, machine, *parts, times=times, watch=self.seen)
         config = DecodeConfig(

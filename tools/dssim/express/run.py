@@ -98,8 +98,10 @@ class _Asked:
 
 
 def _ordinary(topology: Topology, layout: KvLayout, arrivals: Sequence[Arrival]) -> bool:
-    """Whether KV goes by one way within nodes and can leave them, no two prompts are alike, and each has room."""
+    """Whether KV goes one way within nodes and can leave them, in equal blocks; no two prompts are alike, each fits."""
     if topology.relays and (len(_within(topology)) > 1 or not all(_reached(topology))):
+        return False
+    if len({one.block_size for one in topology.instances}) > 1:
         return False
     blocks = min(_blocks(one, layout) for one in topology.instances)
     room = min(topology.model.max_model_len, blocks * layout.block_size)
