@@ -98,7 +98,7 @@ class _Asked:
 
 
 def _ordinary(topology: Topology, layout: KvLayout, arrivals: Sequence[Arrival]) -> bool:
-    """Whether KV goes one way within nodes and can leave them, in equal blocks; no two prompts are alike, each fits."""
+    """Whether KV goes one way within nodes and can leave them, in equal blocks; prompts differ, and each fits."""
     if topology.relays and (len(_within(topology)) > 1 or not all(_reached(topology))):
         return False
     if len({one.block_size for one in topology.instances}) > 1:
