@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -90,20 +90,21 @@ class RankPools:
         sums = [b""] * len(numbers)
 
         def part(places: range) -> None:
-            scratch = None if self.single is not None else CanonicalBlocks.scratch(self.placement.layout)
-            for place in places:
-                sums[place] = block_sum(self._whole(numbers[place], scratch))
+            mine = numbers[places.start : places.stop]
+            sums[places.start : places.stop] = [block_sum(block) for block in self.canonical(mine)]
 
         side_by_side(len(numbers), len(numbers) * self.placement.layout.block_nbytes, part)
         return checksum(sums)
 
-    def _whole(self, number: int, scratch: CanonicalBlocks | None) -> memoryview:
-        """A canonical block, put together in ``scratch`` where no pool has it as it is."""
-        if scratch is None:
-            assert self.single is not None
-            return self.single.slot(number)
-        copy(self, [number], scratch, [0], 0, self.placement.layout.block_size)
-        return scratch.data
+    def canonical(self, numbers: Sequence[int]) -> Iterator[memoryview]:
+        """Canonical blocks, one by one; those of several ranks share one buffer, and are good until the next."""
+        if self.single is not None:
+            yield from map(self.single.slot, numbers)
+            return
+        together = CanonicalBlocks.scratch(self.placement.layout)
+        for number in numbers:
+            copy(self, [number], together, [0], 0, self.placement.layout.block_size)
+            yield together.data
 
 
 class CanonicalBlocks:

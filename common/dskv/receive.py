@@ -89,8 +89,10 @@ class Receiver:
         """Vouch for the blocks. Raises :class:`TransferFailed` when some are missing, else :class:`KvCorrupt`."""
         if not self.complete:
             raise TransferFailed(f"{self.handle.key}: {self.taken} of {len(self.handle.blocks)} blocks have come")
-        found = checksum(self._sums) if self._summed else 0
-        if self._summed and found != self.handle.checksum:
+        if not self._summed:
+            return
+        found = checksum(self._sums)
+        if found != self.handle.checksum:
             raise KvCorrupt(
                 f"{self.handle.key}: the KV from {self.handle.owner} has checksum {found:016x}, "
                 f"{self.handle.checksum:016x} was announced"

@@ -16,8 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from dskv.layout import KvLayout
-from dskv.memory import CanonicalBlocks, RankPools, copy
+from dskv.memory import RankPools
 from dswire.errors import TransferFailed
 from dswire.messages.kv import Ticket
 
@@ -66,23 +65,9 @@ def _pieces(data: memoryview) -> Iterator[memoryview]:
         yield data[start : start + RECORD_NBYTES]
 
 
-def _canonical(pools: RankPools, layout: KvLayout, blocks: Sequence[int]) -> Iterator[memoryview]:
-    """The bytes of each block; those of several ranks share one buffer, and are good until the next."""
-    if pools.single is not None:
-        for block in blocks:
-            yield pools.single.slot(block)
-        return
-    together = CanonicalBlocks.scratch(layout)
-    for block in blocks:
-        copy(pools, [block], together, [0], 0, layout.block_size)
-        yield together.data
-
-
-def send(
-    connection: socket.socket, secret: bytes, pools: RankPools, layout: KvLayout, blocks: Sequence[int]
-) -> None:
+def send(connection: socket.socket, secret: bytes, pools: RankPools, blocks: Sequence[int]) -> None:
     """Send ``blocks`` of the owner's pools. Raises ``OSError``; waits for the reader as long as the socket does."""
-    data = _canonical(pools, layout, blocks)
+    data = pools.canonical(blocks)
     if secret:
         send_sealed(connection, secret, data)
     elif pools.single is None:
@@ -113,7 +98,7 @@ def _send_together(connection: socket.socket, blocks: list[memoryview]) -> None:
 
 
 class Stream:
-    """The reader's end. One thread reads; :meth:`cut` may come from another."""
+    """The reader's end, open within ``with``. One thread reads; :meth:`cut` may come from another."""
 
     def __init__(self, address: tuple[str, int], ticket: Ticket, timeout_s: float) -> None:
         """``timeout_s``: bound of the connecting and of each wait for more bytes."""
@@ -124,15 +109,24 @@ class Stream:
         self._connection: socket.socket | None = None
         self._cut = False
 
+    def __enter__(self) -> Stream:
+        self.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def open(self) -> None:
-        """Connect. Raises :class:`TransferFailed`."""
+        """Connect. Raises :class:`TransferFailed`, and leaves nothing open then."""
         try:
             self._connection = socket.create_connection(self._address, self._timeout_s)
             self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._connection.sendall(self._ticket.token)
         except OSError as error:
+            self.close()
             raise self._failed(f"cannot be reached: {error}") from error
         if self._cut:
+            self.close()
             raise self._failed("was left")
 
     def read(self, target: memoryview) -> None:

@@ -80,11 +80,8 @@ class DecodeActor(InstanceActor):
 
         def run() -> None:
             receiver = self._receive(handle, action.blocks)
-            try:
-                stream.open()
+            with stream:
                 receiver.receive(stream.read)
-            finally:
-                stream.close()
             receiver.verify()
 
         error = await asyncio.get_running_loop().run_in_executor(self._readers, _error_of, run)

@@ -87,7 +87,7 @@ class Streams:
 
         def send(connection: socket.socket) -> None:
             pools = RankPools.map(handle.layout, handle.shards, handle.segment_blocks, self._cache())
-            stream.send(connection, ticket.secret, pools, handle.layout, handle.blocks)
+            stream.send(connection, ticket.secret, pools, handle.blocks)
 
         ticket = self._offer(handle.key, send)
         return ticket
@@ -217,11 +217,8 @@ def read_proof(address: Tcp | None, proof: KvProof, timeout_s: float) -> float:
     """Bytes per second of a proof, from its first byte to its last. Raises :class:`TransferFailed`."""
     if address is None or not 0 < proof.nbytes <= PROOF_NBYTES:
         raise TransferFailed(f"a proof of {proof.nbytes} bytes cannot be had from {address}")
-    reader, target = Stream(address.pair, proof.ticket, timeout_s), memoryview(bytearray(proof.nbytes))
-    try:
-        reader.open()
+    target = memoryview(bytearray(proof.nbytes))
+    with Stream(address.pair, proof.ticket, timeout_s) as reader:
         began = time.perf_counter()
         reader.read(target)
         return proof.nbytes / max(time.perf_counter() - began, 1e-9)
-    finally:
-        reader.close()

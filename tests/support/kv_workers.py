@@ -168,11 +168,8 @@ class Decode(Endpoint):
 
 def read_all(stream: Stream, receiver: Receiver) -> None:
     """Read a stream to its end. Raises what :class:`Stream` raises."""
-    try:
-        stream.open()
+    with stream:
         receiver.receive(stream.read)
-    finally:
-        stream.close()
 
 
 class ScriptedRouter:

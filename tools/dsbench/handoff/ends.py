@@ -185,12 +185,8 @@ class Reader(End):
         if ticket is None or self._source is None:
             self.direct(receiver)
             return
-        stream = Stream(self._source.pair, ticket, PATIENCE_S)
-        try:
-            stream.open()
+        with Stream(self._source.pair, ticket, PATIENCE_S) as stream:
             receiver.receive(stream.read)
-        finally:
-            stream.close()
         receiver.verify()
 
     def direct(self, receiver: Receiver) -> None:
