@@ -13,7 +13,8 @@ from dswire.errors import ErrorInfo, KvCorrupt, TransferFailed
 from dswire.machine import Received, Send, Tick
 from dswire.messages import kv, worker
 from dswire.messages.client import Sampling
-from support.decode_desk import LEASE_S, Desk
+from support.decode_desk import Desk
+from support.instance_desk import LEASE_S
 from support.relay_desk import TICKET
 
 

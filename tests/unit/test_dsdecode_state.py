@@ -14,8 +14,9 @@ from dswire.links import End, Ready
 from dswire.machine import Send, Tick
 from dswire.messages import PROTOCOL, kv, worker
 from dswire.messages.client import Sampling
-from support.decode_desk import LEASE_S, MODEL, Desk
+from support.decode_desk import Desk
 from support.handles import LAYOUT
+from support.instance_desk import LEASE_S, MODEL
 
 
 @pytest.fixture

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
-
-import msgspec
 import pytest
 
 from dskv.handle import KvKey
 from dskv.shards import shards
 from dsprefill.events import Seal, Sealed
 from dsprefill.state import Phase, PrefillConfig, PrefillState
-from dssched.steps import Made, RunStep, Stepped
+from dssched.steps import Made, RunStep
 from dswire.errors import EngineFailed, ErrorInfo
 from dswire.links import RELAY_SILENCE_S, End, Ready
-from dswire.machine import PeerLost, Received, Send, Tick
+from dswire.machine import PeerLost, Send, Tick
 from dswire.messages import PROTOCOL, kv, worker
 from dswire.messages.client import Sampling
 from support.handles import LAYOUT
+from support.instance_desk import LEASE_S, MODEL, InstanceDesk
 
-ActionT = TypeVar("ActionT")
-MessageT = TypeVar("MessageT", bound=msgspec.Struct)
-
-MODEL = worker.ModelIdentity("tiny", "f", "float16")
-LEASE_S = 30.0
 POOL = shards(LAYOUT, 1, 1, ["/pool"])
 HELLO = kv.KvHello(PROTOCOL, "prefill-0", "1", kv.PoolInfo(LAYOUT, POOL, 16))
 
 
-class Desk:
-    """One machine under a clock of its own, validated after every event."""
+class Desk(InstanceDesk[PrefillState]):
+    """Its machine, its work."""
+
+    step_s = 0.5
 
     def __init__(
         self,
@@ -56,50 +51,13 @@ class Desk:
             stages=stages,
             prefix_cache=prefix_cache,
         )
-        self.state = PrefillState(config)
-        self.now = 100.0
-        self.actions: list[Any] = []
-        #: work and aborts that the router sent
-        self.router_sent = 0
-
-    def feed(self, event: Any) -> list[Any]:
-        self.actions = self.state.handle(event)
-        self.state.validate()
-        return self.actions
-
-    def say(self, peer: str, message: msgspec.Struct) -> list[Any]:
-        self.router_sent += isinstance(message, worker.PrefillWork | worker.DecodeWork | worker.Abort)
-        return self.feed(Received(self.now, peer, message))
-
-    def ping(self) -> list[Any]:
-        """The router's ping."""
-        return self.say("router", worker.RouterPing(self.router_sent))
-
-    def joined(self) -> Desk:
-        self.feed(Tick(self.now))
-        self.say("router", worker.WorkerWelcome("router-0", "1", 5.0))
-        self.say("relay", kv.KvWelcome("relay-n0", "1", LEASE_S))
-        return self
+        super().__init__(PrefillState(config))
 
     def work(self, name: str, tokens: int = 6, output: tuple[int, ...] = (), max_tokens: int = 8) -> KvKey:
         key = KvKey(f"{name}/0", 0)
         how = Sampling(max_tokens=max_tokens)
         self.say("router", worker.PrefillWork(key, tuple(range(1, tokens + 1)), output, how))
         return key
-
-    def did(self, kind: type[ActionT]) -> list[ActionT]:
-        return [action for action in self.actions if isinstance(action, kind)]
-
-    def told(self, peer: str, kind: type[MessageT]) -> list[MessageT]:
-        sends = [action for action in self.did(Send) if action.peer == peer]
-        return [send.message for send in sends if isinstance(send.message, kind)]
-
-    def step(self, *keys: KvKey, token: int = 7) -> list[Any]:
-        return self.end(*(Made(key, token) for key in keys))
-
-    def end(self, *made: Made, failed: tuple[tuple[KvKey, ErrorInfo], ...] = ()) -> list[Any]:
-        """The oldest step ends."""
-        return self.feed(Stepped(self.now, min(self.state.steps), made, 0.5, failed))
 
     def offered(self, name: str = "r") -> KvKey:
         key = self.work(name)
