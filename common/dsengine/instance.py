@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
+from dsengine.collective import Collective
 from dsengine.config import EngineConfig
 from dsengine.model import load_shape
 from dsengine.runner import Engine, StepItem
@@ -35,8 +36,12 @@ T = TypeVar("T")
 class RunningInstance:
     """Engine, pool and the two threads."""
 
-    def __init__(self, engine: Engine, model: ModelIdentity, instance: Instance) -> None:
+    def __init__(
+        self, engine: Engine, model: ModelIdentity, instance: Instance, collective: Collective | None = None
+    ) -> None:
         self.engine = engine
+        #: to other instances, where the topology has KV take communicators
+        self.collective = collective
         self.model = model
         self._instance = instance
         self._mapped = SegmentCache()
@@ -77,7 +82,7 @@ class RunningInstance:
             from dsengine.ranks import RankedEngine
 
             engine = RankedEngine(instance.name, configs, instance.tp, instance.pp)
-        return cls(engine, model_identity(topology, model_dir), instance)
+        return cls(engine, model_identity(topology, model_dir), instance, Collective.of(topology, instance))
 
     @property
     def shards(self) -> tuple[KvShard, ...]:
@@ -134,6 +139,8 @@ class RunningInstance:
     def close(self) -> None:
         """End the threads after what they are at, and give the memory back."""
         lost = self.engine.lost is not None
+        if self.collective is not None:
+            self.collective.close()
         # a step may wait for ranks that are gone, for longer than this process is to live
         self._steps.shutdown(wait=not lost)
         self._copies.shutdown()

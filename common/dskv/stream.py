@@ -17,6 +17,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from dskv.memory import RankPools
+from dskv.receive import Receiver
 from dswire.errors import TransferFailed
 from dswire.messages.kv import Ticket
 
@@ -128,6 +129,11 @@ class Stream:
         if self._cut:
             self.close()
             raise self._failed("was left")
+
+    def bring(self, receiver: Receiver) -> None:
+        """Read all that it needs. Raises :class:`TransferFailed`."""
+        with self:
+            receiver.receive(self.read)
 
     def read(self, target: memoryview) -> None:
         """Fill ``target``. Raises :class:`TransferFailed`."""

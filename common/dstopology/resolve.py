@@ -70,6 +70,7 @@ class Resolver:
         gateway = self._gateway(network, network.node(router.node, ("router", "node"), nodes[0]))
         network.check_collisions()
         model = self._model(groups, nodes, instances, relays)
+        security = self._security(network)
         self.problems.raise_any()
         return Topology(
             path=self.path,
@@ -86,7 +87,7 @@ class Resolver:
             instances=instances,
             relays=relays,
             gateway=gateway,
-            security=self._security(network),
+            security=security,
         )
 
     def _slo(self) -> Slo:
@@ -248,10 +249,22 @@ class Resolver:
         if crossing and forced == "shm":
             reason = f"KV goes from node {crossing[0]}, where shm cannot reach"
             self.problems.add(("force_transport",), reason, "leave the key out, or use one node")
-        elif crossing and "tcp" not in allowed:
+        elif crossing and forced is None and "tcp" not in allowed:
             reason = f"KV goes from node {crossing[0]}, and tcp is not among the transports"
             self.problems.add(("relay", "transports"), reason, "add tcp, or use one node")
-        return bool(crossing) or forced == "tcp" or "shm" not in allowed
+        self._check_communicators(instances)
+        return bool(crossing) or forced not in (None, "shm") or "shm" not in allowed
+
+    def _check_communicators(self, instances: Sequence[Instance]) -> None:
+        """Tell of instances that cannot send by gloo, which is for CPUs, or nccl, which is for GPUs."""
+        forced = self.file.force_transport
+        if forced not in ("gloo", "nccl"):
+            return
+        kind = "cpu" if forced == "gloo" else "cuda"
+        for one in instances:
+            if not all(device.startswith(kind) for device in one.devices):
+                reason = f"{forced} is for instances on {kind}, and {one.name} is on {one.devices[0]}"
+                self.problems.add(("force_transport",), reason, f"place it on {kind}:N, or leave the key out")
 
     # model, security
 
@@ -291,7 +304,12 @@ class Resolver:
         keys_dir = self.keys_dir
         if section.keys is not None:
             keys_dir = (self.path.parent / Path(section.keys).expanduser()).absolute()
-        return Security(section.curve == "on" or (section.curve == "auto" and network.exposed), keys_dir)
+        encrypted = section.curve == "on" or (section.curve == "auto" and network.exposed)
+        if encrypted and self.file.force_transport in ("gloo", "nccl"):
+            reason = f"{self.file.force_transport} encrypts nothing, and this system is encrypted"
+            remedy = "leave the key out, or say `security: off` where nobody else is on the network"
+            self.problems.add(("force_transport",), reason, remedy)
+        return Security(encrypted, keys_dir)
 
 
 def _threads(node: str, nodes: Sequence[Node], everyone: Sequence[Placed]) -> int:

@@ -16,7 +16,7 @@ from dstopology.endpoints import Tcp
 from dswire.errors import TopologyError
 
 Role = Literal["router", "prefill", "decode", "relay", "gateway"]
-Transport = Literal["shm", "tcp"]
+Transport = Literal["shm", "tcp", "gloo", "nccl"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,9 +256,14 @@ class Topology:
     def transport(self, owner_node: str, puller_node: str) -> Transport:
         """How KV goes from ``owner_node`` to ``puller_node``.
 
-        Shared memory on one node, unless TCP is forced or shared memory is not among its relay's transports.
+        Shared memory on one node, unless another way is forced or that is not among its relay's transports.
         """
+        if self.force_transport is not None:
+            return self.force_transport
         same = owner_node == puller_node
-        if same and self.force_transport != "tcp" and "shm" in self.relay_of(owner_node).transports:
-            return "shm"
-        return "tcp"
+        return "shm" if same and "shm" in self.relay_of(owner_node).transports else "tcp"
+
+    @property
+    def collective(self) -> bool:
+        """Whether KV goes by communicators of torch.distributed."""
+        return self.force_transport in ("gloo", "nccl")

@@ -10,12 +10,12 @@ from typing import Any
 from dsdecode.config import DecodeConfig
 from dsdecode.events import CopyDirect, CopyEnded, CopyStream, CutStream
 from dsdecode.state import DecodeState
+from dsdecode.transports import Transports
 from dsengine.instance import RunningInstance
 from dsengine.instance_actor import InstanceActor, routes, settings
 from dskv.handle import KvHandle, KvKey
-from dskv.memory import RankPools
 from dskv.receive import Receiver
-from dskv.stream import Stream
+from dskv.transport import Transport
 from dstopology.resolved import Topology
 from dswire.actor import Route
 from dswire.errors import DsError, ErrorInfo
@@ -33,16 +33,16 @@ class DecodeActor(InstanceActor):
         self, machine: DecodeState, routes: list[Route], running: RunningInstance, topology: Topology
     ) -> None:
         super().__init__(machine, routes, running)
-        self._topology = topology
-        #: under way
-        self._streams: dict[KvKey, Stream] = {}
+        self._transports = Transports(topology, self._mapped, running.collective)
+        #: KV that comes from other processes by their help
+        self._coming: dict[KvKey, Transport] = {}
         #: beside the thread of copies: who waits for another host holds nobody up on this one
         self._readers = ThreadPoolExecutor(STREAMS, thread_name_prefix="stream")
 
     def closed(self) -> None:
-        """Leave all streams, then as every instance."""
-        for stream in self._streams.values():
-            stream.cut()
+        """Leave all that comes, then as every instance."""
+        for transport in self._coming.values():
+            transport.cut()
         self._readers.shutdown()
         super().closed()
 
@@ -54,52 +54,37 @@ class DecodeActor(InstanceActor):
             case CopyStream():
                 self.spawn(self._copy_stream(action), "stream")
             case CutStream(key):
-                stream = self._streams.get(key)
-                if stream is not None:
-                    stream.cut()
+                if key in self._coming:
+                    self._coming[key].cut()
             case _:
                 super().perform(action)
 
     async def _copy_direct(self, action: CopyDirect) -> CopyEnded:
         handle = action.handle
-
-        def run() -> None:
-            source = RankPools.map(handle.layout, handle.shards, handle.segment_blocks, self._mapped)
-            receiver = self._receive(handle, action.blocks)
-            receiver.copy_direct(source)
-            receiver.verify()
-
-        error = await self._running.copy(handle.nbytes, lambda: _error_of(run))
+        transport = self._transports.of(handle, None)
+        error = await self._running.copy(handle.nbytes, lambda: self._bring(transport, handle, action.blocks))
         return CopyEnded(self.now(), handle.key, error)
 
     async def _copy_stream(self, action: CopyStream) -> CopyEnded:
-        handle, relay = action.handle, self._topology.relay_of(action.handle.node)
-        assert relay.stream_connect is not None, "the relay gives tickets for what can be reached"
-        stream = Stream(relay.stream_connect.pair, action.ticket, relay.transfer_timeout_s)
-        self._streams[handle.key] = stream
-
-        def run() -> None:
-            receiver = self._receive(handle, action.blocks)
-            with stream:
-                receiver.receive(stream.read)
-            receiver.verify()
-
-        error = await asyncio.get_running_loop().run_in_executor(self._readers, _error_of, run)
-        if self._streams[handle.key] is stream:
-            del self._streams[handle.key]
+        handle = action.handle
+        transport = self._coming[handle.key] = self._transports.of(handle, action.ticket)
+        error = await asyncio.get_running_loop().run_in_executor(
+            self._readers, self._bring, transport, handle, action.blocks
+        )
+        if self._coming[handle.key] is transport:
+            del self._coming[handle.key]
         return CopyEnded(self.now(), handle.key, error)
 
-    def _receive(self, handle: KvHandle, blocks: tuple[int, ...]) -> Receiver:
+    def _bring(self, transport: Transport, handle: KvHandle, blocks: tuple[int, ...]) -> ErrorInfo | None:
+        """All the KV, verified, in a thread that may wait for it; what went wrong."""
         welcome = self.machine.links.welcome
-        return Receiver(handle, self._running.pools, blocks, summed=welcome is None or welcome.verify)
-
-
-def _error_of(run: Callable[[], None]) -> ErrorInfo | None:
-    try:
-        run()
-    except DsError as error:
-        return error.info()
-    return None
+        try:
+            receiver = Receiver(handle, self._running.pools, blocks, summed=welcome is None or welcome.verify)
+            transport.bring(receiver)
+            receiver.verify()
+        except DsError as error:
+            return error.info()
+        return None
 
 
 async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> DecodeActor:

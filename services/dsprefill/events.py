@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dskv.handle import KvKey
+from dskv.handle import KvHandle, KvKey
+from dswire.errors import ErrorInfo
 
 # actions
 
@@ -17,6 +18,22 @@ class Seal:
     blocks: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class SendKv:
+    """Meet ``reader``, and send it the KV; :class:`Sending` tells where, before anything is sent."""
+
+    handle: KvHandle
+    reader: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndSend:
+    """Its reader wants no more of what is sent to it."""
+
+    reader: str
+
+
 # events
 
 
@@ -27,3 +44,14 @@ class Sealed:
     now: float
     key: KvKey
     checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """Where a reader is met, or why it cannot be."""
+
+    now: float
+    key: KvKey
+    number: int
+    meeting: str
+    error: ErrorInfo | None = None

@@ -24,7 +24,7 @@ import msgspec
 
 from dskv.handle import KvHandle, KvKey
 from dskv.shards import KvShard
-from dsprefill.events import Seal, Sealed
+from dsprefill.events import EndSend, Seal, Sealed, Sending, SendKv
 from dssched.batching import chunk
 from dssched.finish import finish_reason
 from dssched.instance import InstanceConfig, InstanceState, results
@@ -76,6 +76,8 @@ class _Sequence:
     in_step: bool = False
     #: set from OFFERED on
     handle: KvHandle | None = None
+    #: to whom it is sent by a communicator
+    reader: str = ""
     #: aborted while OFFERED; said again with every offer
     withdrawn: bool = False
 
@@ -126,7 +128,14 @@ class PrefillState(InstanceState):
             case kv.KvRelease(key=key, reason=reason):
                 one = self.sequences.get(key)
                 if one is not None and one.life.phase is Phase.OFFERED:
+                    if one.reader and reason != "pulled":
+                        self._out.append(EndSend(one.reader))
                     self._drop(one, now, f"released: {reason}")
+            case kv.KvSend(key=key, reader=reader, number=number):
+                one = self.sequences.get(key)
+                if one is not None and one.handle is not None:
+                    one.reader = reader
+                    self._out.append(SendKv(one.handle, reader, number))
             case kv.KvCancelled(key=key, result="unknown"):
                 # its release was lost
                 one = self.sequences.get(key)
@@ -238,6 +247,9 @@ class PrefillState(InstanceState):
     # offers
 
     def _worked(self, event: Any) -> None:
+        if isinstance(event, Sending):
+            self._out.append(Send(RELAY, kv.KvSending(event.key, event.number, event.meeting, event.error)))
+            return
         assert isinstance(event, Sealed)
         now, one = event.now, self.sequences[event.key]
         if one.life.phase is Phase.DOOMED:

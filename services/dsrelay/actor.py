@@ -180,7 +180,7 @@ def sources_of(topology: Topology, node: str) -> tuple[str, ...]:
         return ()
     reachable = (relay.node for relay in topology.relays if relay.data_connect is not None)
     owners = (other for other in reachable if "prefill" in _roles(topology, other))
-    return tuple(other for other in owners if topology.transport(other, node) == "tcp")
+    return tuple(other for other in owners if topology.transport(other, node) != "shm")
 
 
 def _roles(topology: Topology, node: str) -> set[str]:
@@ -198,7 +198,9 @@ def configure(topology: Topology, name: str) -> RelayConfig:
         transfer_timeout_s=relay.transfer_timeout_s,
         sources=sources_of(topology, relay.node),
         direct="decode" in _roles(topology, relay.node) and topology.transport(relay.node, relay.node) == "shm",
-        prove=True,
+        collective=topology.collective,
+        # communicators are made when they are needed, by the instances
+        prove=not topology.collective,
         verify=relay.verify,
         keep=str(relay.keep),
         keep_nbytes=relay.keep_nbytes,

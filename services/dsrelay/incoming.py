@@ -2,7 +2,9 @@
 instance then reads the KV itself.
 
 Invariants: each pull is answered by a ticket or a failure; what stands still ends by a deadline: the source's
-answer by ``timeout_s``, the rest by a lease from the reader's last sign of interest.
+answer by ``timeout_s``, the rest by a lease from the reader's last sign of interest. Where owners send by
+communicators a reader has one fetch under way at a time, and others wait for their turn; the answer then waits for
+the owner's, too, and has no bound but that lease.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from dskv.handle import KvHandle, KvKey
 from dskv.inspection import inspect
 from dsrelay.events import RELAY, Action, Complain
+from dsrelay.turns import Turns
 from dswire.errors import Cancelled, DsError, ErrorInfo, Overloaded, ProtocolError, TransferFailed
 from dswire.machine import Send
 from dswire.messages import kv
@@ -33,6 +36,8 @@ class Incoming:
     source: str
     #: of the fetch
     number: int
+    #: what the owner's side calls the reader
+    name: str
     #: the ticket has come
     granted: bool = False
     #: the fetch was sent again, to a relay that had forgotten us
@@ -44,9 +49,18 @@ class Incoming:
 class IncomingTransfers:
     """Every transfer for the decode instances of this node."""
 
-    def __init__(self, sources: Container[str], timeout_s: float, lease_s: float, out: list[Action]) -> None:
-        """``sources``: nodes that can be reached."""
+    def __init__(
+        self,
+        sources: Container[str],
+        timeout_s: float,
+        lease_s: float,
+        out: list[Action],
+        *,
+        collective: bool = False,
+    ) -> None:
+        """``sources``: nodes that can be reached; ``collective``: owners send by communicators."""
         self.transfers: dict[KvKey, Incoming] = {}
+        self.turns = Turns()
         #: fetches so far
         self._fetches = 0
         #: of those whose ticket has not come
@@ -57,11 +71,12 @@ class IncomingTransfers:
         self._timeout_s = timeout_s
         self._lease_s = lease_s
         self._out = out
+        self._collective = collective
 
     # the reader
 
-    def pull(self, now: float, reader: str, handle: KvHandle) -> None:
-        """Get ``reader`` a ticket, or tell it why not."""
+    def pull(self, now: float, reader: str, handle: KvHandle, name: str) -> None:
+        """Get ``reader``, a process with that ``name``, a ticket, or tell it why not."""
         key = handle.key
         known = self.transfers.get(key)
         if known is not None and known.reader == reader:
@@ -72,9 +87,10 @@ class IncomingTransfers:
         except DsError as error:
             self._out.append(Send(reader, kv.KvFailed(key, error.info())))
             return
-        self.transfers[key] = made = Incoming(reader, handle, RELAY + handle.node, 0)
+        self.transfers[key] = made = Incoming(reader, handle, RELAY + handle.node, 0, name)
         self._wanted.set(key, now + self._lease_s)
-        self._fetch(now, made)
+        if not self._collective or self.turns.take(reader, key):
+            self._fetch(now, made)
 
     def extend(self, now: float, reader: str, key: KvKey) -> None:
         """The reader still wants it."""
@@ -95,7 +111,7 @@ class IncomingTransfers:
         one = self._of(reader, key)
         if one is None:
             return False
-        self._stop(one, error)
+        self._stop(now, one, error)
         return True
 
     def abort(self, now: float, reader: str, key: KvKey) -> bool:
@@ -105,7 +121,7 @@ class IncomingTransfers:
     def reader_lost(self, now: float, reader: str) -> None:
         """The decode instance is gone, or has forgotten what it pulled."""
         for one in [one for one in self.transfers.values() if one.reader == reader]:
-            self._stop(one, TransferFailed(f"the reader of {one.handle.key} was lost").info())
+            self._stop(now, one, TransferFailed(f"the reader of {one.handle.key} was lost").info())
 
     # the other relay
 
@@ -122,20 +138,20 @@ class IncomingTransfers:
         """The owner's side has ended the transfer."""
         one = self.transfers.get(failed.key)
         if one is not None and (one.source, one.number) == (source, failed.number):
-            self._give_up(one, failed.error)
+            self._give_up(now, one, failed.error)
 
     def source_lost(self, now: float, source: str) -> None:
         """That relay cannot be reached."""
         for one in [one for one in self.transfers.values() if one.source == source]:
             error = TransferFailed(f"the relay of node {one.handle.node} cannot be reached")
-            self._give_up(one, error.info())
+            self._give_up(now, one, error.info())
 
     def source_restarted(self, now: float, source: str) -> None:
         """That relay had forgotten us: ask again where no ticket has come yet, else give up."""
-        for one in [one for one in self.transfers.values() if one.source == source]:
+        for one in [one for one in self.transfers.values() if one.source == source and one.number]:
             if one.granted:
                 error = TransferFailed(f"the relay of node {one.handle.node} was restarted in mid-transfer")
-                self._give_up(one, error.info())
+                self._give_up(now, one, error.info())
             elif not one.repeated:
                 # answers to what was sent before it came may still arrive; they mean the same restart
                 one.repeated = True
@@ -147,10 +163,10 @@ class IncomingTransfers:
         """End transfers that wait for too long."""
         for key in self._answers.due(now):
             one = self.transfers[key]
-            self._fail(one, f"nothing came from node {one.handle.node} for {self._timeout_s:g} s")
+            self._fail(now, one, f"nothing came from node {one.handle.node} for {self._timeout_s:g} s")
         for key in self._wanted.due(now):
             one = self.transfers[key]
-            self._fail(one, f"{one.reader} said nothing of it for {self._lease_s:g} s")
+            self._fail(now, one, f"{one.reader} said nothing of it for {self._lease_s:g} s")
 
     def next_deadline(self) -> float | None:
         """The earliest end of patience."""
@@ -159,7 +175,9 @@ class IncomingTransfers:
     def validate(self) -> None:
         """Every transfer has a deadline."""
         assert len(self._wanted) == len(self.transfers)
-        assert len(self._answers) == sum(not one.granted for one in self.transfers.values())
+        late = sum(not one.granted for one in self.transfers.values())
+        assert len(self._answers) == (0 if self._collective else late)
+        assert self.turns.waiting == (len(self.transfers) if self._collective else 0)
 
     def _check(self, handle: KvHandle) -> None:
         inspect(handle)
@@ -175,30 +193,35 @@ class IncomingTransfers:
         key, one.granted = one.handle.key, False
         self._fetches += 1
         one.number = self._fetches
-        self._answers.set(key, now + self._timeout_s)
-        self._out.append(Send(one.source, kv.KvFetch(key, one.number)))
+        if not self._collective:
+            self._answers.set(key, now + self._timeout_s)
+        self._out.append(Send(one.source, kv.KvFetch(key, one.number, one.name)))
 
     def _of(self, reader: str, key: KvKey) -> Incoming | None:
         one = self.transfers.get(key)
         return one if one is not None and one.reader == reader else None
 
-    def _give_up(self, one: Incoming, error: ErrorInfo) -> None:
+    def _give_up(self, now: float, one: Incoming, error: ErrorInfo) -> None:
         """The owner's side knows nothing of it any more."""
-        self._drop(one)
+        self._drop(now, one)
         self._out.append(Send(one.reader, kv.KvFailed(one.handle.key, error)))
 
-    def _fail(self, one: Incoming, why: str) -> None:
+    def _fail(self, now: float, one: Incoming, why: str) -> None:
         error = TransferFailed(f"the KV of {one.handle.key} did not come: {why}").info()
-        self._stop(one, error)
+        self._stop(now, one, error)
         self._out.append(Send(one.reader, kv.KvFailed(one.handle.key, error)))
 
-    def _stop(self, one: Incoming, error: ErrorInfo | None) -> None:
-        """End it, and tell the owner's side."""
-        self._out.append(Send(one.source, kv.KvFetched(one.handle.key, error)))
-        self._drop(one)
+    def _stop(self, now: float, one: Incoming, error: ErrorInfo | None) -> None:
+        """End it, and tell the owner's side if that knows of it."""
+        if one.number:
+            self._out.append(Send(one.source, kv.KvFetched(one.handle.key, error)))
+        self._drop(now, one)
 
-    def _drop(self, one: Incoming) -> None:
+    def _drop(self, now: float, one: Incoming) -> None:
         key = one.handle.key
         del self.transfers[key]
         self._answers.cancel(key)
         self._wanted.cancel(key)
+        next_one = self.turns.give(one.reader, key)
+        if next_one is not None:
+            self._fetch(now, self.transfers[next_one])

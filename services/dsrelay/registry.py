@@ -68,6 +68,10 @@ class Workers:
             known.heard = now
         return known is not None
 
+    def name_of(self, peer: str) -> str:
+        """A name that no other process has, nor had: that of a communicator's side."""
+        return f"{peer.removeprefix(WORKER)}/{self.known[peer].incarnation}"
+
     def leave(self, peer: str) -> bool:
         """Strike off; returns whether it was registered."""
         return self.known.pop(peer, None) is not None

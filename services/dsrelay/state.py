@@ -56,8 +56,13 @@ class RelayState:
         )
         self.direct = DirectReaders(self._out)
         self.paths = Paths(self._out)
-        self.outgoing = OutgoingTransfers(self.ledger, self._out)
-        self.incoming = IncomingTransfers(config.sources, timeout_s, config.lease_s, self._out)
+        collective = config.collective
+        self.outgoing = OutgoingTransfers(
+            self.ledger, self._out, self._tell, lambda owner: not collective or owner == config.name
+        )
+        self.incoming = IncomingTransfers(
+            config.sources, timeout_s, config.lease_s, self._out, collective=collective
+        )
         self._begun = False
 
     # the machine's interface
@@ -158,6 +163,8 @@ class RelayState:
             case kv.KvWithdraw(key=key):
                 result = self.ledger.withdraw(now, peer.removeprefix(WORKER), key)
                 self._out.append(Send(peer, kv.KvCancelled(key, result)))
+            case kv.KvSending():
+                self.outgoing.sending(now, peer.removeprefix(WORKER), message)
             case kv.KvHeld(key=key):
                 self.ledger.held(peer.removeprefix(WORKER), key)
             case _:
@@ -170,7 +177,7 @@ class RelayState:
                 if handle.node == self.config.node and self.config.direct:
                     self.ledger.ask(now, Ask(peer, handle.key, self.direct, handle))
                 else:
-                    self.incoming.pull(now, peer, handle)
+                    self.incoming.pull(now, peer, handle, self.workers.name_of(peer))
             case kv.KvPulled(key=key, error=error):
                 if not self.incoming.ended(now, peer, key, error):
                     self.ledger.ended(now, peer, key, "pulled" if error is None else "lost")

@@ -9,7 +9,7 @@ import pytest
 
 from dswire.errors import EngineFailed, OutOfMemory, Overloaded
 from dswire.messages.client import StatusQuery
-from support.cluster import TCP, TWO_NODES, Cluster, Shape
+from support.cluster import GLOO, TCP, TWO_NODES, Cluster, Shape
 from support.raw_client import Heard
 
 TIGHT = Shape(prefill_blocks=32, decode_blocks=14, decode_batch=8)
@@ -69,7 +69,7 @@ def test_max_tokens_is_cut_to_what_fits() -> None:
     assert heard.finished.usage.completion_tokens == 14 * 4 - 26
 
 
-@pytest.mark.parametrize("shape", [Shape(), TCP, TWO_NODES])
+@pytest.mark.parametrize("shape", [Shape(), TCP, GLOO, TWO_NODES])
 def test_a_burst_waits_in_prefill_memory_and_loses_nothing(shape: Shape) -> None:
     cluster = Cluster(replace(shape, decode_batch=2))
     heard = [cluster.client().submit(f"r{number}", 5, max_tokens=6) for number in range(30)]

@@ -26,6 +26,8 @@ SHAPES = (
     replace(SMALL, decode=("n0", "n0"), keep_blocks=24),
     replace(SMALL, prefill=("n0", "n1"), decode=("n0", "n1"), keep_blocks=12),
     replace(TCP, prefill=("n0",), decode=("n0", "n0"), decode_blocks=24, keep_blocks=40),
+    replace(SMALL, direct=False, collective=True, prefill=("n0", "n0"), decode=("n0", "n0"), keep_blocks=12),
+    replace(SMALL, direct=False, collective=True, prefill=("n0", "n1"), decode=("n0", "n1")),
 )
 CLIENTS = ("c", "d")
 #: codes that trouble may lead to

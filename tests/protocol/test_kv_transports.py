@@ -16,7 +16,7 @@ from dswire.messages import PROTOCOL, kv
 from dswire.sockets import ConnectedSocket
 from support.handles import LAYOUT
 from support.kv_workers import Endpoint, Prefill
-from support.relays import TRANSPORTS, World, running
+from support.relays import LEASE_S, TRANSPORTS, World, running
 
 BLOCKS = (7, 3, 60, 12, 1, 0, 33, 34, 35, 36, 2)
 OWN = tuple(range(40, 40 + len(BLOCKS)))
@@ -160,7 +160,7 @@ async def test_anybody_may_ask_what_is_held(world: World) -> None:
     (info,) = listing.handles
     assert (info.key, info.owner, info.state) == (handle.key, "prefill-0", "pulling")
     assert (info.nbytes, info.tokens) == (handle.nbytes, handle.tokens)
-    assert 0.0 < info.lease_left_s <= 3.0
+    assert 0.0 < info.lease_left_s <= LEASE_S
     assert listing.streams == (relay.data is not None)
     world.decode.send(kv.KvAbort(handle.key))
 

@@ -65,6 +65,8 @@ class Shape:
     #: sequences waiting at one prefill instance
     prefill_queue: int = 16
     decode_queue: int = 64
+    #: KV that is not read directly is sent by communicators
+    collective: bool = False
     #: blocks of KV that each relay keeps for readers that die
     keep_blocks: int = 0
     retries: int = 2
@@ -92,6 +94,7 @@ class Shape:
 
 
 TCP = Shape(direct=False)
+GLOO = Shape(direct=False, collective=True)
 TWO_NODES = Shape(prefill=("n0",), decode=("n1",))
 
 
@@ -107,6 +110,7 @@ class Cluster:
         self.pace = Pace()
         self.prefill_errors: dict[str, ErrorInfo] = {}
         self.tickets: dict[bytes, Process] = {}
+        self.meetings: dict[str, Process] = {}
         self.wires = Wires(self.clock, self.random, lambda name: self.processes.get(name))
         #: the live processes, by name
         self.processes: dict[str, Process] = {}
@@ -315,6 +319,7 @@ class Cluster:
             transfer_timeout_s=self.shape.transfer_timeout_s,
             sources=self._sources(self.node(name)),
             direct=self.shape.direct,
+            collective=self.shape.collective,
             keep=f"/shm/{name}/{incarnation}.keep",
             keep_nbytes=self.shape.keep_blocks * LAYOUT.block_nbytes,
         )

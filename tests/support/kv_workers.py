@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import torch
 
+from dsdecode.transports import Transports
+from dsengine.collective import Collective
 from dskv.handle import KvHandle, KvKey
 from dskv.memory import RankPools
 from dskv.receive import Receiver
 from dskv.segment import Segment, SegmentCache
-from dskv.stream import Stream
 from dstopology.resolved import Topology
 from dswire.codec import Decoder, encode
 from dswire.errors import DsError, KvCorrupt, from_info
@@ -87,18 +89,36 @@ class Endpoint:
 
 
 class Prefill(Endpoint):
-    """Owns a pool, and offers handles over it."""
+    """Owns a pool, offers handles over it, and sends what it is asked for."""
 
     def __init__(self, endpoint: str, name: str, node: str, directory: Path, *, incarnation: str = "1") -> None:
         super().__init__(endpoint, name, incarnation)
         self.node = node
         self.pool = make_pool(directory / f"{name}.kv", 64)
+        self.handles: dict[KvKey, KvHandle] = {}
+        #: to whom each was sent last
+        self._readers: dict[KvKey, str] = {}
+        self._collective = Collective(torch.device("cpu"), "127.0.0.1", PATIENCE_S)
 
     def offer(self, sequence: str, blocks: Sequence[int]) -> KvHandle:
         """Offer some blocks."""
         handle = offered(self.pool, sequence, blocks, owner=self.name, node=self.node)
+        self.handles[handle.key] = handle
         self.send(kv.KvOffer(handle))
         return handle
+
+    def take(self, message: msgspec.Struct) -> bool:
+        """Send at once, and stop when the reader has gone."""
+        if isinstance(message, kv.KvRelease) and message.reason != "pulled" and message.key in self._readers:
+            self._collective.drop(self._readers[message.key])
+        if not isinstance(message, kv.KvSend):
+            return super().take(message)
+        reader = self._readers[message.key] = message.reader
+        self.send(kv.KvSending(message.key, message.number, self._collective.invite(reader)))
+        blocks = RankPools.of(LAYOUT, self.pool).canonical(self.handles[message.key].blocks)
+        # whoever does not want it any more ends it
+        self._collective.send(reader, blocks)
+        return True
 
     async def released(self, key: KvKey) -> str:
         """Why the relay gave the blocks back."""
@@ -107,6 +127,7 @@ class Prefill(Endpoint):
     def close(self) -> None:
         """Vanish, pool and all."""
         super().close()
+        self._collective.close()
         self.pool.close()
 
 
@@ -118,7 +139,9 @@ class Decode(Endpoint):
         self.topology = topology
         self.pool = Segment.create(directory / f"{name}.kv", 256, LAYOUT.block_nbytes)
         self.pools = RankPools.of(LAYOUT, self.pool)
+        self._collective = Collective(torch.device("cpu"), "127.0.0.1", PATIENCE_S)
         self._mapped = SegmentCache()
+        self.transports = Transports(topology, self._mapped, self._collective)
 
     async def pull(
         self, handle: KvHandle, blocks: Sequence[int], *, doubt: Callable[[], None] = lambda: None
@@ -146,30 +169,15 @@ class Decode(Endpoint):
         if isinstance(word, kv.KvFailed):
             raise from_info(word.error)
         receiver = Receiver(handle, self.pools, blocks)
-        if word.ticket is None:
-            receiver.copy_direct(RankPools.map(handle.layout, handle.shards, handle.segment_blocks, self._mapped))
-        else:
-            stream = self.stream(handle, word.ticket)
-            await asyncio.to_thread(read_all, stream, receiver)
+        await asyncio.to_thread(self.transports.of(handle, word.ticket).bring, receiver)
         receiver.verify()
-
-    def stream(self, handle: KvHandle, ticket: kv.Ticket) -> Stream:
-        """What the ticket is good for."""
-        address = self.topology.relay_of(handle.node).stream_connect
-        assert address is not None
-        return Stream(address.pair, ticket, PATIENCE_S)
 
     def close(self) -> None:
         """Vanish, pool and all."""
         super().close()
+        self._collective.close()
         self.pool.close()
         self._mapped.close()
-
-
-def read_all(stream: Stream, receiver: Receiver) -> None:
-    """Read a stream to its end. Raises what :class:`Stream` raises."""
-    with stream:
-        receiver.receive(stream.read)
 
 
 class ScriptedRouter:

@@ -44,6 +44,7 @@ class Pace:
     seal_s: float = 0.002
     copy_s: float = 0.01
     cut_s: float = 0.001
+    meet_s: float = 0.003
     keep_s: float = 0.01
     step_s: float = 0.01
 
@@ -62,6 +63,8 @@ class World(Protocol):
 
     #: good now: token -> the relay that gave it
     tickets: dict[bytes, Process]
+    #: where an owner is met -> that one
+    meetings: dict[str, Process]
 
     def note(self, line: str) -> None:
         """Add to the trace."""
@@ -284,6 +287,12 @@ class PrefillProcess(InstanceProcess):
         match action:
             case prefill.Seal(key, blocks):
                 self.copy("seal", lambda: self._sealed(key, blocks))
+            case prefill.SendKv(handle, reader, number):
+                meeting = f"{self.name}/{self.incarnation}/{reader}"
+                self.world.meetings[meeting] = self
+                self.copy("meet", lambda: prefill.Sending(self.now, handle.key, number, meeting))
+            case prefill.EndSend(reader):
+                self.world.meetings.pop(f"{self.name}/{self.incarnation}/{reader}", None)
             case _:
                 super().perform(action, lost)
 
@@ -300,8 +309,8 @@ class DecodeProcess(InstanceProcess):
 
     def __init__(self, world: World, name: str, incarnation: str, machine: Machine) -> None:
         super().__init__(world, name, incarnation, machine)
-        #: tokens of the streams under way
-        self._streams: dict[KvKey, bytes] = {}
+        #: under way
+        self._streams: dict[KvKey, kv.Ticket] = {}
 
     def perform(self, action: Any, lost: list[str]) -> None:
         """Copies."""
@@ -309,8 +318,8 @@ class DecodeProcess(InstanceProcess):
             case decode.CopyDirect(handle, blocks):
                 self._copy(handle, blocks, None)
             case decode.CopyStream(handle, blocks, ticket):
-                self._streams[handle.key] = ticket.token
-                self._copy(handle, blocks, ticket.token)
+                self._streams[handle.key] = ticket
+                self._copy(handle, blocks, ticket)
             case decode.CutStream(key) if key not in self._streams:
                 # it is about to end by itself
                 pass
@@ -320,9 +329,9 @@ class DecodeProcess(InstanceProcess):
             case _:
                 super().perform(action, lost)
 
-    def _copy(self, handle: KvHandle, blocks: tuple[int, ...], token: bytes | None) -> None:
+    def _copy(self, handle: KvHandle, blocks: tuple[int, ...], ticket: kv.Ticket | None) -> None:
         memory, segment = self.world.memory, handle.shards[0].segment
-        if not memory.exists(segment) or not self._open(token):
+        if not memory.exists(segment) or not self._open(ticket):
             self._streams.pop(handle.key, None)
             self.copy("copy", lambda: decode.CopyEnded(self.now, handle.key, _gone(handle.key)))
             return
@@ -330,20 +339,23 @@ class DecodeProcess(InstanceProcess):
         before = read(source, handle.blocks)
 
         def end() -> decode.CopyEnded | None:
-            if token is not None and self._streams.get(handle.key) != token:
+            if ticket is not None and self._streams.get(handle.key) != ticket:
                 # it was cut
                 return None
             self._streams.pop(handle.key, None)
-            if not self._open(token):
+            if not self._open(ticket):
                 return decode.CopyEnded(self.now, handle.key, _gone(handle.key))
             self._receive(handle, blocks, torn(before, read(source, handle.blocks)))
             return decode.CopyEnded(self.now, handle.key, self._verify(handle, blocks))
 
         self.copy("copy", end)
 
-    def _open(self, token: bytes | None) -> bool:
-        """Whether a stream, if there is one, goes on."""
-        return token is None or (token in self.world.tickets and self.world.tickets[token].alive)
+    def _open(self, ticket: kv.Ticket | None) -> bool:
+        """Whether a stream or a meeting, if there is one, goes on."""
+        if ticket is None:
+            return True
+        other = self.world.meetings.get(ticket.meeting) or self.world.tickets.get(ticket.token)
+        return other is not None and other.alive
 
     def _receive(self, handle: KvHandle, blocks: tuple[int, ...], contents: tuple[Block, ...]) -> None:
         for block, content in zip(blocks, contents, strict=False):

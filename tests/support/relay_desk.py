@@ -25,6 +25,7 @@ def make_config(
     *,
     sources: tuple[str, ...] = ("n1",),
     direct: bool = True,
+    collective: bool = False,
     incarnation: str = "relay-1",
 ) -> RelayConfig:
     return RelayConfig(
@@ -35,6 +36,7 @@ def make_config(
         transfer_timeout_s=TIMEOUT_S,
         sources=sources,
         direct=direct,
+        collective=collective,
     )
 
 

@@ -17,10 +17,11 @@ from dstopology.resolved import Relay, Topology
 from dswire.errors import DsError, PortInUse
 from support.kv_workers import PATIENCE_S, Decode, Prefill, ScriptedRouter
 
-#: how KV gets from prefill to decode: same host; a relay to itself; a relay to another
-TRANSPORTS = ("shm", "tcp-self", "tcp-pair")
+#: how KV gets from prefill to decode: same host; by a relay's stream here, and there; by communicators
+TRANSPORTS = ("shm", "tcp-self", "tcp-pair", "gloo-self", "gloo-pair")
 
-RELAY = "{lease_s: 3, transfer_timeout_s: 4, port: PORT}"
+LEASE_S = 3
+RELAY = f"{{lease_s: {LEASE_S}, transfer_timeout_s: 4, port: PORT}}"
 ONE_NODE = """
 model: tiny
 nodes: [{name: n0, host: 127.0.0.1, devices: [cpu:0, cpu:1]}]
@@ -158,9 +159,9 @@ class World:
 
 def topology_for(transport: str, directory: Path) -> Topology:
     """A topology that takes that transport, on free ports."""
-    text = (TWO_NODES if transport == "tcp-pair" else ONE_NODE).replace("RELAY", RELAY)
-    if transport == "tcp-self":
-        text += "force_transport: tcp\n"
+    text = (TWO_NODES if transport.endswith("pair") else ONE_NODE).replace("RELAY", RELAY)
+    if transport in ("tcp-self", "gloo-self", "gloo-pair"):
+        text += f"force_transport: {transport[:-5]}\n"
     first = free_ports(6)
     text = text.replace("PORT", str(first)).replace("ROUTER", str(first + 4))
     path = directory / "t.yaml"

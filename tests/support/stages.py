@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import dsdecode.sequence
 import dsprefill.state
 import dsrouter.request
-from support.cluster import TCP, TWO_NODES, Cluster, Shape
+from support.cluster import GLOO, TCP, TWO_NODES, Cluster, Shape
 from support.raw_client import Heard
 
 TARGET = "t"
@@ -107,6 +107,7 @@ def _unplaced(cluster: Cluster) -> bool:
 _PULLING = dsdecode.sequence.Phase.PULLING
 _TCP = replace(TCP, transfer_timeout_s=PATIENT_S)
 _NODES = replace(TWO_NODES, transfer_timeout_s=PATIENT_S)
+_GLOO = replace(GLOO, transfer_timeout_s=PATIENT_S)
 
 _COLOCATED = Shape(mode="colocated", prefill=(), decode_tokens=8)
 
@@ -134,6 +135,8 @@ STAGES = (
     Stage("transferring-shm", "copy", _decode_in(_PULLING, copying=True)),
     Stage("transferring-tcp-loop", "copy", _decode_in(_PULLING, copying=True), _TCP),
     Stage("transferring-tcp", "copy", _decode_in(_PULLING, copying=True), _NODES),
+    Stage("meeting", "meet", _decode_in(_PULLING), _GLOO),
+    Stage("transferring-gloo", "copy", _decode_in(_PULLING, copying=True), _GLOO),
     Stage("decoding", "step", _decode_in(dsdecode.sequence.Phase.RUNNING, stepping=True)),
     Stage(
         "waiting-to-be-read",

@@ -12,6 +12,7 @@ from support.handles import make_handle
 from support.relay_desk import LEASE_S, TICKET, TIMEOUT_S, Desk, failure
 
 DECODE, SOURCE = "worker:decode-0", "relay:n1"
+READER = "decode-0/1"
 HERE = make_handle()
 THERE = make_handle("r2/0", node="n1", blocks=(4, 3, 2, 1, 0))
 
@@ -30,7 +31,7 @@ def grant(desk: Desk, handle: KvHandle = THERE, number: int = 1) -> None:
 
 
 def test_the_reader_gets_a_ticket(fetcher: Desk) -> None:
-    assert fetcher.sent(SOURCE, kv.KvFetch) == [kv.KvFetch(THERE.key, 1)]
+    assert fetcher.sent(SOURCE, kv.KvFetch) == [kv.KvFetch(THERE.key, 1, READER)]
     grant(fetcher)
     assert fetcher.actions == [Send(DECODE, kv.KvGrant(THERE.key, TICKET))]
     grant(fetcher)
@@ -55,7 +56,7 @@ def test_what_was_wrong_gets_another_ticket_once(fetcher: Desk) -> None:
     assert failure(fetcher, DECODE) == "transfer_failed", "there was no ticket yet"
     grant(fetcher)
     fetcher.say(DECODE, kv.KvAgain(THERE.key))
-    assert fetcher.sent(SOURCE, kv.KvFetch) == [kv.KvFetch(THERE.key, 2)]
+    assert fetcher.sent(SOURCE, kv.KvFetch) == [kv.KvFetch(THERE.key, 2, READER)]
     grant(fetcher, number=2)
     assert fetcher.sent(DECODE, kv.KvGrant) == [kv.KvGrant(THERE.key, TICKET)]
     fetcher.say(DECODE, kv.KvAgain(THERE.key))
@@ -87,7 +88,7 @@ def test_the_error_of_the_other_side_reaches_the_reader(fetcher: Desk) -> None:
 def test_what_an_earlier_fetch_left_on_the_way_is_dropped(fetcher: Desk) -> None:
     fetcher.say(DECODE, kv.KvAbort(THERE.key))
     fetcher.say(DECODE, kv.KvPull(THERE))
-    assert fetcher.sent(SOURCE, kv.KvFetch) == [kv.KvFetch(THERE.key, 2)]
+    assert fetcher.sent(SOURCE, kv.KvFetch) == [kv.KvFetch(THERE.key, 2, READER)]
     grant(fetcher)
     assert fetcher.actions == []
     fetcher.say(SOURCE, kv.KvFetchFailed(THERE.key, KvCorrupt("rotten").info(), 1))

@@ -23,7 +23,6 @@ from dstopology.endpoints import Tcp, free_ports
 from dswire.errors import KvCorrupt, PortInUse, TransferFailed
 from dswire.messages.kv import KvProof, Ticket
 from support.handles import LAYOUT, make_handle, make_pool, offered, ranks
-from support.kv_workers import read_all
 
 PATIENCE_S = 30.0
 BLOCKS = (5, 2, 9, 0, 7)
@@ -46,7 +45,7 @@ class Port:
 
     async def pull(self, ticket: Ticket, handle: KvHandle | None = None) -> None:
         receiver = Receiver(handle or self.handle, RankPools.of(LAYOUT, self.own), OWN)
-        await asyncio.to_thread(read_all, self.stream(ticket), receiver)
+        await asyncio.to_thread(self.stream(ticket).bring, receiver)
         receiver.verify()
 
     def close(self) -> None:

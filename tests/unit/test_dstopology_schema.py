@@ -79,6 +79,8 @@ def test_the_schema_names_its_draft_and_is_plain_json() -> None:
     assert json.loads(json.dumps(SCHEMA))["$defs"]["RelaySection"]["properties"]["transports"]["default"] == [
         "shm",
         "tcp",
+        "gloo",
+        "nccl",
     ]
     assert SCHEMA["$defs"]["File"]["required"] == ["model"]
 

@@ -137,7 +137,7 @@ def _handoff_lines(topology: Topology, pairs: list[Handoff], live: Live) -> Iter
     for one in pairs:
         where = "between nodes" if one.crosses_nodes else "within the node"
         kinds[one.transport, where] = kinds.get((one.transport, where), 0) + 1
-        by = f"through {' and '.join(dict.fromkeys(one.relays))}" if one.transport == "tcp" else ""
+        by = f"through {' and '.join(dict.fromkeys(one.relays))}" if one.transport != "shm" else ""
         if len(pairs) <= MAX_PAIRS:
             known = live.path(topology, one)
             yield _line(f"{one.owner} → {one.puller}", one.transport, where, by, known, style="")

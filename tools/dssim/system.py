@@ -279,7 +279,7 @@ class System:
 def sources_of(topology: Topology, node: str) -> tuple[str, ...]:
     """Nodes whose KV comes to ``node`` by the network."""
     reachable = (relay.node for relay in topology.relays if relay.data_connect is not None)
-    return tuple(other for other in reachable if topology.transport(other, node) == "tcp")
+    return tuple(other for other in reachable if topology.transport(other, node) != "shm")
 
 
 def _held(machine: object) -> dict[str, int]:

@@ -26,6 +26,8 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
     token: bytes
     #: key under which the stream is sealed; empty where nothing is encrypted
     secret: bytes = b""
+    #: where the owner is met that sends it by a communicator; empty where a stream is read
+    meeting: str = ""
 
 
 class PoolInfo(msgspec.Struct, frozen=True):
@@ -72,6 +74,15 @@ class KvHeld(msgspec.Struct, frozen=True, tag=True):
     """Prefill: is this offer still known? Where it is not, ``KvRelease`` was lost, and comes again."""
 
     key: KvKey
+
+
+class KvSending(msgspec.Struct, frozen=True, tag=True):
+    """Prefill: answer to :class:`KvSend`: where the reader is met, or why it cannot be."""
+
+    key: KvKey
+    number: int
+    meeting: str = ""
+    error: ErrorInfo | None = None
 
 
 class KvPull(msgspec.Struct, frozen=True, tag=True):
@@ -204,6 +215,15 @@ class KvListing(msgspec.Struct, frozen=True, tag=True):
     paths: tuple[PathInfo, ...] = ()
 
 
+class KvSend(msgspec.Struct, frozen=True, tag=True):
+    """To the owner: send this KV to ``reader`` by a communicator; nothing else is sent or read meanwhile."""
+
+    key: KvKey
+    reader: str
+    #: of the fetch
+    number: int
+
+
 class KvGrant(msgspec.Struct, frozen=True, tag=True):
     """To decode: copy straight from the owner's segment; or, with a ticket, read from the relay of its node."""
 
@@ -235,6 +255,8 @@ class KvFetch(msgspec.Struct, frozen=True, tag=True):
     key: KvKey
     #: of the fetching side's fetches; the answers tell it, as an earlier fetch may have left some on the way
     number: int = 0
+    #: for whom it is: its name and incarnation
+    reader: str = ""
 
 
 class KvProbe(msgspec.Struct, frozen=True, tag=True):
@@ -277,10 +299,21 @@ class KvFetchFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 FromKvWorker: TypeAlias = (
-    KvHello | KvPong | KvOffer | KvWithdraw | KvHeld | KvPull | KvPulled | KvAgain | KvAbort | KvExtend | KvList
+    KvHello
+    | KvPong
+    | KvOffer
+    | KvWithdraw
+    | KvHeld
+    | KvSending
+    | KvPull
+    | KvPulled
+    | KvAgain
+    | KvAbort
+    | KvExtend
+    | KvList
 )
 ToKvWorker: TypeAlias = (
-    KvWelcome | KvRefused | HelloWanted | KvPing | KvRelease | KvCancelled | KvListing | KvGrant | KvFailed
+    KvWelcome | KvRefused | HelloWanted | KvPing | KvRelease | KvCancelled | KvListing | KvSend | KvGrant | KvFailed
 )
 FromFetcher: TypeAlias = RelayHello | KvFetch | KvFetched | KvExtend | KvList | KvProbe
 ToFetcher: TypeAlias = HelloWanted | KvFetchGranted | KvProof | KvFetchFailed | KvListing

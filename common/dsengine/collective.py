@@ -1,0 +1,264 @@
+"""KV between instances by torch.distributed: Gloo between CPUs, NCCL between GPUs.
+
+An owner and a reader make a communicator of two when they first meet, and use it again as long as nothing goes
+wrong; whoever sees something go wrong drops it, which ends the other side's wait, and the next hand-off makes a new
+one. The relays see to it that an instance takes part in one hand-off at a time, so that no ring of instances can
+wait for each other. The bytes go in pieces, through a buffer on the device.
+
+Nothing of this is encrypted: a topology with CURVE on refuses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import ProcessGroupGloo
+
+from dsengine.meeting import Meeting
+from dsengine.runner import device_of
+from dskv.receive import Receiver
+from dstopology.resolved import Instance, Topology
+from dswire.errors import TransferFailed
+
+#: of KV that one operation carries
+PIECE_NBYTES = 4 << 20
+#: a tag under which nothing is ever sent
+_NEVER = 1
+#: ranks in a communicator
+_OWNER, _READER = 0, 1
+
+
+@dataclass(slots=True, eq=False)
+class _Pair:
+    """A communicator of an owner and a reader. Raises ``RuntimeError`` and ``OSError``."""
+
+    meeting: Meeting
+    #: of the process group that is ours
+    rank: int
+    timeout: timedelta
+    #: where pieces lie on the device, and the same memory on the host where that is another
+    piece: Tensor
+    host: Tensor
+    #: a process group of the device's backend, once both have met; torch's stubs know too little of them
+    group: Any = None
+
+    def meet(self, host: str) -> None:
+        """Make the communicator; ``host`` is this side's address."""
+        self.meeting.meet()
+        device = self.piece.device
+        if device.type == "cuda":
+            from torch._C._distributed_c10d import ProcessGroupNCCL
+
+            torch.cuda.set_device(device)
+            nccl = ProcessGroupNCCL.Options()
+            nccl._timeout = self.timeout
+            self.group = ProcessGroupNCCL(self.meeting, self.rank, 2, nccl)
+            return
+        # torch's own stubs leave these out
+        gloo: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        gloo._timeout = self.timeout
+        gloo._devices = [ProcessGroupGloo.create_device(hostname=host)]
+        self.group = ProcessGroupGloo(self.meeting, self.rank, 2, gloo)
+
+    def send_all(self, data: Iterable[memoryview]) -> None:
+        """In pieces as large as there is room for."""
+        filled = 0
+        for block in data:
+            taken = 0
+            while taken < len(block):
+                count = min(PIECE_NBYTES - filled, len(block) - taken)
+                self.host[filled : filled + count] = _tensor(block[taken : taken + count])
+                taken, filled = taken + count, filled + count
+                if filled == PIECE_NBYTES:
+                    self.send(filled)
+                    filled = 0
+        if filled:
+            self.send(filled)
+
+    def send(self, nbytes: int) -> None:
+        """What lies in ``host``."""
+        if self.host is not self.piece:
+            self.piece[:nbytes] = self.host[:nbytes]
+        self.group.send([self.piece[:nbytes]], _READER, 0).wait(self.timeout)
+
+    def receive(self, nbytes: int) -> None:
+        """A piece comes into ``host``."""
+        self.group.recv([self.piece[:nbytes]], _OWNER, 0).wait(self.timeout)
+        if self.host is not self.piece:
+            self.host[:nbytes] = self.piece[:nbytes]
+
+    def leave(self) -> None:
+        """End both sides' waits, those of other threads included."""
+        self.meeting.leave()
+        if self.group is None:
+            return
+        if self.piece.is_cuda:
+            self.group.abort()
+            return
+        # Gloo has no way to abort, but closes a connection on which a wait ran out of time
+        with contextlib.suppress(RuntimeError):
+            nothing = torch.empty(1, dtype=torch.uint8)
+            self.group.recv([nothing], 1 - self.rank, _NEVER).wait(timedelta(milliseconds=1))
+
+
+class Collective:
+    """The communicators of one instance, by the name of the other side. One transfer at a time."""
+
+    def __init__(self, device: torch.device, host: str, timeout_s: float) -> None:
+        """``host``: the address at which others reach this process; ``timeout_s``: bound of each wait."""
+        self._device = device
+        self._host = host
+        self._timeout_s = timeout_s
+        self._pairs: dict[str, _Pair] = {}
+        self._lock = threading.Lock()
+        self._sender = ThreadPoolExecutor(1, thread_name_prefix="send")
+
+    @classmethod
+    def of(cls, topology: Topology, instance: Instance) -> Collective | None:
+        """Those of ``instance``, where the topology has KV take them."""
+        if not topology.collective:
+            return None
+        device = device_of("cpu" if instance.devices[0].startswith("cpu") else instance.devices[0])
+        timeout_s = topology.relay_of(instance.node).transfer_timeout_s
+        return cls(device, topology.node(instance.node).host, timeout_s)
+
+    # the owner
+
+    def invite(self, reader: str) -> str:
+        """Where ``reader`` is met: ``host:port/token``. Raises :class:`TransferFailed`."""
+        with self._lock:
+            pair = self._pairs.get(reader)
+            if pair is None:
+                try:
+                    meeting = Meeting.listen(self._host, self._timeout_s)
+                except OSError as error:
+                    raise TransferFailed(f"cannot listen at {self._host}: {error}") from error
+                pair = self._pairs[reader] = self._new(meeting, _OWNER)
+            return pair.meeting.where
+
+    def send(self, reader: str, data: Iterable[memoryview]) -> Future[None]:
+        """Send all of ``data`` to a reader that was invited, in a thread; it ends with :class:`TransferFailed`."""
+        return self._sender.submit(self._send, reader, data)
+
+    def _send(self, reader: str, data: Iterable[memoryview]) -> None:
+        pair = self._pairs.get(reader)
+        if pair is None:
+            raise TransferFailed(f"the hand-off to {reader} is over")
+        try:
+            self._meet(pair)
+            pair.send_all(data)
+        except (RuntimeError, OSError) as error:
+            self.drop(reader, pair.meeting.where)
+            raise TransferFailed(f"{reader} cannot be sent to: {_first_line(error)}") from error
+
+    # the reader
+
+    def incoming(self, owner: str, where: str, nbytes: int) -> Incoming:
+        """What ``owner`` sends to one who meets it at ``where``."""
+        return Incoming(self, owner, where, nbytes)
+
+    def join(self, owner: str, where: str) -> _Pair:
+        """Meet ``owner``, unless that was done. Raises :class:`TransferFailed`."""
+        with self._lock:
+            pair = self._pairs.get(owner)
+            known = pair is not None and pair.meeting.where == where
+        if not known:
+            self.drop(owner)
+            with self._lock:
+                pair = self._pairs[owner] = self._new(Meeting(where, self._timeout_s), _READER)
+        assert pair is not None
+        try:
+            self._meet(pair)
+        except (RuntimeError, OSError) as error:
+            self.drop(owner, where)
+            raise TransferFailed(f"{owner} cannot be met: {_first_line(error)}") from error
+        return pair
+
+    # both
+
+    def drop(self, name: str, where: str | None = None) -> None:
+        """Leave the communicator with ``name``, if it is that of ``where``: whoever waits there is told."""
+        with self._lock:
+            pair = self._pairs.get(name)
+            if pair is None or where not in (None, pair.meeting.where):
+                return
+            del self._pairs[name]
+        pair.leave()
+
+    def close(self) -> None:
+        """Leave all."""
+        for name in list(self._pairs):
+            self.drop(name)
+        self._sender.shutdown()
+
+    def _new(self, meeting: Meeting, rank: int) -> _Pair:
+        piece = torch.empty(PIECE_NBYTES, dtype=torch.uint8, device=self._device)
+        host = torch.empty(PIECE_NBYTES, dtype=torch.uint8, pin_memory=True) if piece.is_cuda else piece
+        return _Pair(meeting, rank, timedelta(seconds=self._timeout_s), piece, host)
+
+    def _meet(self, pair: _Pair) -> None:
+        if pair.group is None:
+            pair.meet(self._host)
+        if pair not in self._pairs.values():
+            # it was left before there was anything to end
+            pair.leave()
+            raise RuntimeError("the hand-off is over")
+
+
+class Incoming:
+    """A transport: what an owner sends in one hand-off."""
+
+    def __init__(self, collective: Collective, owner: str, where: str, nbytes: int) -> None:
+        self._collective = collective
+        self._owner = owner
+        self._where = where
+        self._left = nbytes
+        self._cut = False
+        #: of the piece at hand: where what was not taken begins and ends
+        self._at = self._filled = 0
+
+    def bring(self, receiver: Receiver) -> None:
+        """Meet the owner, and take all that it sends. Raises :class:`TransferFailed`."""
+        if self._cut:
+            raise TransferFailed(f"the hand-off from {self._owner} is over")
+        pair = self._collective.join(self._owner, self._where)
+        receiver.receive(lambda target: self._read(pair, target))
+
+    def cut(self) -> None:
+        """Leave the communicator."""
+        self._cut = True
+        self._collective.drop(self._owner, self._where)
+
+    def _read(self, pair: _Pair, target: memoryview) -> None:
+        filled = 0
+        while filled < len(target):
+            if self._at == self._filled:
+                self._next(pair)
+            count = min(len(target) - filled, self._filled - self._at)
+            target[filled : filled + count] = pair.host.numpy().data[self._at : self._at + count]
+            filled, self._at = filled + count, self._at + count
+
+    def _next(self, pair: _Pair) -> None:
+        count = min(PIECE_NBYTES, self._left)
+        try:
+            pair.receive(count)
+        except RuntimeError as error:
+            self._collective.drop(self._owner, self._where)
+            raise TransferFailed(f"nothing comes from {self._owner}: {_first_line(error)}") from error
+        self._left, self._at, self._filled = self._left - count, 0, count
+
+
+def _tensor(data: memoryview) -> Tensor:
+    return torch.frombuffer(data, dtype=torch.uint8)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

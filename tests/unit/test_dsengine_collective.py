@@ -1,0 +1,140 @@
+"""KV by communicators, over Gloo: what arrives, and what the other side sees when one fails."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import cast
+
+import pytest
+import torch
+
+from dsengine import collective as module
+from dsengine.collective import Collective
+from dskv.receive import Receiver
+from dswire.errors import TransferFailed
+
+PATIENCE_S = 20.0
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def owner() -> Iterator[Collective]:
+    made = Collective(CPU, "127.0.0.1", PATIENCE_S)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def reader() -> Iterator[Collective]:
+    made = Collective(CPU, "127.0.0.1", PATIENCE_S)
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE_NBYTES", 1000)
+
+
+def blocks(count: int, nbytes: int) -> list[memoryview]:
+    draw = random.Random(count)
+    return [memoryview(bytearray(draw.randbytes(nbytes))) for _ in range(count)]
+
+
+class Target:
+    """Takes blocks, and has something done after the first."""
+
+    def __init__(self, count: int, nbytes: int, after: Callable[[], None] = lambda: None) -> None:
+        self.blocks = [bytearray(nbytes) for _ in range(count)]
+        self._after = after
+
+    def receive(self, read: Callable[[memoryview], None]) -> None:
+        for at, block in enumerate(self.blocks):
+            read(memoryview(block))
+            if at == 0:
+                self._after()
+
+
+def bring(reader: Collective, meeting: str, target: Target) -> None:
+    incoming = reader.incoming("prefill-0", meeting, sum(map(len, target.blocks)))
+    incoming.bring(cast("Receiver", target))
+
+
+def send(owner: Collective, data: list[memoryview]) -> tuple[str, Future[None]]:
+    return owner.invite("decode-0/1"), owner.send("decode-0/1", data)
+
+
+@pytest.mark.parametrize(("count", "nbytes"), [(1, 10), (7, 300), (3, 2500), (10, 100), (2, 1000)])
+def test_the_bytes_arrive(owner: Collective, reader: Collective, count: int, nbytes: int) -> None:
+    data = blocks(count, nbytes)
+    meetings = set()
+    for _ in range(3):
+        meeting, sent = send(owner, data)
+        bring(reader, meeting, target := Target(count, nbytes))
+        assert target.blocks == data
+        sent.result(PATIENCE_S)
+        meetings.add(meeting)
+    assert len(meetings) == 1, "the communicator is used again"
+
+
+def test_a_reader_that_leaves_ends_the_sending_and_comes_back(owner: Collective, reader: Collective) -> None:
+    # more than a connection holds
+    meeting, sent = send(owner, blocks(40, 1 << 20))
+    with pytest.raises(TransferFailed, match="nothing comes"):
+        bring(reader, meeting, Target(40, 1 << 20, lambda: reader.drop("prefill-0")))
+    with pytest.raises(TransferFailed, match="cannot be sent to"):
+        sent.result(PATIENCE_S)
+    small = blocks(2, 700)
+    meeting, sent = send(owner, small)
+    bring(reader, meeting, target := Target(2, 700))
+    assert target.blocks == small
+    sent.result(PATIENCE_S)
+
+
+def test_an_owner_that_leaves_ends_the_waiting(owner: Collective, reader: Collective) -> None:
+    # the second block never comes
+    meeting, sent = send(owner, blocks(1, 1000))
+    with pytest.raises(TransferFailed, match="nothing comes"):
+        bring(reader, meeting, Target(2, 1000, lambda: owner.drop("decode-0/1")))
+    sent.result(PATIENCE_S)
+
+
+def test_one_that_is_cut_before_it_began_ends_at_once(owner: Collective, reader: Collective) -> None:
+    meeting, sent = send(owner, blocks(1, 1000))
+    incoming = reader.incoming("prefill-0", meeting, 1000)
+    incoming.cut()
+    with pytest.raises(TransferFailed, match="over"):
+        incoming.bring(cast("Receiver", Target(1, 1000)))
+    owner.drop("decode-0/1")
+    with pytest.raises(TransferFailed, match="cannot be sent to"):
+        sent.result(PATIENCE_S)
+
+
+def test_an_owner_that_waits_can_leave(owner: Collective) -> None:
+    meeting, sent = send(owner, blocks(1, 1000))
+    owner.drop("decode-0/1", "another:1/meeting")
+    assert not sent.done()
+    owner.drop("decode-0/1", meeting)
+    with pytest.raises(TransferFailed, match="cannot be sent to"):
+        sent.result(PATIENCE_S)
+
+
+def test_nobody_waits_for_ever() -> None:
+    hasty = Collective(CPU, "127.0.0.1", 0.3)
+    _, sent = send(hasty, blocks(1, 10))
+    with pytest.raises(TransferFailed, match="cannot be sent to"):
+        sent.result(PATIENCE_S)
+    with pytest.raises(TransferFailed, match="cannot be met"):
+        bring(hasty, "127.0.0.1:1/00", Target(1, 10))
+    hasty.close()
+
+
+def test_who_has_no_token_is_not_met(owner: Collective, reader: Collective) -> None:
+    meeting, sent = send(owner, blocks(1, 10))
+    with pytest.raises(TransferFailed, match="cannot be met"):
+        bring(reader, meeting.partition("/")[0] + "/" + "00" * 16, Target(1, 10))
+    bring(reader, meeting, target := Target(1, 10))
+    sent.result(PATIENCE_S)
+    assert target.blocks == blocks(1, 10)
