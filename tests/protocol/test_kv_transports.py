@@ -14,7 +14,7 @@ from dswire.codec import encode
 from dswire.errors import KvCorrupt
 from dswire.messages import PROTOCOL, kv
 from dswire.sockets import ConnectedSocket
-from support.handles import LAYOUT
+from support.handles import LAYOUT, offered_by_ranks, ranks
 from support.kv_workers import Endpoint, Prefill
 from support.relays import LEASE_S, TRANSPORTS, World, running
 
@@ -59,6 +59,29 @@ async def settle(world: World) -> None:
 async def test_the_bytes_arrive_and_the_blocks_come_back(world: World) -> None:
     await hand_off(world)
     await hand_off(world, "r2/0")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [((2, 1, 4), (1, 2, 2)), ((1, 2, 2), (2, 1, 4)), ((1, 1, 4), (2, 2, 4))]
+)
+async def test_two_sides_may_differ(
+    world: World, tmp_path: Path, theirs: tuple[int, int, int], ours: tuple[int, int, int]
+) -> None:
+    tokens = 17
+    with (
+        ranks(tmp_path / "theirs", *theirs, tokens=tokens) as source,
+        ranks(tmp_path / "wanted", *ours, tokens=tokens) as wanted,
+        ranks(tmp_path / "ours", *ours) as target,
+    ):
+        handle = offered_by_ranks(source, "r1/0", tokens, owner="prefill-0", node="n0")
+        world.prefill.offer_from(source, handle)
+        world.decode.pools = target
+        own = range(target.placement.layout.blocks_for(tokens))
+        await world.decode.pull(handle, own)
+        assert await world.prefill.released(handle.key) == "pulled"
+        for rank in range(len(target.placement.shards)):
+            for block in own:
+                assert bytes(target.block(rank, block)) == bytes(wanted.block(rank, block))
 
 
 async def test_many_at_once(world: World) -> None:

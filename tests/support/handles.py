@@ -17,6 +17,8 @@ from dskv.shards import KvShard, shards
 
 #: 256 bytes a block, 4 tokens in each
 LAYOUT = KvLayout(layers=2, kv_heads=2, head_dim=4, block_size=4, dtype="float16")
+#: of a rank in :func:`ranks`
+RANK_BLOCKS = 10
 
 
 def whole(segment: str) -> tuple[KvShard, ...]:
@@ -62,13 +64,23 @@ def offered(pool: Segment, sequence: str, blocks: Sequence[int], *, owner: str, 
     )
 
 
+def offered_by_ranks(pools: RankPools, sequence: str, tokens: int, *, owner: str, node: str) -> KvHandle:
+    """A handle over the first blocks that :func:`ranks` has made, with the right checksum."""
+    layout, shares = pools.placement.layout, pools.placement.shards
+    blocks = tuple(range(layout.blocks_for(tokens)))
+    total = pools.checksum(blocks)
+    return KvHandle(KvKey(sequence, 0), owner, node, layout, tokens, blocks, shares, RANK_BLOCKS, total)
+
+
 @contextmanager
 def ranks(stem: Path, tp: int, pp: int, block_size: int, *, tokens: int = 0) -> Iterator[RankPools]:
-    """Ten blocks on each of ``tp * pp`` ranks; the first ones hold ``tokens`` tokens, and zeros behind them."""
+    """``tp * pp`` pools of :data:`RANK_BLOCKS` blocks; the first hold ``tokens`` tokens, and zeros behind them."""
     layout = msgspec.structs.replace(LAYOUT, block_size=block_size)
     parts = shards(layout, tp, pp, [f"{stem}-{rank}.kv" for rank in range(tp * pp)])
     with ExitStack() as stack:
-        segments = [Segment.create(Path(one.segment), 10, one.layout(layout).block_nbytes) for one in parts]
+        segments = [
+            Segment.create(Path(one.segment), RANK_BLOCKS, one.layout(layout).block_nbytes) for one in parts
+        ]
         for segment in segments:
             stack.callback(segment.close)
         made = RankPools(Placement(layout, parts), segments)
@@ -76,5 +88,5 @@ def ranks(stem: Path, tp: int, pp: int, block_size: int, *, tokens: int = 0) -> 
         for token in range(tokens):
             data = bytearray((token * 37 + at * 7) % 251 for at in range(one_token.block_nbytes))
             source = CanonicalBlocks(one_token, memoryview(data))
-            copy(source, [0] * tokens, made, range(10), token, token + 1)
+            copy(source, [0] * tokens, made, range(RANK_BLOCKS), token, token + 1)
         yield made

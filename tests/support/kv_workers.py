@@ -95,7 +95,8 @@ class Prefill(Endpoint):
         super().__init__(endpoint, name, incarnation)
         self.node = node
         self.pool = make_pool(directory / f"{name}.kv", 64)
-        self.handles: dict[KvKey, KvHandle] = {}
+        #: where the KV of each handle lies
+        self._offered: dict[KvKey, tuple[KvHandle, RankPools]] = {}
         #: to whom each was sent last
         self._readers: dict[KvKey, str] = {}
         self._collective = Collective(torch.device("cpu"), "127.0.0.1", PATIENCE_S)
@@ -103,9 +104,13 @@ class Prefill(Endpoint):
     def offer(self, sequence: str, blocks: Sequence[int]) -> KvHandle:
         """Offer some blocks."""
         handle = offered(self.pool, sequence, blocks, owner=self.name, node=self.node)
-        self.handles[handle.key] = handle
-        self.send(kv.KvOffer(handle))
+        self.offer_from(RankPools.of(LAYOUT, self.pool), handle)
         return handle
+
+    def offer_from(self, pools: RankPools, handle: KvHandle) -> None:
+        """Offer what lies in ``pools``."""
+        self._offered[handle.key] = handle, pools
+        self.send(kv.KvOffer(handle))
 
     def take(self, message: msgspec.Struct) -> bool:
         """Send at once, and stop when the reader has gone."""
@@ -115,9 +120,9 @@ class Prefill(Endpoint):
             return super().take(message)
         reader = self._readers[message.key] = message.reader
         self.send(kv.KvSending(message.key, message.number, self._collective.invite(reader)))
-        blocks = RankPools.of(LAYOUT, self.pool).canonical(self.handles[message.key].blocks)
+        handle, pools = self._offered[message.key]
         # whoever does not want it any more ends it
-        self._collective.send(reader, blocks)
+        self._collective.send(reader, pools.canonical(handle.blocks))
         return True
 
     async def released(self, key: KvKey) -> str:
