@@ -28,9 +28,13 @@ from dskv.shards import KvShard, copies, shards
 from dstopology.resolved import Instance, Topology
 from dstopology.wiring import model_identity
 from dswire.errors import DsError, ErrorInfo, OutOfMemory, StartFailed
+from dswire.messages.client import Sampling
 from dswire.messages.worker import Capacity, Logprobs, ModelIdentity
 
 T = TypeVar("T")
+
+#: of the prompt that an instance reads before it serves
+WARM_UP_TOKENS = 24
 
 
 class RunningInstance:
@@ -52,9 +56,12 @@ class RunningInstance:
 
     @classmethod
     async def load(cls, topology: Topology, instance: Instance, phase: Callable[[str], None]) -> RunningInstance:
-        """Load the model and allocate the pool. Raises what :class:`Engine` and the store raise."""
+        """Load the model, allocate the pool, take a first step. Raises what :class:`Engine` and the store raise."""
         phase("loading model")
-        return await asyncio.to_thread(cls._load, topology, instance)
+        running = await asyncio.to_thread(cls._load, topology, instance)
+        phase("warming up")
+        await asyncio.to_thread(running.warm_up)
+        return running
 
     @classmethod
     def _load(cls, topology: Topology, instance: Instance) -> RunningInstance:
@@ -125,6 +132,26 @@ class RunningInstance:
             if len(batch) == 1:
                 return [error.info()]
         return [(await self.step([item]))[0] for item in batch]
+
+    def warm_up(self) -> None:
+        """Read a short prompt and decode a token. Blocks; raises what steps raise, and gives everything back then.
+
+        What happens once would happen in somebody's first request otherwise: memory of its own for the kernels, at
+        all ranks, and the first look at weights that came from the disk a moment ago, which costs a virtual machine
+        more than reading them did.
+        """
+        engine = self.engine
+        room = min(engine.model.max_model_len, engine.pool.num_blocks * engine.layout.block_size)
+        count = min(WARM_UP_TOKENS, room - 1)
+        blocks = tuple(range(engine.layout.blocks_for(count + 1)))
+        try:
+            for tokens, start in (((0,) * count, 0), ((0,), count)):
+                if tokens:
+                    sampler = engine.sampler(Sampling(seed=0), tokens, ())
+                    self._steps.submit(engine.launch([StepItem(tokens, start, blocks, sampler)])).result()
+        except BaseException:
+            self.close()
+            raise
 
     async def copy(self, nbytes: int, run: Callable[[], T]) -> T:
         """Run in the copy thread, or at once where ``nbytes`` are few and no copy is before them."""
