@@ -1,4 +1,4 @@
-// Attention of a few query rows over the paged cache, in tiles of 64 keys with a running softmax (FlashAttention,
+// Attention of a few query rows over the paged cache, in tiles of 128 keys with a running softmax (FlashAttention,
 // arXiv 2205.14135).
 //
 // A query row's result has the same bits in a decode step, in a chunk and in a whole prompt: tiles are counted from
@@ -9,10 +9,10 @@
 
 namespace ds {
 
-constexpr int TILE = 64;
+constexpr int TILE = 128;
 constexpr int TILE_VECTORS = TILE / LANES;
 constexpr int CHUNK = 512;
-constexpr int QUERY_ROWS = 48;  // query rows (positions x heads of a group) of one task, unless one group has more
+constexpr int QUERY_ROWS = 96;  // query rows (positions x heads of a group) of one task, unless one group has more
 
 struct Pool {
   char* base;
@@ -184,7 +184,7 @@ struct Queries {
   int at(int row) const { return position + row / group; }
 };
 
-// The running state of each row, [rows], [rows], [rows][width].
+// The running state of each row, [rows], [rows], [rows][width]; the highest score as a power of two.
 struct State {
   float* highest;
   float* total;
@@ -193,20 +193,23 @@ struct State {
 
 inline vf soft_cap(vf s, float cap) { return tanh(s / cap) * cap; }
 
-// Scale the scores of a row and take out what its position does not see; the highest one.
+// What a score is multiplied by to be a power of two.
+inline float power_scale(const Shape& shape) { return shape.softcap != 0 ? LOG2_E : shape.scale * LOG2_E; }
+
+// Soft-cap the scores of a row and take out what its position does not see; the highest one.
 template <bool MASKED>
-inline float mask_row(float* line, const Queries& queries, const Shape& shape, int row, int first) {
+inline float mask_row(float* line, const Queries& queries, const Shape& shape, int row, int first, int count) {
   const int position = MASKED ? queries.at(row) : 0;
   const int from = MASKED && queries.window ? position - queries.window + 1 : 0;
   vf top = broadcast(-INFINITY);
-  for (int v = 0; v < TILE_VECTORS; ++v) {
-    vf score = load(line + v * LANES) * shape.scale;
-    if (shape.softcap != 0) score = soft_cap(score, shape.softcap);
+  for (int at = 0; at < count; at += LANES) {
+    vf score = load(line + at);
+    if (shape.softcap != 0) score = soft_cap(score * shape.scale, shape.softcap);
     if constexpr (MASKED) {
-      vi key = lane_numbers() + (first + v * LANES);
+      vi key = lane_numbers() + (first + at);
       score = (key <= position) & (key >= from) ? score : broadcast(-INFINITY);
     }
-    store(line + v * LANES, score);
+    if (MASKED || shape.softcap != 0) store(line + at, score);
     top = max(top, score);
   }
   return largest(top);
@@ -214,35 +217,37 @@ inline float mask_row(float* line, const Queries& queries, const Shape& shape, i
 
 // Probabilities of a row, to `p`; their sum.
 template <class E>
-inline float weigh_row(const float* line, float base, typename E::active* p) {
+inline float weigh_row(const float* line, float scale, float base, int count, typename E::active* p) {
   vf added{};
-  for (int v = 0; v < TILE_VECTORS; ++v) {
-    vf weight = exp(load(line + v * LANES) - base);
+  for (int at = 0; at < count; at += LANES) {
+    vf weight = exp2(load(line + at) * scale - base);
     added += weight;
-    E::activate(p + v * LANES, weight);
+    E::activate(p + at, weight);
   }
   return sum(added);
 }
 
 // Scores -> probabilities; the state so far shrinks where a higher score came.
 template <class E>
-void soften(Scratch<E>& scratch, const Queries& queries, const Shape& shape, int first, const State& state) {
+void soften(Scratch<E>& scratch, const Queries& queries, const Shape& shape, int first, int count,
+            const State& state) {
+  const float scale = power_scale(shape);
   const size_t width = padded(shape.head_dim);
   const int last = queries.at(queries.rows - 1);
-  const bool masked = first + TILE - 1 > queries.position || (queries.window && first <= last - queries.window);
+  const bool masked = first + count - 1 > queries.position || (queries.window && first <= last - queries.window);
   for (int begin = 0; begin < queries.rows; begin += LANES) {
     const int rows = queries.rows - begin < LANES ? queries.rows - begin : LANES;
     float* lines = scratch.scores.data() + begin * TILE;
     float tops[LANES] = {}, bases[LANES], factors[LANES];
     for (int row = 0; row < rows; ++row)
-      tops[row] = masked ? mask_row<true>(lines + row * TILE, queries, shape, begin + row, first)
-                         : mask_row<false>(lines + row * TILE, queries, shape, begin + row, first);
-    vf before = load_some(state.highest + begin, rows), now = max(load(tops), before);
+      tops[row] = masked ? mask_row<true>(lines + row * TILE, queries, shape, begin + row, first, count)
+                         : mask_row<false>(lines + row * TILE, queries, shape, begin + row, first, count);
+    vf before = load_some(state.highest + begin, rows), now = max(load(tops) * scale, before);
     vf base = now == -INFINITY ? vf{} : now;
-    store(bases, base), store(factors, exp(before - base));
+    store(bases, base), store(factors, exp2(before - base));
     store_some(state.highest + begin, now, rows);
     for (int row = 0; row < rows; ++row) {
-      float added = weigh_row<E>(lines + row * TILE, bases[row], scratch.p.data() + (begin + row) * TILE);
+      float added = weigh_row<E>(lines + row * TILE, scale, bases[row], count, scratch.p.data() + (begin + row) * TILE);
       state.total[begin + row] = state.total[begin + row] * factors[row] + added;
       if (factors[row] == 1) continue;
       float* out = state.out + (begin + row) * width;
@@ -282,7 +287,7 @@ void attend_tile(Scratch<E>& scratch, const Queries& queries, const Shape& shape
   }
   strips<E>(queries.rows, scratch.q.data(), width, scratch.k.data(), panel, count, shape.head_dim,
             {nullptr, 0, scratch.scores.data(), TILE});
-  soften(scratch, queries, shape, first, state);
+  soften(scratch, queries, shape, first, count, state);
   for (int key = 0; key < count; key += LANES) {
     ask(delta, key);
     pack_values<E>(rows + key, delta, LANES, shape.head_dim, scratch.v.data() + key * PANEL);
@@ -297,7 +302,7 @@ inline void merge(int rows, size_t width, const State& into, const State& other)
     float a = into.highest[row], b = other.highest[row];
     if (b == -INFINITY) continue;
     float now = std::fmax(a, b);
-    float old_part = a == -INFINITY ? 0 : exp1(a - now), new_part = exp1(b - now);
+    float old_part = a == -INFINITY ? 0 : exp2(a - now), new_part = exp2(b - now);
     into.highest[row] = now;
     into.total[row] = into.total[row] * old_part + other.total[row] * new_part;
     for (size_t i = 0; i < width; i += LANES) {

@@ -78,16 +78,19 @@ template <class E, int ROWS>
 inline void score_keys(const typename E::active* q, const Runs<E>& keys, size_t behind, int count, int head_dim,
                        float* scores) {
   using words = decltype(E::load_weights(keys.now[0]));
-  for (int dim = 0; dim < head_dim; dim += LANES * E::STEP)
-    for (int key = 0; key < count; key += LANES) {
+  constexpr int LINE = LANES * E::STEP;
+  for (int key = 0; key < count; key += LANES) {
+    const typename E::weight* now = keys.now[key / LANES] + behind;
+    const typename E::weight* next = keys.next[key / LANES] + behind;
+    vf acc[ROWS] = {};
+    for (int dim = 0; dim < head_dim; dim += LINE) {
       const char* at[LANES];
-      for (int i = 0; i < LANES; ++i)
-        at[i] = reinterpret_cast<const char*>(row_of(keys, key / LANES, behind + dim + i * head_dim));
-      vf acc[ROWS];
-      for (int row = 0; row < ROWS; ++row) acc[row] = dim ? load(scores + row * TILE + key) : vf{};
+      for (int i = 0; i < LANES; ++i) at[i] = reinterpret_cast<const char*>(now + dim + i * head_dim);
 #pragma GCC unroll 4
       for (int quarter = 0; quarter < 4; ++quarter) {
         __m512i columns[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) __builtin_prefetch(next + dim * LANES + (quarter * 4 + i) * LINE, 0, 2);
         turn(at, quarter, columns);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i)
@@ -97,8 +100,10 @@ inline void score_keys(const typename E::active* q, const Runs<E>& keys, size_t 
             acc[row] = E::mac(acc[row], (words)columns[i], x);
           }
       }
-      for (int row = 0; row < ROWS; ++row) store(scores + row * TILE + key, acc[row]);
     }
+#pragma GCC unroll 16
+    for (int row = 0; row < ROWS; ++row) store(scores + row * TILE + key, acc[row]);
+  }
 }
 
 // 32 dimensions of STEP neighbouring values, `offset` elements from the start of their run.
@@ -146,7 +151,7 @@ __attribute__((noinline)) void pass_tile(Scratch<E>& scratch, const Single<E>& t
   for (int head = 0; head < task.heads; ++head)
     score_keys<E, ROWS>(task.q + head * ROWS * dim, runs, head * head_size, count, dim,
                         scratch.scores.data() + head * ROWS * TILE);
-  soften(scratch, task.queries, task.shape, first, state);
+  soften(scratch, task.queries, task.shape, first, count, state);
   for (int head = 0; head < task.heads; ++head) {
     const size_t behind = task.cache.value_offset - task.cache.key_offset + head * head_size;
     const typename E::active* p = scratch.p.data() + head * ROWS * TILE;

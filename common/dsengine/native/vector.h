@@ -16,6 +16,7 @@
 namespace ds {
 
 constexpr int LANES = 16;
+constexpr float LOG2_E = 1.44269504f;
 
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
@@ -95,12 +96,27 @@ inline vf exp(vf x) {
   return x < -87.0f ? vf{} : p * (vf)power;
 }
 
+// 2^x for x up to 0, or little above: to about two units in the last place from 2^-126 on. exp2(0) is exactly 1 and
+// exp2(-inf) exactly 0. NaN stays NaN.
+inline vf exp2(vf x) {
+  const vf magic = broadcast(12582912.0f);
+  vf bounded = max(broadcast(-127.0f), x);
+  vf rounded = bounded + magic;
+  vf r = bounded - (rounded - magic);
+  vf p = 1.3264816e-3f * r + 9.6715120e-3f;
+  p = p * r + 5.5507336e-2f;
+  p = p * r + 2.4022242e-1f;
+  p = p * r + 6.9314700e-1f;
+  p = p * r + 1.0f;
+  return (vf)((vi)p + ((vi)rounded << 23));  // of -127 all bits but the sign are gone
+}
+
 inline vf tanh(vf x) {
   vf e = exp(x * 2.0f);
   return 1.0f - 2.0f / (e + 1.0f);
 }
 
-inline float exp1(float x) { return exp(broadcast(x))[0]; }
+inline float exp2(float x) { return exp2(broadcast(x))[0]; }
 
 inline vf from_bf16(vh bits) { return (vf)(__builtin_convertvector(bits, vi) << 16); }
 

@@ -14,7 +14,6 @@ namespace ds {
 
 constexpr int MOST_LIKELIEST = 20;
 constexpr double UNIT = 17592186044416.0;  // 2^44
-constexpr float LOG2_E = 1.44269504f;
 
 // What the next token of one sequence depends on besides its logits, and the answer.
 struct Draw {
