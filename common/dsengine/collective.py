@@ -3,7 +3,8 @@
 An owner and a reader make a communicator of two when they first meet, and use it again as long as nothing goes
 wrong; whoever sees something go wrong drops it, which ends the other side's wait, and the next hand-off makes a new
 one. The relays see to it that an instance takes part in one hand-off at a time, so that no ring of instances can
-wait for each other. The bytes go in pieces, through a buffer on the device.
+wait for each other. One operation carries one canonical block (``dskv.memory``): between CPUs straight out of the
+owner's memory, between GPUs by way of theirs.
 
 Nothing of this is encrypted: a topology with CURVE on refuses it.
 """
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,8 +30,8 @@ from dskv.receive import Receiver
 from dstopology.resolved import Instance, Topology
 from dswire.errors import TransferFailed
 
-#: of KV that one operation carries
-PIECE_NBYTES = 4 << 20
+#: blocks that a reader has asked for
+_AHEAD = 4
 #: a tag under which nothing is ever sent
 _NEVER = 1
 #: ranks in a communicator
@@ -43,21 +45,18 @@ class _Pair:
     meeting: Meeting
     #: of the process group that is ours
     rank: int
+    device: torch.device
     timeout: timedelta
-    #: where pieces lie on the device, and the same memory on the host where that is another
-    piece: Tensor
-    host: Tensor
     #: a process group of the device's backend, once both have met; torch's stubs know too little of them
     group: Any = None
 
     def meet(self, host: str) -> None:
         """Make the communicator; ``host`` is this side's address."""
         self.meeting.meet()
-        device = self.piece.device
-        if device.type == "cuda":
+        if self.device.type == "cuda":
             from torch._C._distributed_c10d import ProcessGroupNCCL
 
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(self.device)
             nccl = ProcessGroupNCCL.Options()
             nccl._timeout = self.timeout
             self.group = ProcessGroupNCCL(self.meeting, self.rank, 2, nccl)
@@ -68,39 +67,27 @@ class _Pair:
         gloo._devices = [ProcessGroupGloo.create_device(hostname=host)]
         self.group = ProcessGroupGloo(self.meeting, self.rank, 2, gloo)
 
-    def send_all(self, data: Iterable[memoryview]) -> None:
-        """In pieces as large as there is room for."""
-        filled = 0
-        for block in data:
-            taken = 0
-            while taken < len(block):
-                count = min(PIECE_NBYTES - filled, len(block) - taken)
-                self.host[filled : filled + count] = _tensor(block[taken : taken + count])
-                taken, filled = taken + count, filled + count
-                if filled == PIECE_NBYTES:
-                    self.send(filled)
-                    filled = 0
-        if filled:
-            self.send(filled)
+    def send(self, data: memoryview) -> None:
+        """The reader has it, or soon will."""
+        self.group.send([_tensor(data).to(self.device)], _READER, 0).wait(self.timeout)
 
-    def send(self, nbytes: int) -> None:
-        """What lies in ``host``."""
-        if self.host is not self.piece:
-            self.piece[:nbytes] = self.host[:nbytes]
-        self.group.send([self.piece[:nbytes]], _READER, 0).wait(self.timeout)
-
-    def receive(self, nbytes: int) -> None:
-        """A piece comes into ``host``."""
-        self.group.recv([self.piece[:nbytes]], _OWNER, 0).wait(self.timeout)
-        if self.host is not self.piece:
-            self.host[:nbytes] = self.piece[:nbytes]
+    def receive(self, count: int, nbytes: int) -> Iterator[Tensor]:
+        """The next ``count`` that are sent, each of ``nbytes``; each is good until the next."""
+        here = torch.empty(min(count, _AHEAD), nbytes, dtype=torch.uint8, device=self.device)
+        asked: deque[Any] = deque()
+        for at in range(count):
+            # the owner need not wait to be told that somebody wants it
+            for place in range(at + len(asked), min(at + len(here), count)):
+                asked.append(self.group.recv([here[place % len(here)]], _OWNER, 0))
+            asked.popleft().wait(self.timeout)
+            yield here[at % len(here)]
 
     def leave(self) -> None:
         """End both sides' waits, those of other threads included."""
         self.meeting.leave()
         if self.group is None:
             return
-        if self.piece.is_cuda:
+        if self.device.type == "cuda":
             self.group.abort()
             return
         # Gloo has no way to abort, but closes a connection on which a wait ran out of time
@@ -154,16 +141,17 @@ class Collective:
             raise TransferFailed(f"the hand-off to {reader} is over")
         try:
             self._meet(pair)
-            pair.send_all(data)
+            for block in data:
+                pair.send(block)
         except (RuntimeError, OSError) as error:
             self.drop(reader, pair.meeting.where)
             raise TransferFailed(f"{reader} cannot be sent to: {_first_line(error)}") from error
 
     # the reader
 
-    def incoming(self, owner: str, where: str, nbytes: int) -> Incoming:
+    def incoming(self, owner: str, where: str) -> Incoming:
         """What ``owner`` sends to one who meets it at ``where``."""
-        return Incoming(self, owner, where, nbytes)
+        return Incoming(self, owner, where)
 
     def join(self, owner: str, where: str) -> _Pair:
         """Meet ``owner``, unless that was done. Raises :class:`TransferFailed`."""
@@ -200,9 +188,7 @@ class Collective:
         self._sender.shutdown()
 
     def _new(self, meeting: Meeting, rank: int) -> _Pair:
-        piece = torch.empty(PIECE_NBYTES, dtype=torch.uint8, device=self._device)
-        host = torch.empty(PIECE_NBYTES, dtype=torch.uint8, pin_memory=True) if piece.is_cuda else piece
-        return _Pair(meeting, rank, timedelta(seconds=self._timeout_s), piece, host)
+        return _Pair(meeting, rank, self._device, timedelta(seconds=self._timeout_s))
 
     def _meet(self, pair: _Pair) -> None:
         if pair.group is None:
@@ -216,44 +202,33 @@ class Collective:
 class Incoming:
     """A transport: what an owner sends in one hand-off."""
 
-    def __init__(self, collective: Collective, owner: str, where: str, nbytes: int) -> None:
+    def __init__(self, collective: Collective, owner: str, where: str) -> None:
         self._collective = collective
         self._owner = owner
         self._where = where
-        self._left = nbytes
         self._cut = False
-        #: of the piece at hand: where what was not taken begins and ends
-        self._at = self._filled = 0
 
     def bring(self, receiver: Receiver) -> None:
         """Meet the owner, and take all that it sends. Raises :class:`TransferFailed`."""
         if self._cut:
             raise TransferFailed(f"the hand-off from {self._owner} is over")
         pair = self._collective.join(self._owner, self._where)
-        receiver.receive(lambda target: self._read(pair, target))
+        handle = receiver.handle
+        blocks = pair.receive(len(handle.blocks), handle.layout.block_nbytes)
+
+        def read(target: memoryview) -> None:
+            _tensor(target).copy_(next(blocks))
+
+        try:
+            receiver.receive(read)
+        except RuntimeError as error:
+            self.cut()
+            raise TransferFailed(f"nothing comes from {self._owner}: {_first_line(error)}") from error
 
     def cut(self) -> None:
         """Leave the communicator."""
         self._cut = True
         self._collective.drop(self._owner, self._where)
-
-    def _read(self, pair: _Pair, target: memoryview) -> None:
-        filled = 0
-        while filled < len(target):
-            if self._at == self._filled:
-                self._next(pair)
-            count = min(len(target) - filled, self._filled - self._at)
-            target[filled : filled + count] = pair.host.numpy().data[self._at : self._at + count]
-            filled, self._at = filled + count, self._at + count
-
-    def _next(self, pair: _Pair) -> None:
-        count = min(PIECE_NBYTES, self._left)
-        try:
-            pair.receive(count)
-        except RuntimeError as error:
-            self._collective.drop(self._owner, self._where)
-            raise TransferFailed(f"nothing comes from {self._owner}: {_first_line(error)}") from error
-        self._left, self._at, self._filled = self._left - count, 0, count
 
 
 def _tensor(data: memoryview) -> Tensor:

@@ -30,7 +30,7 @@ class Transports:
             return SharedMemory(handle, self._mapped)
         if ticket.meeting:
             assert self._collective is not None, "the relay has owners send where the topology says so"
-            return self._collective.incoming(handle.owner, ticket.meeting, handle.nbytes)
+            return self._collective.incoming(handle.owner, ticket.meeting)
         relay = self._topology.relay_of(handle.node)
         assert relay.stream_connect is not None, "the relay gives tickets for what can be reached"
         return Stream(relay.stream_connect.pair, ticket, relay.transfer_timeout_s)

@@ -22,14 +22,15 @@ def _rows(*arguments: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_both_transports_beside_their_limits() -> None:
-    rows = _rows("--curve")
+def test_every_transport_beside_its_limit() -> None:
+    rows = _rows("--curve", "--transport", "shm", "--transport", "host", "--transport", "gloo")
     moved = [row for row in rows if set(row) == TRANSFER]
     assert [(row["transport"], row["curve"]) for row in moved] == [
         ("copy", False),
         ("shm", False),
         ("host", False),
         ("host", True),
+        ("gloo", False),
     ]
     for row in moved:
         assert row["bytes"] == 5 * 368_640
@@ -37,7 +38,9 @@ def test_both_transports_beside_their_limits() -> None:
         assert row["ratio"] == pytest.approx(row["bytes_per_s"] / row["limit_bytes_per_s"])
     assert all(row["pull_us"] > 0 for row in rows if "pull_us" in row)
     assert all(row["handles"] == 20 and row["handles_per_s"] > 0 for row in rows if "handles" in row)
-    assert len(rows) == 4 + 2 * 3
+    (proof,) = (row for row in rows if "overhead" in row)
+    assert proof["overhead"] == pytest.approx(proof["seconds"] / proof["seconds_unverified"] - 1)
+    assert len(rows) == 5 + 1 + 2 * 4
 
 
 def test_the_table_is_drawn() -> None:

@@ -17,7 +17,7 @@ from rich.table import Table
 from dsbench import host
 from dsbench.handoff import limits
 from dsbench.handoff.ends import LAYOUT
-from dsbench.handoff.measure import Copies, Cost, Crowd, Limit, Transfer, cost, crowd, transfers
+from dsbench.handoff.measure import Copies, Cost, Crowd, Limit, Transfer, Verification, cost, crowd, transfers
 from dsbench.handoff.whole import HandOff, hand_off, system
 from dsbench.handoff.world import World, world
 from dskv.segment import Segment
@@ -25,14 +25,17 @@ from dskv.stream import RECORD_NBYTES
 from dsobserve.terminal import output
 from dswire.errors import Failed
 
-Row: TypeAlias = Transfer | Cost | Crowd | HandOff
+Row: TypeAlias = Transfer | Verification | Cost | Crowd | HandOff
 #: tokens of the prompt that a whole system hands over
 TOKENS = 512
 
 
 @click.command("kv")
 @click.option(
-    "--transport", type=click.Choice(["shm", "host"]), multiple=True, help="May be said twice; default: both."
+    "--transport",
+    type=click.Choice(["shm", "host", "gloo"]),
+    multiple=True,
+    help="May be said several times; default: shm and host.",
 )
 @click.option("--curve", is_flag=True, help="Also with encryption between the nodes.")
 @click.option(
@@ -60,6 +63,7 @@ def command(
            `copy` is that without the messages that lead to it
     host   two nodes on this host's loopback: owner's pool, TCP, reader's pool; the limit is a blocking
            socket that carries the same bytes, and with --curve libsodium's box over them, in one thread
+    gloo   the same two nodes, by a communicator of torch.distributed; the limit is the socket
 
     Every figure is the median of rounds in which it and its limit take turns. At last a whole system of one prefill
     and one decode instance hands prompts of 512 tokens over, one by one; its ledger tells how long that took.
@@ -71,7 +75,7 @@ def command(
     console = Console(stderr=True)
     host.warn(console)
     plan = [(name, on) for name in transport or ("shm", "host") for on in ([False, True] if curve else [False])]
-    # shared memory is not encrypted, only the words about it are
+    # shared memory is not encrypted, only the words about it are, and communicators cannot be
     plan = [(name, on) for name, on in plan if name == "host" or not on]
     rows: list[Row] = []
     with (
@@ -115,7 +119,9 @@ async def _measure(
         for mib in sizes:
             if transport == "shm":
                 handle = (await running.offer(1, max(1, (mib << 20) // LAYOUT.block_nbytes)))[0]
-                yield Copies(running.reader, source).run(handle, rounds)
+                copies = Copies(running.reader, source)
+                yield copies.run(handle, rounds)
+                yield copies.verification(handle, rounds)
             yield await transfers(running, transport, curve, mib << 20, rounds, limit)
         yield await cost(running, transport, curve, 20 * rounds)
         yield await crowd(running, transport, curve, handles, 8, max(1, rounds // 5))
@@ -140,6 +146,7 @@ def _limit(running: World, transport: str, curve: bool, source: Segment) -> Limi
 
 def _tables(rows: Sequence[Row]) -> list[Table]:
     speed = Table("transport", "CURVE", "MiB", "ms", "GB/s", "limit GB/s", "of the limit", title="hand-offs")
+    proofs = Table("MiB", "ms", "unverified ms", "overhead", title="verifying a copy (median)")
     costs = Table("transport", "CURVE", "µs to pull", "µs of that to copy", title="one block (median)")
     crowds = Table("transport", "CURVE", "handles at once", "a second", "8 at once", "ratio", title="many at once")
     whole = Table("prompt tokens", "hand-off ms", "of which", title="a whole system (median)")
@@ -147,6 +154,9 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
         match row:
             case Transfer():
                 speed.add_row(*_transfer(row))
+            case Verification():
+                took = (f"{row.seconds * 1e3:.2f}", f"{row.seconds_unverified * 1e3:.2f}")
+                proofs.add_row(f"{row.bytes / (1 << 20):.0f}", *took, f"{row.overhead:.1%}")
             case Cost():
                 copied = "-" if row.copy_us is None else f"{row.copy_us:.0f}"
                 costs.add_row(row.transport, _on(row.curve), f"{row.pull_us:.0f}", copied)
@@ -156,7 +166,7 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
             case HandOff():
                 stages = (f"{stage.removesuffix('_s')} {ms:.2f}" for stage, ms in row.stages_ms.items())
                 whole.add_row(str(row.prompt_tokens), f"{row.hand_off_ms:.2f}", ", ".join(stages))
-    return [made for made in (speed, costs, crowds, whole) if made.row_count]
+    return [made for made in (speed, proofs, costs, crowds, whole) if made.row_count]
 
 
 def _transfer(row: Transfer) -> tuple[str, ...]:

@@ -13,25 +13,27 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import uvloop
 
+from dsdecode.transports import Transports
 from dskv.handle import KvHandle, KvKey
 from dskv.layout import KvLayout
 from dskv.memory import SMALL_NBYTES, RankPools
 from dskv.receive import Receiver
 from dskv.segment import Segment, SegmentCache
-from dskv.stream import Stream
-from dstopology.endpoints import Tcp
-from dstopology.resolved import Relay
+from dstopology.resolved import Topology
 from dswire.codec import Decoder, encode
 from dswire.errors import Failed, from_info
 from dswire.keys import CurveKeys, load_system
 from dswire.membership import HELLO_RETRY_S
 from dswire.messages import PROTOCOL, kv
 from dswire.sockets import ConnectedSocket
+
+if TYPE_CHECKING:
+    from dsengine.collective import Collective
 
 #: a block of SmolLM2-135M in bfloat16: 368,640 bytes
 LAYOUT = KvLayout(layers=30, kv_heads=3, head_dim=64, block_size=16, dtype="bfloat16")
@@ -116,6 +118,9 @@ class Owner(End):
         super().__init__(endpoint, "prefill-0", pool, keys)
         self._node = node
         self._epoch = 0
+        #: by which it sends what the relay wants it to send
+        self._collective: Collective | None = None
+        self._offered: dict[KvKey, KvHandle] = {}
 
     def offer(self, first: int, blocks: int) -> KvHandle:
         """Offer ``blocks`` blocks, from the ``first`` of the scattered ones on."""
@@ -133,18 +138,37 @@ class Owner(End):
             segment_blocks=self.pool.slots,
             checksum=self.pools.checksum(mine),
         )
+        self._offered[handle.key] = handle
         self.send(kv.KvOffer(handle))
         return handle
+
+    def take(self, message: Any) -> None:
+        """Send, or forget."""
+        match message:
+            case kv.KvSend(key=key, reader=reader, number=number):
+                if self._collective is None:
+                    self._collective = communicators()
+                self.send(kv.KvSending(key, number, self._collective.invite(reader)))
+                self._collective.send(reader, self.pools.canonical(self._offered[key].blocks))
+            case kv.KvRelease(key=key):
+                del self._offered[key]
+
+    def close(self) -> None:
+        """Leave the readers, and vanish."""
+        if self._collective is not None:
+            self._collective.close()
+        super().close()
 
 
 class Reader(End):
     """Pulls handles into a pool of its own."""
 
-    def __init__(self, relay: Relay, source: Tcp | None, pool: Segment, keys: CurveKeys | None = None) -> None:
-        """``source``: where the relay of the owner's node has its streams."""
-        super().__init__(relay.local, "decode-0", pool, keys)
-        self._node = relay.node
-        self._source = source
+    def __init__(self, topology: Topology, pool: Segment, keys: CurveKeys | None = None) -> None:
+        instance = topology.instance("decode-0")
+        super().__init__(topology.relay_of(instance.node).local, instance.name, pool, keys)
+        self._node = instance.node
+        self._collective = communicators() if topology.collective else None
+        self._transports = Transports(topology, self.mapped, self._collective)
         #: read before the relay's word
         self._unanswered: set[KvKey] = set()
         self._pulls: dict[KvKey, asyncio.Future[Any]] = {}
@@ -155,14 +179,14 @@ class Reader(End):
         if self.welcome.early and handle.node == self._node:
             self._unanswered.add(handle.key)
             self.send(kv.KvPull(handle))
-            await self.copy(handle.nbytes, lambda: self.direct(receiver))
+            await self.copy(handle.nbytes, lambda: self.bring(receiver))
             return
         self._pulls[handle.key] = word = asyncio.get_running_loop().create_future()
         self.send(kv.KvPull(handle))
         try:
             async with asyncio.timeout(PATIENCE_S):
                 ticket = await word
-                await self.copy(1 << 30, lambda: self._read(receiver, ticket))
+                await self.copy(1 << 30, lambda: self.bring(receiver, ticket))
         finally:
             del self._pulls[handle.key]
         self.send(kv.KvPulled(handle.key))
@@ -181,19 +205,25 @@ class Reader(End):
             case kv.KvGrant(ticket=ticket):
                 word.set_result(ticket)
 
-    def _read(self, receiver: Receiver, ticket: kv.Ticket | None) -> None:
-        if ticket is None or self._source is None:
-            self.direct(receiver)
-            return
-        with Stream(self._source.pair, ticket, PATIENCE_S) as stream:
-            receiver.receive(stream.read)
+    def bring(self, receiver: Receiver, ticket: kv.Ticket | None = None) -> None:
+        """Copy as the ticket says, without one straight out of the owner's pool, and verify."""
+        self._transports.of(receiver.handle, ticket).bring(receiver)
         receiver.verify()
 
-    def direct(self, receiver: Receiver) -> None:
-        """Copy straight out of the owner's pool, and verify."""
-        handle = receiver.handle
-        receiver.copy_direct(RankPools.map(LAYOUT, handle.shards, handle.segment_blocks, self.mapped))
-        receiver.verify()
+    def close(self) -> None:
+        """Leave the owner, and vanish."""
+        if self._collective is not None:
+            self._collective.close()
+        super().close()
+
+
+def communicators() -> Collective:
+    """Of this process, between CPUs."""
+    import torch
+
+    from dsengine.collective import Collective
+
+    return Collective(torch.device("cpu"), "127.0.0.1", PATIENCE_S)
 
 
 def filled_pool(path: Path, blocks: int) -> Segment:

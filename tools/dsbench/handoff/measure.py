@@ -13,7 +13,6 @@ from dsbench.handoff import limits
 from dsbench.handoff.ends import LAYOUT, Reader
 from dsbench.handoff.world import World
 from dskv.handle import KvHandle
-from dskv.memory import RankPools
 from dskv.receive import Receiver
 from dskv.segment import Segment
 
@@ -45,6 +44,15 @@ class Cost(msgspec.Struct, frozen=True):
     copy_us: float | None
 
 
+class Verification(msgspec.Struct, frozen=True):
+    """What verifying adds to the copy out of another process's pool."""
+
+    bytes: int
+    seconds: float
+    seconds_unverified: float
+    overhead: float
+
+
 class Crowd(msgspec.Struct, frozen=True):
     """Hand-offs a second with many handles wanted at once, beside few."""
 
@@ -72,10 +80,22 @@ class Copies:
         seconds, least = [], []
         for _ in range(rounds + 1):
             began = time.perf_counter()
-            self._reader.direct(Receiver(handle, RankPools.of(LAYOUT, self._reader.pool), own))
+            self._reader.bring(Receiver(handle, self._reader.pools, own))
             seconds.append(time.perf_counter() - began)
             least.append(limits.memcpy_s(target, origin, handle.nbytes))
         return made("copy", handle.nbytes, False, seconds[1:], least[1:])
+
+    def verification(self, handle: KvHandle, rounds: int) -> Verification:
+        """Copy ``handle`` with and without a checksum, in turns."""
+        took: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(rounds + 1):
+            for summed, seconds in took.items():
+                began = time.perf_counter()
+                own = range(len(handle.blocks))
+                self._reader.bring(Receiver(handle, self._reader.pools, own, summed=summed))
+                seconds.append(time.perf_counter() - began)
+        verified, plain = median(took[True][1:]), median(took[False][1:])
+        return Verification(handle.nbytes, verified, plain, verified / plain - 1)
 
 
 async def transfers(world: World, transport: str, curve: bool, nbytes: int, rounds: int, limit: Limit) -> Transfer:
@@ -100,9 +120,9 @@ async def cost(world: World, transport: str, curve: bool, rounds: int) -> Cost:
         await world.reader.pull(handle, [0])
         pulls.append(time.perf_counter() - began)
         if transport == "shm":
-            receiver = Receiver(handle, RankPools.of(LAYOUT, world.reader.pool), [0])
+            receiver = Receiver(handle, world.reader.pools, [0])
             began = time.perf_counter()
-            world.reader.direct(receiver)
+            world.reader.bring(receiver)
             copies.append(time.perf_counter() - began)
     return Cost(transport, curve, median(pulls) * 1e6, median(copies) * 1e6 if copies else None)
 

@@ -36,6 +36,7 @@ prefill: {{place: [[n0/cpu:0]]}}
 decode: {{place: [[{reader}/cpu:1]]}}
 relay: {{port: {relay}}}
 security: {{curve: {curve}, keys: {keys}}}
+force_transport: {force}
 """
 _STOP_S = 20.0
 
@@ -65,7 +66,7 @@ class World:
 
 @asynccontextmanager
 async def world(transport: str, blocks: int, *, curve: bool) -> AsyncIterator[World]:
-    """Everything up and registered, with pools of ``blocks`` blocks; ``transport`` is ``shm`` or ``host``."""
+    """Everything up and registered, with pools of ``blocks``; ``transport`` is ``shm``, ``host`` or ``gloo``."""
     with ExitStack() as stack:
         topology = _topology(stack.enter_context(directory()), transport, curve)
         keys = system_keys(topology)
@@ -75,12 +76,12 @@ async def world(transport: str, blocks: int, *, curve: bool) -> AsyncIterator[Wo
         stack.callback(router.socket.close)
         for relay in topology.relays:
             stack.enter_context(process(topology, relay.name))
-        ends = [topology.relay_of(topology.instance(name).node) for name in ("prefill-0", "decode-0")]
+        relay = topology.relay_of(topology.instance("prefill-0").node)
         pools = [topology.instance(name).segment for name in ("prefill-0", "decode-0")]
-        command = [sys.executable, "-m", "dsbench.handoff.ends", ends[0].local, ends[0].node]
+        command = [sys.executable, "-m", "dsbench.handoff.ends", relay.local, relay.node]
         command += [str(pools[0]), str(blocks), *([str(topology.security.keys_dir)] if keys else [])]
         owner = stack.enter_context(_owner(command))
-        reader = Reader(ends[1], ends[0].stream_connect, filled_pool(pools[1], blocks), keys)
+        reader = Reader(topology, filled_pool(pools[1], blocks), keys)
         stack.callback(reader.close)
         await reader.hello()
         running = World(topology, owner, reader)
@@ -122,7 +123,8 @@ def _topology(root: Path, transport: str, curve: bool) -> Topology:
             port=port,
             backend=port + 1,
             relay=port + 2,
-            reader="n1" if transport == "host" else "n0",
+            reader="n0" if transport == "shm" else "n1",
+            force="gloo" if transport == "gloo" else "null",
             curve="on" if curve else "off",
             keys=root / "keys",
         )
