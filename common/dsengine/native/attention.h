@@ -6,11 +6,10 @@
 #pragma once
 
 #include "product.h"
+#include "turns.h"
 
 namespace ds {
 
-constexpr int TILE = 128;
-constexpr int TILE_VECTORS = TILE / LANES;
 constexpr int CHUNK = 512;
 constexpr int QUERY_ROWS = 96;  // query rows (positions x heads of a group) of one task, unless one group has more
 
@@ -253,6 +252,7 @@ void soften(Scratch<E>& scratch, const Queries& queries, const Shape& shape, int
       float* out = state.out + (begin + row) * width;
       for (size_t i = 0; i < width; i += LANES) store(out + i, load(out + i) * factors[row]);
     }
+    for (int row = 0; row < rows; ++row) take_turns(scratch.p.data() + (begin + row) * TILE, count);
   }
 }
 
@@ -288,9 +288,11 @@ void attend_tile(Scratch<E>& scratch, const Queries& queries, const Shape& shape
   strips<E>(queries.rows, scratch.q.data(), width, scratch.k.data(), panel, count, shape.head_dim,
             {nullptr, 0, scratch.scores.data(), TILE});
   soften(scratch, queries, shape, first, count, state);
+  const weight* turned[TILE];
+  take_turns(rows, count, turned);
   for (int key = 0; key < count; key += LANES) {
     ask(delta, key);
-    pack_values<E>(rows + key, delta, LANES, shape.head_dim, scratch.v.data() + key * PANEL);
+    pack_values<E>(turned + key, delta, LANES, shape.head_dim, scratch.v.data() + key * PANEL);
   }
   strips<E>(queries.rows, scratch.p.data(), TILE, scratch.v.data(), static_cast<size_t>(PANEL) * TILE,
             static_cast<int>(width), count, {state.out, width, state.out, width});

@@ -50,9 +50,9 @@ struct Single {
 
 #ifdef DS_PASSES
 
-// Where a tile's keys or values lie, 16 rows a run, and those of the tile that follows: each line of that one is asked
-// for in the second-level cache beside the load of its counterpart here. Asked for in one go they would fill the queue
-// of loads.
+// Where a tile's keys or values lie, 16 rows a run, and those of the tile that follows: beside the loads of this one, in
+// the order of turns, its lines are asked for in the second-level cache. Asked for in one go they would fill the queue of
+// loads.
 template <class E>
 struct Runs {
   using weight = typename E::weight;
@@ -66,31 +66,31 @@ struct Runs {
   }
 };
 
-// A row of a run, `offset` elements from its start.
-template <class E>
-inline const typename E::weight* row_of(const Runs<E>& runs, int run, size_t offset) {
-  __builtin_prefetch(runs.next[run] + offset, 0, 2);
-  return runs.now[run] + offset;
-}
-
 // Scores of `count` keys, `behind` elements from the runs, for ROWS query rows: to scores + row * TILE.
 template <class E, int ROWS>
 inline void score_keys(const typename E::active* q, const Runs<E>& keys, size_t behind, int count, int head_dim,
                        float* scores) {
   using words = decltype(E::load_weights(keys.now[0]));
-  constexpr int LINE = LANES * E::STEP;
+  constexpr int PARTS = LANES / PART, LINE = LANES * E::STEP;
+  Turns turns(count);
   for (int key = 0; key < count; key += LANES) {
-    const typename E::weight* now = keys.now[key / LANES] + behind;
-    const typename E::weight* next = keys.next[key / LANES] + behind;
+    const typename E::weight* from[PARTS];
+    const typename E::weight* next[PARTS];
+    int to[PARTS];
+    for (int part = 0; part < PARTS; ++part, turns.go_on()) {
+      const size_t offset = behind + static_cast<size_t>(turns.within) * head_dim;
+      from[part] = keys.now[turns.run] + offset, next[part] = keys.next[turns.run] + offset, to[part] = turns.key();
+    }
     vf acc[ROWS] = {};
     for (int dim = 0; dim < head_dim; dim += LINE) {
       const char* at[LANES];
-      for (int i = 0; i < LANES; ++i) at[i] = reinterpret_cast<const char*>(now + dim + i * head_dim);
+      for (int i = 0; i < LANES; ++i)
+        at[i] = reinterpret_cast<const char*>(from[i / PART] + dim + i % PART * head_dim);
 #pragma GCC unroll 4
       for (int quarter = 0; quarter < 4; ++quarter) {
         __m512i columns[4];
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) __builtin_prefetch(next + dim * LANES + (quarter * 4 + i) * LINE, 0, 2);
+        for (int i = 0; i < 4; ++i) __builtin_prefetch(next[quarter] + dim * PART + i * LINE, 0, 2);
         turn(at, quarter, columns);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i)
@@ -102,38 +102,54 @@ inline void score_keys(const typename E::active* q, const Runs<E>& keys, size_t 
       }
     }
 #pragma GCC unroll 16
-    for (int row = 0; row < ROWS; ++row) store(scores + row * TILE + key, acc[row]);
+    for (int row = 0; row < ROWS; ++row) {
+      float four[PARTS][PART];
+      std::memcpy(four, &acc[row], sizeof four);
+      for (int part = 0; part < PARTS; ++part) std::memcpy(scores + row * TILE + to[part], four[part], sizeof four[0]);
+    }
   }
 }
 
-// 32 dimensions of STEP neighbouring values, `offset` elements from the start of their run.
+// 32 dimensions of STEP neighbouring values.
 template <class E, class Words>
-inline void take_values(const Runs<E>& values, int run, size_t offset, int head_dim, Words* to) {
+inline void take_values(const typename E::weight* from, int head_dim, Words* to) {
   if constexpr (E::STEP == 2)
-    interleave_two(row_of(values, run, offset), row_of(values, run, offset + head_dim), to);
+    interleave_two(from, from + head_dim, to);
   else
-    to[0] = E::load_weights(row_of(values, run, offset)), to[1] = E::load_weights(row_of(values, run, offset + LANES));
+    to[0] = E::load_weights(from), to[1] = E::load_weights(from + LANES);
 }
 
 // Add `count` values, `behind` elements from the runs, with weights `p` to 16 * VECTORS dimensions of ROWS rows.
 template <class E, int ROWS, int VECTORS>
 inline void add_values(const typename E::active* p, const Runs<E>& values, size_t behind, int count, int head_dim,
                        float* out) {
+  constexpr size_t LINE = LANES * 4 / sizeof(typename E::weight);
   vf acc[ROWS][VECTORS];
 #pragma GCC unroll 16
   for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 16
     for (int v = 0; v < VECTORS; ++v) acc[row][v] = load(out + row * head_dim + v * LANES);
-  for (int key = 0; key < count; key += E::STEP) {
-    const size_t offset = behind + key % LANES * head_dim;
-    decltype(E::load_weights(values.now[0])) w[VECTORS];
+  Turns turns(count);
+  for (int slot = 0; slot < count; slot += PART, turns.go_on()) {
+    const size_t offset = behind + static_cast<size_t>(turns.within) * head_dim;
+    const typename E::weight* now = values.now[turns.run] + offset;
+    const typename E::weight* next = values.next[turns.run] + offset;
+#pragma GCC unroll 4
+    for (int key = 0; key < PART; ++key)
+#pragma GCC unroll 4
+      for (size_t line = 0; line < VECTORS * LANES; line += LINE)
+        __builtin_prefetch(next + key * head_dim + line, 0, 2);
+#pragma GCC unroll 4
+    for (int key = 0; key < PART; key += E::STEP) {
+      decltype(E::load_weights(now)) w[VECTORS];
 #pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; v += 2) take_values<E>(values, key / LANES, offset + v * LANES, head_dim, w + v);
+      for (int v = 0; v < VECTORS; v += 2) take_values<E>(now + key * head_dim + v * LANES, head_dim, w + v);
 #pragma GCC unroll 16
-    for (int row = 0; row < ROWS; ++row) {
-      auto x = E::spread(p + row * TILE + key);
+      for (int row = 0; row < ROWS; ++row) {
+        auto x = E::spread(p + row * TILE + slot + key);
 #pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; ++v) acc[row][v] = E::mac(acc[row][v], w[v], x);
+        for (int v = 0; v < VECTORS; ++v) acc[row][v] = E::mac(acc[row][v], w[v], x);
+      }
     }
   }
 #pragma GCC unroll 16
