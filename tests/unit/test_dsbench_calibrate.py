@@ -13,21 +13,20 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from dsbench import calibrate, compared, predict
+from dsbench import calibrate, calibration, compared, predict
 from dsbench.__main__ import cli
-from dsbench.calibrate import Calibration
+from dsbench.calibration import Calibration
 from dsbench.compared import Compared
 from dsbench.contention import find
 from dsbench.disturbance import Disturbance
 from dsbench.load import Progress
-from dsbench.predict import Known, Prediction
-from dsbench.probe import OUTPUT, OUTPUTS, PACE, SHORT, SINGLES, Constants, Pace, Seen, constants, pace
+from dsbench.predict import Prediction
+from dsbench.probe import OUTPUT, OUTPUTS, SHORT, SINGLES, Constants, Seen, constants
 from dsbench.serve import Measurement
 from dsbench.served import Served, serve_figures
 from dsclient import Completion, Usage
 from dskv.layout import KvLayout
 from dsplan.profile import Profile, Subject
-from dsplan.profile import load as load_profile
 from dssim.profiled import system_of
 from dssim.records import Record
 from dssim.times import linear_times
@@ -132,25 +131,6 @@ def test_under_load_it_is_found_how_much_instances_slow_each_other_down(
         find([replace(one, ledger=None) for one in real], predict, engine)
 
 
-def test_the_pace_of_the_machine_is_told_beside_what_was_probed(topology: Topology, tmp_path: Path) -> None:
-    engine = tmp_path / "engine.json"
-    document = Profile(Subject("here", "tiny", "f", topology.model.dtype, topology.instances[0].threads))
-    document.fits[1] = {**ENGINE, "decode_large": None, "saturating_tokens": 512}
-    document.save(engine)
-    known = Known(engine, tmp_path / "mine.json", Constants(TRANSFER, OVERHEAD))
-    known.write()
-    usual = linear_times(str(known.path), 1)
-    slow = Pace(prefill=1.5, decode=1.2)
-    known.write(slow)
-    prompt, output, count = PACE
-    asked = answers(topology, known.path, [Arrival(5.0 * number, prompt, output) for number in range(count)])
-    found = pace(asked, usual)
-    assert found.prefill == pytest.approx(1.5, rel=0.01)
-    assert found.decode == pytest.approx(1.2, rel=0.01)
-    assert found.between(Pace(0.5, 0.8)).prefill == pytest.approx(1.0, rel=0.01)
-    assert load_profile(known.path).fits[1]["saturating_tokens"] == 512
-
-
 def layout_of(topology: Topology) -> KvLayout:
     from dssim import model
 
@@ -242,13 +222,12 @@ def test_a_system_that_is_as_simulated_is_foretold_at_five_rates(
         return figures, Progress(len(records), records=list(records))
 
     monkeypatch.setattr(predict, "REQUESTS", 30)
-    monkeypatch.setattr(calibrate, "DRAWS", 1)
-    monkeypatch.setattr(calibrate, "started", lambda path, console: nullcontext())
+    monkeypatch.setattr(calibration, "DRAWS", 1)
+    monkeypatch.setattr(calibration, "started", lambda path, console: nullcontext())
     monkeypatch.setattr(calibrate, "profile_of", lambda *_: (path, measured))
     monkeypatch.setattr(Calibration, "probe", lambda *_: Constants(TRANSFER, OVERHEAD))
-    monkeypatch.setattr(Calibration, "pace", lambda *_: Pace())
-    monkeypatch.setattr(calibrate, "measure", real)
-    monkeypatch.setattr(calibrate, "Watch", Calm)
+    monkeypatch.setattr(calibration, "measure", real)
+    monkeypatch.setattr(calibration, "Watch", Calm)
     arguments = ["-f", str(topology.path), "--workload", "fixed:40,5", "--duration", "2", "--warmup", "1"]
     arguments += ["--goodput", "ttft:150 tpot:50"]
     done = CliRunner().invoke(cli, ["calibrate", *arguments, "--json"])

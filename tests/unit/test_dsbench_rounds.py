@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from dsbench.disturbance import TICK_S, Disturbance, Watch
-from dsbench.probe import Pace
 from dsbench.rounds import Tried, in_a_row, pooled, turns, undisturbed
 from dssim.records import Record
 from dstopology.resolved import Slo
@@ -27,7 +26,7 @@ def test_every_round_has_every_rate_in_an_order_of_its_own() -> None:
 
 
 def tried(steal: float, others: float = 0.0) -> Tried:
-    return Tried((), Disturbance(steal, others, None), Pace(), 0.0)
+    return Tried((), Disturbance(steal, others, None), 0.0)
 
 
 @pytest.mark.parametrize(

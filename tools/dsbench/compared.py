@@ -157,11 +157,9 @@ def _machine(loads: Sequence[Load]) -> str:
     steal, others = (
         sum(getattr(load.tried.disturbance, name) for load in loads) / len(loads) for name in ("steal", "others")
     )
-    paces = [one for load in loads for one in (load.tried.pace.prefill, load.tried.pace.decode)]
     return (
         f"{repeats} repetitions of {len(loads)} loads, {disturbed} still disturbed; of the cores' time {steal:.1%} "
-        f"stolen and {others:.1%} others'; before and after loads steps took {min(paces):.2f} to "
-        f"{max(paces):.2f} times as long as in the probe"
+        f"stolen and {others:.1%} others'"
     )
 
 
@@ -170,17 +168,14 @@ def told(load: Load, slo: Slo, warmup_s: float) -> str:
     predicted = _met([record for run in load.predicted for record in run], slo, warmup_s)
     measured = _met(load.tried.records, slo, warmup_s)
     return (
-        f"round {load.turn.round + 1}, {load.turn.rate:.2f}/s: predicted {predicted:.1%}, measured {measured:.1%}; "
-        + machine(load.tried, load.tries)
+        f"round {load.turn.round + 1}, {load.turn.rate:.2f}/s: predicted {predicted:.1%}, measured {measured:.1%}"
     )
 
 
 def machine(tried: Tried, tries: int) -> str:
     """How the machine was meanwhile."""
-    seen, pace = tried.disturbance, tried.pace
     repeated = f", {tries} tries" if tries > 1 else ""
-    shares = f"stolen {seen.steal:.1%}, others {seen.others:.1%}"
-    return f"{shares}, pace {pace.prefill:.2f} and {pace.decode:.2f}{repeated}"
+    return f"stolen {tried.disturbance.steal:.1%}, others {tried.disturbance.others:.1%}{repeated}"
 
 
 def _met(records: Sequence[Record], slo: Slo, warmup_s: float) -> float:
@@ -189,7 +184,7 @@ def _met(records: Sequence[Record], slo: Slo, warmup_s: float) -> float:
 
 
 def _plain_load(load: Load, slo: Slo, warmup_s: float) -> dict[str, Any]:
-    seen, pace = load.tried.disturbance, load.tried.pace
+    seen = load.tried.disturbance
     predicted = [record for run in load.predicted for record in run]
     return {
         "round": load.turn.round + 1,
@@ -198,7 +193,6 @@ def _plain_load(load: Load, slo: Slo, warmup_s: float) -> dict[str, Any]:
         "steal": seen.steal,
         "others": seen.others,
         "waiting": seen.waiting,
-        "pace": {"prefill": pace.prefill, "decode": pace.decode},
         "tries": load.tries,
         "disturbed": load.disturbed,
     }

@@ -60,7 +60,7 @@ def _ratios(measured: Sequence[Record], predicted: Sequence[Record], times: Step
     found = {}
     if decoded:
         found["decode"] = median(real for real, _ in decoded) / median(simulated for _, simulated in decoded)
-    read = [read_steps(side, times) for side in (measured, predicted)]
+    read = [[factor for _, factor in read_steps(side, times)] for side in (measured, predicted)]
     if all(read) and all(map(median, read)):
         found["prefill"] = median(read[0]) / median(read[1])
     return found

@@ -1,58 +1,83 @@
-"""How many times as long as foretold steps take, one by one: for the simulator to draw from.
+"""How many times as long as foretold steps take, one by one and in order of time: for the simulator to go through.
 
 A step shows in the ledger of each request that it served: ``prefill_s`` is the same for all prompts of a batch, and
 ``first_step_s`` is one step of decode. So a load whose requests are known tells the time of single steps, however
-long the requests waited for them. The same is done with what the simulator makes of the same arrivals; what the
-measured times are of the simulated ones, percentile by percentile, is left to chance. How requests fared against
-their objectives is not looked at.
+long the requests waited for them. The same is done with what the simulator makes of the same arrivals. What it
+lacks at each percentile is given to the measured steps of that percentile, until with this chance its steps differ
+among each other as the measured ones do. How requests fared against their objectives is not looked at.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 from dsbench.bootstrap import percentile
+from dssim.noise import Course
 from dssim.records import Record
 from dssim.times import StepTimes
 
-#: points of a distribution, at most
-POINTS = 200
+#: times that the simulator is asked: chance that adds to what differs anyway must be larger than what is lacking
+ROUNDS = 4
 #: decimals of a second to which the times of one step are the same in all ledgers
 SAME = 7
 #: no step is that much shorter than foretold
 LEAST = 0.2
 
-#: phase -> how many times as long a step takes, each as likely as the others
-Noise = dict[str, list[float]]
+#: by phase
+Noise = dict[str, Course]
 
 
-def factors(measured: Sequence[Record], simulated: Sequence[Record], times: StepTimes) -> Noise:
-    """What is to be drawn from; a phase of which either side has no steps is left out."""
-    found = {}
-    for phase, steps in (("prefill", read_steps), ("decode", _decode)):
-        real, ours = sorted(steps(measured, times)), sorted(steps(simulated, times))
-        if real and ours:
-            found[phase] = [max(a / b, LEAST) for a, b in _pairs(real, ours)]
-    return found
+def find(measured: Sequence[Record], predict: Callable[[Noise], Sequence[Record]], times: StepTimes) -> Noise:
+    """With what chance the steps of ``predict`` are distributed as those of ``measured``.
+
+    ``times``: of the engine alone. A phase of which either side has no steps is left out.
+    """
+    real = {"prefill": read_steps(measured, times), "decode": _decode(measured)}
+    noise: Noise = {}
+    for _ in range(ROUNDS):
+        simulated = predict(noise)
+        ours = {"prefill": read_steps(simulated, times), "decode": _decode(simulated)}
+        noise = {
+            phase: _moved(noise.get(phase, []), steps, sorted(value for _, value in ours[phase]))
+            for phase, steps in real.items()
+            if steps and ours[phase]
+        }
+    return noise
 
 
-def _pairs(real: Sequence[float], ours: Sequence[float]) -> Iterator[tuple[float, float]]:
-    """Both at the same percentiles: in the middle of as many equal parts as the shorter has values."""
-    count = min(len(real), len(ours), POINTS)
-    for part in range(count):
-        at = (part + 0.5) / count
-        yield real[int(at * len(real))], ours[int(at * len(ours))]
+def _moved(noise: Course, real: Course, ours: Sequence[float]) -> Course:
+    """``noise`` times what the measured steps are of the simulated ones, each at its percentile."""
+    before = sorted(factor for _, factor in noise) or [1.0] * len(real)
+    ranks = sorted(range(len(real)), key=lambda place: real[place][1])
+    wanted = [
+        max(before[rank] * real[place][1] / ours[int((rank + 0.5) / len(ranks) * len(ours))], LEAST)
+        for rank, place in enumerate(ranks)
+    ]
+    factors = dict(zip(ranks, _rising(wanted), strict=True))
+    return [(at_s, factors[place]) for place, (at_s, _) in enumerate(real)]
 
 
-def read_steps(records: Sequence[Record], times: StepTimes) -> list[float]:
-    """Each step that read prompts, as a part of what it takes by ``times``."""
-    return [seconds / times.prefill_s(prompts) for seconds, prompts in _batches(records)]
+def _rising(values: Sequence[float]) -> list[float]:
+    """The nearest values of which none is below the one before: chance cannot make what differs more alike."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        mean, count = value, 1
+        while pools and pools[-1][0] > mean:
+            other, others = pools.pop()
+            mean, count = (mean * count + other * others) / (count + others), count + others
+        pools.append((mean, count))
+    return [mean for mean, count in pools for _ in range(count)]
 
 
-def _batches(records: Sequence[Record]) -> Iterator[tuple[float, list[int]]]:
-    """How long each step took that read prompts, and the tokens of those.
+def read_steps(records: Sequence[Record], times: StepTimes) -> Course:
+    """Each step that read prompts: its end, and how many times as long it took as by ``times``."""
+    return sorted((ended_s, seconds / times.prefill_s(prompts)) for ended_s, seconds, prompts in _batches(records))
+
+
+def _batches(records: Sequence[Record]) -> Iterator[tuple[float, float, list[int]]]:
+    """The end of each step that read prompts, how long it took, and the tokens of those.
 
     Prompts of one step were read in the same time, and had their first token before another step could have ended.
     """
@@ -62,24 +87,25 @@ def _batches(records: Sequence[Record]) -> Iterator[tuple[float, list[int]]]:
         ended_s = math.inf
         for _, at_s, one in alike:
             if prompts and at_s - ended_s > seconds / 2:
-                yield seconds, prompts
+                yield ended_s, seconds, prompts
                 prompts = []
             if not prompts:
                 ended_s = at_s
             prompts.append(one.prompt_tokens)
-        yield seconds, prompts
+        yield ended_s, seconds, prompts
 
 
-def _decode(records: Sequence[Record], times: StepTimes) -> list[float]:
-    """Seconds of the first step of each sequence; where reading was that, of each one's mean step."""
+def _decode(records: Sequence[Record]) -> Course:
+    """The end of each sequence's first step, and its seconds; where reading was that, those of its mean step."""
     known = [(one, one.ledger) for one in records if one.ledger is not None and one.output_tokens > 2]
-    first = [ledger.first_step_s for _, ledger in known if ledger.first_step_s > 0.0]
-    return first or [ledger.decode_s / (one.output_tokens - 2) for one, ledger in known]
+    ended = [(one.at_s + one.total_s - ledger.decode_s, ledger, one.output_tokens) for one, ledger in known]
+    first = [(at_s, ledger.first_step_s) for at_s, ledger, _ in ended if ledger.first_step_s > 0.0]
+    return sorted(first or [(at_s, ledger.decode_s / (tokens - 2)) for at_s, ledger, tokens in ended])
 
 
 def told(noise: Noise) -> str:
     """For people."""
     return ", ".join(
-        f"{phase} {'/'.join(f'{percentile(percent)(draws):.2f}' for percent in (10, 50, 90, 99))}"
-        for phase, draws in noise.items()
+        f"{phase} {'/'.join(f'{percentile(percent)(factors):.2f}' for percent in (10, 50, 90, 99))}"
+        for phase, factors in ((phase, [factor for _, factor in steps]) for phase, steps in noise.items())
     )

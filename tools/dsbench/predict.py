@@ -5,14 +5,13 @@ By a profile of the engine alone, and what was found out about the system around
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from dsbench.contention import Factors
 from dsbench.noise import Noise
-from dsbench.probe import Constants, Pace
+from dsbench.probe import Constants
 from dsplan.profile import load as load_profile
 from dssim.profiled import system_of
 from dssim.records import Record
@@ -40,27 +39,13 @@ class Known:
     beside: Factors = field(default_factory=dict)
     noise: Noise = field(default_factory=dict)
 
-    def write(self, pace: Pace | None = None) -> None:
-        """Replace the whole by what is known now, with steps as long as they are at that pace."""
+    def write(self) -> None:
+        """Replace the whole by what is known now."""
         document = load_profile(self.engine)
         document.transfer, document.beside, document.noise = self.constants.transfer, self.beside, self.noise
         for tp, fit in document.fits.items():
-            document.fits[tp] = _paced({**fit, "overhead": self.constants.overhead}, pace or Pace())
+            document.fits[tp] = {**fit, "overhead": self.constants.overhead}
         document.save(self.path)
-
-
-def _paced(fit: Mapping[str, Any], pace: Pace) -> dict[str, Any]:
-    """Coefficients of a fit, and of its overhead, at another pace."""
-    factors = {"prefill": pace.prefill, "decode": pace.decode, "decode_large": pace.decode}
-
-    def scaled(parts: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name: {key: value * factors[name] for key, value in part.items()} if name in factors else part
-            for name, part in parts.items()
-            if part is not None
-        }
-
-    return {**scaled(fit), "overhead": scaled(fit["overhead"])}
 
 
 @dataclass(frozen=True, slots=True)

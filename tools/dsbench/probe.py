@@ -30,8 +30,6 @@ TOGETHER, SHORT = 8, 32
 OUTPUT = 32
 #: of those together: the first is read by itself, begins before the others, and is to be there when they end
 OUTPUTS = (4 * OUTPUT, *((OUTPUT,) * (TOGETHER - 1)))
-#: prompt tokens, output tokens and requests, one at a time, that tell how fast the machine is just now
-PACE = (64, 16, 6)
 #: limit of the whole, in seconds
 LIMIT_S = 180.0
 
@@ -55,34 +53,6 @@ class Constants:
     transfer: dict[str, float]
     #: as ``overhead`` of a profile's fit
     overhead: dict[str, dict[str, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How many times as long a step of a phase takes just now as the profile says, with nothing else at work."""
-
-    prefill: float = 1.0
-    decode: float = 1.0
-
-    def between(self, other: Pace) -> Pace:
-        """Half way."""
-        return Pace((self.prefill + other.prefill) / 2, (self.decode + other.decode) / 2)
-
-
-async def ask_pace(client: AsyncClient) -> list[Completion]:
-    """A few requests, one at a time, that take a second or two. Raises what requests raise."""
-    prompt, output, count = PACE
-    asking = _Asking(client, Random())
-    async with asyncio.timeout(LIMIT_S):
-        return [await asking.ask(prompt, output) for _ in range(count)]
-
-
-def pace(answers: Sequence[Completion], times: StepTimes) -> Pace:
-    """What the answers tell, with ``times`` of the system as it was probed."""
-    return Pace(
-        median(one.ledger.prefill_s / times.prefill_s([one.usage.prompt_tokens]) for one in answers),
-        median(step_s(one) / times.decode_s([_context(one)]) for one in answers),
-    )
 
 
 async def probe(client: AsyncClient, tell: Callable[[str], None], *, decoding: int) -> Seen:

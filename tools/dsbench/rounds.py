@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from dsbench.disturbance import Disturbance
-from dsbench.probe import Pace
 from dsbench.served import Served, serve_figures
 from dssim.records import Record
 from dstopology.resolved import Slo
@@ -32,8 +31,6 @@ class Tried:
 
     records: Sequence[Record]
     disturbance: Disturbance
-    #: half way between before and after
-    pace: Pace
     #: the most that a request was sent late
     late_s: float
 

@@ -71,8 +71,8 @@ class Profile:
     transfer: dict[str, float] = field(default_factory=dict)
     #: phase -> how many times as long a step takes while another instance of the node is in one
     beside: dict[str, float] = field(default_factory=dict)
-    #: phase -> how many times as long as foretold a step takes, each as likely as the others
-    noise: dict[str, list[float]] = field(default_factory=dict)
+    #: phase -> when a step was measured, and how many times as long as foretold it took, in order of time
+    noise: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     def find(self, tp: int, spans: tuple[tuple[int, int], ...]) -> Sample | None:
         """The sample of that step."""
@@ -115,7 +115,7 @@ def load(path: Path) -> Profile:
             {int(tp): dict(fit) for tp, fit in document["tp"].items()},
             {name: float(value) for name, value in document["transfer"].items()},
             {name: float(value) for name, value in document["beside"].items()},
-            {name: [float(factor) for factor in factors] for name, factors in document.get("noise", {}).items()},
+            {name: [(float(a), float(b)) for a, b in steps] for name, steps in document.get("noise", {}).items()},
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(

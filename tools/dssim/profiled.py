@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from random import Random
 from typing import Any
 
 from dssim.express.run import run
@@ -27,19 +26,23 @@ from dstopology.resolved import Instance, Topology
 
 #: how far back "lately" goes, in seconds
 MEMORY_S = 0.5
+#: multiples of it lie evenly between whole numbers, however many there are
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def system_of(topology: Topology, profile: str, *, seed: int = 0, **options: Any) -> System:
-    """The system; ``options`` are :class:`System`'s. ``seed``: of chance in the times of steps.
+    """The system; ``options`` are :class:`System`'s. ``seed``: of chance in the times of steps; the first few lie
+    evenly in what was measured of it.
 
     Raises :class:`BadInput` and what :class:`System` raises.
     """
     node, chance = Nodes(beside(profile)), noise(profile)
+    begin = seed * GOLDEN % 1.0
 
     def times(instance: Instance) -> StepTimes:
         calm = linear_times(profile, instance.tp)
-        drawn = Noisy(calm, chance, Random(f"{seed}/{instance.name}")) if chance else calm
-        return node.times(instance, drawn)
+        noisy = Noisy(calm, chance, lambda: node.kernel.now, begin) if chance else calm
+        return node.times(instance, noisy)
 
     system = System(
         topology,

@@ -211,22 +211,27 @@ def beside(profile: str) -> dict[str, float]:
     return factors
 
 
-def noise(profile: str) -> dict[str, list[float]]:
-    """How many times as long as foretold a step of a phase takes, each as likely as the others, where told.
+def noise(profile: str) -> dict[str, list[tuple[float, float]]]:
+    """When a step of a phase was measured, and how many times as long as foretold it took, where told.
 
     Raises :class:`BadInput`.
     """
     told = _read(profile).get("noise", {})
     try:
-        found = {str(phase): [float(factor) for factor in factors] for phase, factors in told.items()}
+        return {str(phase): _course(steps) for phase, steps in told.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise BadInput(
-            f"profile {profile}: noise: {error}", remedy="give lists of factors for prefill and decode"
+            f"profile {profile}: noise: {error}",
+            remedy="give lists of seconds and a factor for prefill and decode, or measure it again",
         ) from error
-    if not all(factors and all(0 < factor < math.inf for factor in factors) for factors in found.values()):
-        raise BadInput(
-            f"profile {profile}: noise: no factors, or some of 0 or less or without end", remedy="measure it again"
-        )
+
+
+def _course(steps: Any) -> list[tuple[float, float]]:
+    found = [(float(at_s), float(factor)) for at_s, factor in steps]
+    if not found or not all(0 <= at_s < math.inf and 0 < factor < math.inf for at_s, factor in found):
+        raise ValueError("no steps, or times or factors below 0 or without end")
+    if found != sorted(found, key=lambda step: step[0]):
+        raise ValueError("steps that are not in order of time")
     return found
 
 
