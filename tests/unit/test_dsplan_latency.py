@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsplan import kernels
 from dsplan.devices import checked, find_device, known_devices
 from dsplan.errors import PlanInput, ProfileMismatch
 from dsplan.latency import Steps, saturating_tokens
@@ -158,6 +159,27 @@ def test_stages_over_the_network_are_slower_than_in_a_node() -> None:
     assert far.prefill_stage_s(2048, 2048**2, 1) > near.prefill_stage_s(2048, 2048**2, 1)
 
 
+def test_a_switch_that_adds_up_is_used_where_a_ring_sends_more() -> None:
+    adds = find_device("h100")
+    ring = dataclasses.replace(adds, switch_adds=False)
+    bound = (0.0, 0.0, 1.0)
+    times = [[kernels.switched_allreduce_s(bound, one, ranks, 1e9) for one in (adds, ring)] for ranks in (2, 4, 8)]
+    assert [round(quick / slow, 3) for quick, slow in times] == [1.0, 0.833, 0.643]
+    assert not find_device("a100-80g").switch_adds
+    assert not find_device("h100-pcie").switch_adds
+
+
+def test_vllm_of_2023_takes_longer_for_tokens_beyond_2048_where_more_than_two_ranks_add_up() -> None:
+    shape, device = find_model("Llama-2-70B"), find_device("a100-80g")
+    calm = dataclasses.replace(STACKS["eager-2023"], excess_s=0.0)
+    for tp, tokens, excess_s in ((2, 4096, 0.0), (4, 2048, 0.0), (4, 4096, 2048 * 80e-6)):
+        with_it, without = (
+            RooflineLatency(shape, device, stack).instance(tp, 1).prefill_stage_s(tokens, tokens**2, 1)
+            for stack in (STACKS["eager-2023"], calm)
+        )
+        assert with_it - without == pytest.approx(excess_s)
+
+
 def test_efficiencies_of_the_measured_devices_are_plausible() -> None:
     for device in ("a100-80g", "h100", "h200"):
         _, arithmetic, memory, *_ = efficiencies(device)["gemm"]
@@ -182,6 +204,17 @@ def test_a_config_json_is_a_model(tmp_path: Path) -> None:
     assert (shape.head_dim, shape.kv_heads, shape.gated, shape.tied) == (16, 2, True, False)
     assert shape.layer_weights == 64 * 16 * (2 * 4 + 2 * 2) + 3 * 64 * 100
     assert shape.kv_token_nbytes == 2 * 2 * 2 * 16 * 2
+
+
+def test_configs_of_older_families_are_read_by_their_own_names() -> None:
+    bloom = {"model_type": "bloom", "n_embed": 64, "n_layer": 2, "num_attention_heads": 4, "vocab_size": 10}
+    assert shape_of("b", bloom).hidden == 64
+    falcon = {"model_type": "falcon", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    falcon |= {"vocab_size": 10, "multi_query": True, "num_kv_heads": 2}
+    assert shape_of("f", falcon | {"new_decoder_architecture": True}).kv_heads == 2
+    assert shape_of("f", falcon).kv_heads == 1
+    mpt = {"model_type": "mpt", "d_model": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 10}
+    assert (shape_of("m", mpt).layers, shape_of("m", mpt).gated) == (2, False)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 Two sources. :func:`published` reads public measurements from a directory that the user names (Vidur's kernels,
 Splitwise's whole steps) and DistServe's profile of OPT, which is shipped. The kernels of today were not fitted on
-any of it, those of 2023 on Vidur's, and four numbers of the stack "eager-2023" were set on Splitwise's rows at TP 2
+any of it, those of 2023 on Vidur's, and five numbers of the stack "eager-2023" were set on Splitwise's rows at TP 2
 and 8. Each of these rows is also modelled as if nobody had measured its device, with efficiencies fitted on the
 other devices: the error to expect of an unknown one. :func:`measured` reads a CSV of one's own, with the columns
 :data:`COLUMNS`: a model (a known name or a config), a device, ``tp``, ``pp``, ``phase`` (prefill or decode),
@@ -23,15 +23,13 @@ from dsplan.errors import PlanInput
 from dsplan.latency import Instance
 from dsplan.linear import distserve_latency
 from dsplan.linear import published as distserve
-from dsplan.roofline import STACKS, RooflineInstance, RooflineLatency, Stack, efficiencies
+from dsplan.roofline import STACKS, STEADY_TOKENS, RooflineInstance, RooflineLatency, Stack, efficiencies
 from dsplan.shapes import find_model
 
 COLUMNS = ("model", "device", "tp", "pp", "phase", "batch", "tokens", "ms")
 #: Splitwise's table, and the mean number of output tokens before one of which it tells the time
 _SPLITWISE = "splitwise_perf_model_a100_llama2_70b.csv.gz"
 _SPLITWISE_STEPS = 64
-#: tokens of a step above which repeats of its cells differ by up to a quarter
-STEADY_TOKENS = 2048
 #: model and TP whose fit DistServe's history calls that of vLLM
 DOUBTFUL = "OPT-66B", 8
 _GRID = (

@@ -35,6 +35,8 @@ class Device:
     #: key of ``data/efficiency.json``
     efficiency: str
     note: str
+    #: whether the switch between the devices of a node adds up what they send (NVLink SHARP)
+    switch_adds: bool = False
     #: how much longer the host takes for what it does than one of an A100
     host_factor: float = 1.0
 

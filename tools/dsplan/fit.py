@@ -72,9 +72,13 @@ def _grouped(batch: Column, tokens: Column, heads: Column, kv: Column, dim: Colu
     return (heads <= MOST_GROUP * kv) & (dim <= MOST_DIM)
 
 
-def _allreduce_s(p: Parameters, device: Device, ranks: Any, elements: Any) -> Any:
+def _small_s(p: Parameters, device: Device, ranks: Any, elements: Any) -> Any:
     """The table tells sizes in elements."""
     return kernels.allreduce_s(p, device, ranks, 2 * elements)
+
+
+def _large_s(p: Parameters, device: Device, ranks: Any, elements: Any) -> Any:
+    return kernels.switched_allreduce_s(p, device, ranks, 2 * elements)
 
 
 def _large(ranks: Column, elements: Column) -> Any:
@@ -117,8 +121,8 @@ TABLES = (
         (12e3, 0.8, 0.2, 0.15, 2.0, 1.5, 8.0, 1.5),
         _grouped,
     ),
-    Table("allreduce_small", "custom_allreduce", _REDUCE, _GRAPH, _allreduce_s, (4e-6, 1e-7, 0.3), _small),
-    Table("allreduce_large", "custom_allreduce", _REDUCE, _GRAPH, _allreduce_s, (1e-5, 1e-6, 0.6), _large),
+    Table("allreduce_small", "custom_allreduce", _REDUCE, _GRAPH, _small_s, (4e-6, 1e-7, 0.3), _small),
+    Table("allreduce_large", "custom_allreduce", _REDUCE, _GRAPH, _large_s, (1e-5, 1e-6, 0.6), _large),
     Table("gemm_2023", "", (), {}, kernels.gemm_s, (4e3, 0.85, 0.8, 64.0, 3.0, 3e3), _all, vidur.gemms),
     Table("allreduce_2023", "", (), {}, kernels.nccl_s, (3e-5, 1e-7, 0.6), _all, vidur.allreduces),
 )

@@ -109,13 +109,27 @@ def generation_s(
 
 
 def allreduce_s(p: Parameters, device: Device, ranks: Real, nbytes: Real) -> Real:
-    """Sum over ``ranks`` devices of a node, of one of the two regimes (:data:`LARGE_ALLREDUCE`)."""
-    launch, hop, bytes_share = p
-    volume = 2 * (ranks - 1) / ranks * nbytes
-    return launch + hop * ranks + volume / (device.node_bytes_per_s * bytes_share)
+    """Sum over ``ranks`` devices of a node, each of which sends all parts but its own twice: as in a ring."""
+    return _moved_s(p, device, ranks, 2 * (ranks - 1) / ranks * nbytes)
+
+
+def switched_allreduce_s(p: Parameters, device: Device, ranks: Real, nbytes: Real) -> Real:
+    """The same by NCCL: in a ring or, where that is less, by a switch that adds up.
+
+    To that one each sends what it has, and the sum of its part comes back to be sent to all.
+    """
+    parts = 2 * (ranks - 1) / ranks
+    if device.switch_adds:
+        parts = _smaller(parts, (ranks + 1) / ranks)
+    return _moved_s(p, device, ranks, parts * nbytes)
 
 
 def nccl_s(p: Parameters, device: Device, ranks: Real, nbytes: Real) -> Real:
-    """The same by NCCL without CUDA graphs: of any size, and launched by the host."""
+    """The same by NCCL of 2023 without CUDA graphs: of any size, in a ring, and launched by the host."""
     launch, hop, bytes_share = p
     return allreduce_s((launch * device.host_factor, hop, bytes_share), device, ranks, nbytes)
+
+
+def _moved_s(p: Parameters, device: Device, ranks: Real, nbytes: Real) -> Real:
+    launch, hop, bytes_share = p
+    return launch + hop * ranks + nbytes / (device.node_bytes_per_s * bytes_share)

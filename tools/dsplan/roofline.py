@@ -35,6 +35,8 @@ SUSTAINED = 0.87
 _FLOPS_SHARE = {"gemm": 1, "context": 1}
 #: rows that are told apart, beyond a tile
 ROWS = 16
+#: tokens of a step beyond which vLLM of 2023 takes longer for each, as Splitwise's authors found
+STEADY_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ class Stack:
     sequence_s: float = 0.0
     #: for each prompt and each rank that it is handed to
     prompt_rank_s: float = 0.0
+    #: for each token of a step beyond :data:`STEADY_TOKENS`, with more than two ranks: seen, and not explained
+    excess_s: float = 0.0
     #: end of the names of its GEMMs and all-reduces in ``data/efficiency.json``; "" for those of today
     library: str = ""
 
@@ -64,12 +68,13 @@ STACKS = {
     ),
     "eager-2023": Stack(
         "vLLM of 2023 without CUDA graphs, ranks told by Ray: set on Splitwise's A100 rows of Llama-2-70B at TP 2 "
-        "and 8 up to 2048 tokens; what a step takes on one rank is that of Vidur's tables",
+        "and 8; what a step takes on one rank is that of Vidur's tables",
         1e-3,
         ranks_s=5e-3,
         layer_s=0.48e-3,
         sequence_s=0.4e-3,
         prompt_rank_s=2.5e-3,
+        excess_s=80e-6,
         library="_2023",
     ),
 }
@@ -171,8 +176,10 @@ class RooflineInstance:
         fitted, size = self._kernels(), (self.device, self.tp, nbytes)
         if self.stack.library:
             return float(kernels.nccl_s(fitted[f"allreduce{self.stack.library}"], *size))
-        ways = ("large", "small") if nbytes < kernels.LARGE_ALLREDUCE else ("large",)
-        return float(min(kernels.allreduce_s(fitted[f"allreduce_{way}"], *size) for way in ways))
+        large = float(kernels.switched_allreduce_s(fitted["allreduce_large"], *size))
+        if nbytes >= kernels.LARGE_ALLREDUCE:
+            return large
+        return min(large, float(kernels.allreduce_s(fitted["allreduce_small"], *size)))
 
     def _send_s(self, rows: float) -> float:
         link = self.device.network_bytes_per_s if self.spread else self.device.node_bytes_per_s
@@ -182,11 +189,12 @@ class RooflineInstance:
         columns = self.shape.vocab / self.tp
         return self._gemm_s(rows, columns, self.shape.hidden)
 
-    def _software_s(self, kernels_s: float, count: int, prompts: int = 0) -> float:
-        """``count`` sequences of one stage's batch, of which ``prompts`` are read."""
+    def _software_s(self, kernels_s: float, count: int, prompts: int = 0, rows: int = 0) -> float:
+        """``count`` sequences of one stage's batch, of which ``prompts`` with ``rows`` tokens are read."""
         stack, slow = self.stack, self.device.host_factor
         host_s = stack.step_s + stack.sequence_s * count + stack.prompt_rank_s * self.tp * prompts
         host_s += stack.ranks_s if self.tp > 1 else 0.0
+        host_s += stack.excess_s * max(rows - STEADY_TOKENS, 0) if self.tp > 2 else 0.0
         return max(kernels_s, slow * self._layers * stack.layer_s) + slow * host_s / self.stages
 
     def _reading_s(self, tokens: float, squares: float) -> float:
@@ -215,7 +223,7 @@ class RooflineInstance:
         layer += self._making_s(batch, context) if batch else 0.0
         send = self._send_s(rows) if self.stages > 1 else 0.0
         total = self._layers * layer + self._output_s(count + batch)
-        return self._software_s(total, count + batch, count) + send
+        return self._software_s(total, count + batch, count, rows) + send
 
     def decode_step_s(self, batch: int, tokens: int) -> float:
         """``stages`` micro-batches go round; a token for each sequence takes all of them."""

@@ -19,7 +19,9 @@ from dsplan.errors import PlanInput
 #: bytes of a stored element by the name a config gives it
 ITEM_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 #: families whose MLP has no gate: two matrices instead of three
-UNGATED = frozenset({"opt", "gpt2", "gptj", "gpt_neox", "bloom", "falcon", "phi", "starcoder2", "mpt"})
+UNGATED = frozenset(
+    {"opt", "gpt2", "gptj", "gpt_neox", "bloom", "falcon", "gpt_bigcode", "phi", "starcoder2", "mpt"}
+)
 #: more layers, heads or width than any model has: a number in the wrong place
 ABSURD = 10_000_000
 
@@ -125,10 +127,11 @@ def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
     if not isinstance(config, Mapping):
         raise PlanInput(f"model {name}: the config is a {type(config).__name__}, not a JSON object")
     config = {**config, **(config.get("text_config") or {})}
-    hidden = _count(name, config, "hidden_size", "n_embd", "d_model")
-    heads = _count(name, config, "num_attention_heads", "n_head")
+    hidden = _count(name, config, "hidden_size", "n_embd", "n_embed", "d_model")
+    heads = _count(name, config, "num_attention_heads", "n_head", "n_heads")
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float16")
     ungated = config.get("model_type") in UNGATED
+    shared = config.get("multi_query") and not config.get("new_decoder_architecture")
     if config.get("kv_lora_rank"):
         raise PlanInput(
             f"model {name}: multi-head latent attention is not modelled",
@@ -137,9 +140,9 @@ def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
     return ModelShape(
         name=name,
         hidden=hidden,
-        layers=_count(name, config, "num_hidden_layers", "n_layer"),
+        layers=_count(name, config, "num_hidden_layers", "n_layer", "n_layers"),
         heads=heads,
-        kv_heads=_count(name, config, "num_key_value_heads", default=heads),
+        kv_heads=1 if shared else _count(name, config, "num_key_value_heads", "num_kv_heads", default=heads),
         head_dim=_count(name, config, "head_dim", default=max(hidden // heads, 1)),
         intermediate=_count(name, config, "intermediate_size", "ffn_dim", "n_inner", default=4 * hidden),
         vocab=_count(name, config, "vocab_size"),
