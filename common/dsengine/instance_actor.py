@@ -29,7 +29,7 @@ class InstanceActor(Actor):
     def __init__(self, machine: InstanceState, routes: list[Route], running: RunningInstance) -> None:
         super().__init__(machine, routes)
         self._running = running
-        self._mapped = SegmentCache()
+        self._mapped = SegmentCache(warm=True)
         #: of every sequence that takes part in steps
         self._samplers: dict[KvKey, SamplerState] = {}
 

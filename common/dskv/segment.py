@@ -18,7 +18,8 @@ from pathlib import Path
 
 from dswire.errors import DuplicateName, OutOfMemory, TransferFailed
 
-#: ``linux/mman.h``: have the pages of a range, as writing would; since Linux 5.14
+#: ``linux/mman.h``: have the pages of a range mapped, as reading or writing would; since Linux 5.14
+_MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
 #: what is asked for at once
 _WARM_NBYTES = 2 << 20
@@ -108,9 +109,11 @@ class Segment:
         ctypes.memmove(self._address + mine * nbytes, source._address + theirs * nbytes, nbytes)
 
     def warm(self) -> None:
-        """Begin to have all pages, in a thread: the first write to a fresh page costs several times the copy.
+        """Begin to have all pages mapped, in a thread.
 
-        Nothing depends on its end; where the system cannot, pages come as they are written.
+        The first write to a fresh page costs several times the copy, and the first look at one that another process
+        has written nearly as much as the copy. Nothing depends on its end; where the system cannot, pages come as
+        they are touched.
         """
         self._warming = threading.Thread(target=self._populate, name="warm", daemon=True)
         self._warming.start()
@@ -125,16 +128,21 @@ class Segment:
         # unlike mmap.madvise, a call by ctypes lets the other threads run
         madvise = ctypes.CDLL(None).madvise
         first = ctypes.c_char.from_buffer(self._map)
-        nbytes = self.slots * self.slot_nbytes
-        with contextlib.suppress(OSError), self.path.open("rb+") as file:
+        nbytes, advice = self.slots * self.slot_nbytes, _MADV_POPULATE_READ
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.suppress(OSError))
+            file = None
+            if self._owner:
+                file, advice = stack.enter_context(self.path.open("rb+")), _MADV_POPULATE_WRITE
             for at in range(0, nbytes, _WARM_NBYTES):
                 if self._cooling.is_set():
                     return
                 length = min(_WARM_NBYTES, nbytes - at)
-                # pages for the file first: that holds up nobody, mapping holds up who maps
-                os.posix_fallocate(file.fileno(), at, length)
+                if file is not None:
+                    # pages for the file first: that holds up nobody, mapping holds up who maps
+                    os.posix_fallocate(file.fileno(), at, length)
                 place = ctypes.c_void_p(ctypes.addressof(first) + at)
-                madvise(place, ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
+                madvise(place, ctypes.c_size_t(length), advice)
 
     def unlink(self) -> None:
         """Remove the file, if it is ours; the mapping stays usable."""
@@ -176,7 +184,9 @@ def _refuse_live(path: Path) -> None:
 class SegmentCache:
     """Other processes' segments, mapped once each and again when their file was replaced by a restart."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, warm: bool = False) -> None:
+        """``warm``: much will be read of each, so have its pages mapped before (:meth:`Segment.warm`)."""
+        self._warm = warm
         self._open: dict[Path, tuple[int, Segment]] = {}
 
     def get(self, path: Path, slots: int, slot_nbytes: int, *, writable: bool = False) -> Segment:
@@ -191,6 +201,8 @@ class SegmentCache:
         if known is not None:
             known[1].close()
         segment = Segment.open(path, slots, slot_nbytes, writable=writable)
+        if self._warm:
+            segment.warm()
         self._open[path] = (inode, segment)
         return segment
 

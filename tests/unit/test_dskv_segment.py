@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
 import threading
 from pathlib import Path
 
@@ -68,6 +70,34 @@ def test_warming_has_all_pages_and_changes_no_byte(tmp_path: Path) -> None:
     assert path.stat().st_blocks * 512 >= 5_000_000
     assert bytes(made.slot(3)[:4]) == b"abc\0"
     made.close()
+
+
+def test_warming_maps_what_another_process_has_written(tmp_path: Path) -> None:
+    path = tmp_path / "pool.kv"
+    made = Segment.create(path, 5, 1_000_000)
+    for slot in range(5):
+        made.slot(slot)[:] = bytes([slot + 1]) * 1_000_000
+    if not populates(made):
+        pytest.skip("this system maps pages when they are touched only")
+    cache = SegmentCache(warm=True)
+    mapped = cache.get(path, 5, 1_000_000)
+    assert mapped.warmed(60.0)
+    # the owner's mapping and this one
+    assert [resident >= 5_000_000 for resident in resident_nbytes(path)] == [True, True]
+    assert bytes(mapped.slot(4)) == bytes(made.slot(4))
+    cache.close()
+    made.close()
+
+
+def populates(segment: Segment) -> bool:
+    address = ctypes.addressof(ctypes.c_char.from_buffer(segment.buffer))
+    return ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(4096), 22) == 0
+
+
+def resident_nbytes(path: Path) -> list[int]:
+    """Of each mapping of the file in this process."""
+    found = re.findall(rf"{re.escape(str(path))}\n(?:.*\n)*?Rss: *(\d+) kB", Path("/proc/self/smaps").read_text())
+    return [int(kib) * 1024 for kib in found]
 
 
 def test_closing_ends_the_warming(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ class End:
         self.name = name
         self.pool = pool
         self.pools = RankPools.of(LAYOUT, pool)
-        self.mapped = SegmentCache()
+        self.mapped = SegmentCache(warm=True)
         self.welcome: kv.KvWelcome
         self._socket = ConnectedSocket(endpoint, name, keys=keys)
         self._decoder: Decoder[msgspec.Struct] = Decoder(kv.ToKvWorker)
