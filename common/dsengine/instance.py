@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -118,14 +118,17 @@ class RunningInstance:
         """Steps that may be under way at once."""
         return self._instance.pp
 
-    async def step(self, batch: Sequence[StepItem]) -> list[Sampled | ErrorInfo | None]:
+    async def step(
+        self, batch: Sequence[StepItem], then: Callable[[], None] | None = None
+    ) -> list[Sampled | ErrorInfo | None]:
         """A step; when it fails as a whole, its items run alone, so that one bad sequence fails alone.
 
-        Does not return when the ranks are lost: the process is about to end, and what it held is tried elsewhere.
+        ``then`` is called in the thread of steps, once the whole step is done. Does not return when the ranks are
+        lost: the process is about to end, and what it held is tried elsewhere.
         """
         try:
             end = self.engine.launch(batch)
-            return list(await asyncio.get_running_loop().run_in_executor(self._steps, end))
+            return await asyncio.get_running_loop().run_in_executor(self._steps, _ended, end, then)
         except DsError as error:
             if self.engine.lost is not None:
                 await asyncio.Future()
@@ -153,15 +156,24 @@ class RunningInstance:
             self.close()
             raise
 
-    async def copy(self, nbytes: int, run: Callable[[], T]) -> T:
-        """Run in the copy thread, or at once where ``nbytes`` are few and no copy is before them."""
+    def sum_soon(self, blocks: tuple[int, ...]) -> Future[int]:
+        """Have the thread of copies make the checksum of ``blocks``; may be asked for in any thread."""
+        return self._copies.submit(lambda: self.pools.checksum(blocks))
+
+    def copy(self, nbytes: int, run: Callable[[], T]) -> asyncio.Future[T]:
+        """Begin at once: in the copy thread, or here where ``nbytes`` are few and no copy is before them."""
+        loop = asyncio.get_running_loop()
         if nbytes <= SMALL_NBYTES and not self._copying:
-            return run()
+            made: asyncio.Future[T] = loop.create_future()
+            made.set_result(run())
+            return made
         self._copying += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._copies, run)
-        finally:
-            self._copying -= 1
+        copying = loop.run_in_executor(self._copies, run)
+        copying.add_done_callback(self._copied)
+        return copying
+
+    def _copied(self, _: object) -> None:
+        self._copying -= 1
 
     def close(self) -> None:
         """End the threads after what they are at, and give the memory back."""
@@ -176,6 +188,15 @@ class RunningInstance:
             self.engine.abandon()
         else:
             self.engine.close()
+
+
+def _ended(
+    end: Callable[[], list[Sampled | None]], then: Callable[[], None] | None
+) -> list[Sampled | ErrorInfo | None]:
+    made = end()
+    if then is not None:
+        then()
+    return list(made)
 
 
 def rank_segments(instance: Instance) -> list[Path | None]:

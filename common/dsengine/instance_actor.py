@@ -70,6 +70,9 @@ class InstanceActor(Actor):
             case _:
                 super().perform(action)
 
+    def computed(self, step: RunStep) -> None:
+        """A step is done, and the machine has not heard of it yet; called in the thread of steps."""
+
     def _ranks_lost(self, error: DsError) -> None:
         """The instance ends; the router tries elsewhere at once."""
         self.send(ROUTER, worker.WorkerBye())
@@ -81,7 +84,7 @@ class InstanceActor(Actor):
             for run in step.runs
         ]
         began = self.now()
-        results = await self._running.step(items)
+        results = await self._running.step(items, lambda: self.computed(step))
         made: list[Made] = []
         failed: list[tuple[KvKey, ErrorInfo]] = []
         for run, result in zip(step.runs, results, strict=True):

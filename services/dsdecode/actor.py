@@ -50,7 +50,8 @@ class DecodeActor(InstanceActor):
         """Perform one action of ``dsdecode.events``."""
         match action:
             case CopyDirect():
-                self.spawn(self._copy_direct(action), "copy")
+                # begun here and not within the task, which has to wait for its turn
+                self.spawn(self._copied(action.handle.key, self._copy_direct(action)), "copy")
             case CopyStream():
                 self.spawn(self._copy_stream(action), "stream")
             case CutStream(key):
@@ -59,11 +60,14 @@ class DecodeActor(InstanceActor):
             case _:
                 super().perform(action)
 
-    async def _copy_direct(self, action: CopyDirect) -> CopyEnded:
+    def _copy_direct(self, action: CopyDirect) -> asyncio.Future[ErrorInfo | None]:
         handle = action.handle
         transport = self._transports.of(handle, None)
-        error = await self._running.copy(handle.nbytes, lambda: self._bring(transport, handle, action.blocks))
-        return CopyEnded(self.now(), handle.key, error)
+        return self._running.copy(handle.nbytes, lambda: self._bring(transport, handle, action.blocks))
+
+    async def _copied(self, key: KvKey, copying: asyncio.Future[ErrorInfo | None]) -> CopyEnded:
+        error = await copying
+        return CopyEnded(self.now(), key, error)
 
     async def _copy_stream(self, action: CopyStream) -> CopyEnded:
         handle = action.handle

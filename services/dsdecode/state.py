@@ -124,10 +124,10 @@ class DecodeState(InstanceState):
             assert one.handle is not None
             one.hold(self.pool.take(wanted), self.pool.block_size)
             one.transfer_wait_s = self._move(one, Phase.PULLING, now, "blocks taken")
-            self._out.append(Send(RELAY, kv.KvPull(one.handle)))
             if self.links.early and one.handle.node == self.config.node:
                 one.early = True
                 self._copy(one, one.handle)
+            self._out.append(Send(RELAY, kv.KvPull(one.handle)))
         else:
             one.hold(one.reading.take(self.pool, wanted, one.known_blocks(self.pool)), self.pool.block_size)
             self._move(one, Phase.PREFILLING, now, "blocks taken")

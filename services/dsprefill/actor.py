@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import structlog
@@ -11,9 +13,13 @@ import structlog
 from dsengine.collective import Collective
 from dsengine.instance import RunningInstance
 from dsengine.instance_actor import InstanceActor, routes, settings
+from dskv.handle import KvKey
+from dskv.memory import SMALL_NBYTES
 from dsprefill.events import EndSend, Seal, Sealed, Sending, SendKv
 from dsprefill.state import PrefillConfig, PrefillState
+from dssched.steps import ForgetSequence, RunStep
 from dstopology.resolved import Topology
+from dswire.actor import Route
 from dswire.errors import DsError
 
 log = structlog.get_logger()
@@ -24,6 +30,11 @@ class PrefillActor(InstanceActor):
 
     machine: PrefillState
 
+    def __init__(self, machine: PrefillState, routes: list[Route], running: RunningInstance) -> None:
+        super().__init__(machine, routes, running)
+        #: of prompts that are read, begun before the machine asks for them: what it says meanwhile takes as long
+        self._checksums: dict[KvKey, Future[int]] = {}
+
     def perform(self, action: Any) -> None:
         """Perform one action of ``dsprefill.events``."""
         match action:
@@ -33,15 +44,34 @@ class PrefillActor(InstanceActor):
                 self.spawn(self._send_kv(action), "send")
             case EndSend(reader):
                 self._collective.drop(reader)
+            case ForgetSequence(key):
+                self._checksums.pop(key, None)
+                super().perform(action)
             case _:
                 super().perform(action)
 
+    def computed(self, step: RunStep) -> None:
+        """Begin the checksums of the prompts that are read."""
+        for run in step.runs:
+            if run.draws and self._verifies and self._nbytes(run.blocks) > SMALL_NBYTES:
+                self._checksums[run.key] = self._running.sum_soon(run.blocks)
+
     async def _seal(self, action: Seal) -> Sealed:
-        welcome, checksum = self.machine.links.welcome, 0
-        if welcome is None or welcome.verify:
-            nbytes = len(action.blocks) * self._running.capacity.layout.block_nbytes
-            checksum = await self._running.copy(nbytes, lambda: self._running.pools.checksum(action.blocks))
+        begun, checksum = self._checksums.pop(action.key, None), 0
+        if begun is not None:
+            checksum = await asyncio.wrap_future(begun)
+        elif self._verifies:
+            sums = partial(self._running.pools.checksum, action.blocks)
+            checksum = await self._running.copy(self._nbytes(action.blocks), sums)
         return Sealed(self.now(), action.key, checksum)
+
+    @property
+    def _verifies(self) -> bool:
+        welcome = self.machine.links.welcome
+        return welcome is None or welcome.verify
+
+    def _nbytes(self, blocks: tuple[int, ...]) -> int:
+        return len(blocks) * self._running.capacity.layout.block_nbytes
 
     @property
     def _collective(self) -> Collective:

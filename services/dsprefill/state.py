@@ -257,8 +257,9 @@ class PrefillState(InstanceState):
             return
         one.life.move(Phase.OFFERED, now, "sealed")
         one.handle = self._make_handle(one, event.checksum)
-        self._offer(one, one.handle, now)
+        # the longer way first: it is what the sequence waits for
         self._out.append(Send(ROUTER, worker.KvSealed(one.handle)))
+        self._offer(one, one.handle, now)
 
     def _make_handle(self, one: _Sequence, checksum: int) -> KvHandle:
         config = self.config

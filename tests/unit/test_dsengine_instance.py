@@ -1,17 +1,24 @@
-"""An instance's engine before it serves."""
+"""An instance's engine before it serves, and what begins while it does."""
 
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
 from pathlib import Path
+from threading import get_ident
 from typing import NoReturn
 
 import pytest
 
 from dsengine.instance import WARM_UP_TOKENS, RunningInstance
 from dsengine.runner import Engine
+from dskv.handle import KvKey
+from dsprefill.actor import build
+from dsprefill.events import Seal
+from dssched.steps import ForgetSequence, Run, RunStep, StartSequence
 from dstopology.resolved import Topology
 from dswire.errors import OutOfMemory
+from dswire.messages.client import Sampling
 from support.tiny_llama import make_model
 from support.tokenizers_here import byte_level
 from support.topologies import Desk
@@ -63,3 +70,38 @@ def test_what_the_first_step_meets_ends_the_start(
     with pytest.raises(OutOfMemory, match="no room for a step"):
         asyncio.run(load(topology, []))
     assert not topology.instance("prefill-0").segment.exists()
+
+
+async def test_checksums_begin_in_the_thread_of_steps(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsprefill.actor.SMALL_NBYTES", 0)
+    phases: list[str] = []
+    actor = await build(topology_of(tmp_path, model_dir, 8, 128), "prefill-0", phases.append)
+    try:
+        asked: list[int] = []
+        sum_soon = actor._running.sum_soon
+
+        def noted(blocks: tuple[int, ...]) -> Future[int]:
+            asked.append(get_ident())
+            return sum_soon(blocks)
+
+        monkeypatch.setattr(actor._running, "sum_soon", noted)
+        keys = [KvKey(f"r{number}/0", 0) for number in range(3)]
+        for key in keys:
+            actor.perform(StartSequence(key, (1, 2, 3), (), Sampling(seed=0)))
+        runs = [Run(key, (1, 2, 3), 0, (2 * at, 2 * at + 1), at < 2) for at, key in enumerate(keys)]
+        await actor._step(RunStep(1, tuple(runs), 1))
+        # of what is read: not here, nor of the prompt of which more is to come
+        assert len(asked) == 2
+        assert get_ident() not in asked
+        assert set(actor._checksums) == set(keys[:2])
+        sealed = [await actor._seal(Seal(run.key, run.blocks)) for run in (runs[0], runs[2])]
+        assert [one.checksum for one in sealed] == [actor._running.pools.checksum(runs[at].blocks) for at in (0, 2)]
+        # what is dropped instead leaves nothing behind
+        actor.perform(ForgetSequence(keys[1]))
+        assert not actor._checksums
+    finally:
+        actor.closed()
+        for route in actor.routes:
+            route.socket.close()

@@ -91,7 +91,8 @@ def test_warming_maps_what_another_process_has_written(tmp_path: Path) -> None:
 
 def populates(segment: Segment) -> bool:
     address = ctypes.addressof(ctypes.c_char.from_buffer(segment.buffer))
-    return ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(4096), 22) == 0
+    refused: int = ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(4096), 22)
+    return not refused
 
 
 def resident_nbytes(path: Path) -> list[int]:
