@@ -114,12 +114,19 @@ class End:
 class Owner(End):
     """Offers handles over a filled pool."""
 
-    def __init__(self, endpoint: str, node: str, pool: Segment, keys: CurveKeys | None = None) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        node: str,
+        pool: Segment,
+        keys: CurveKeys | None = None,
+        collective: Collective | None = None,
+    ) -> None:
+        """``collective``: by which it sends what the relay wants it to send."""
         super().__init__(endpoint, "prefill-0", pool, keys)
         self._node = node
         self._epoch = 0
-        #: by which it sends what the relay wants it to send
-        self._collective: Collective | None = None
+        self._collective = collective
         self._offered: dict[KvKey, KvHandle] = {}
 
     def offer(self, first: int, blocks: int) -> KvHandle:
@@ -145,9 +152,7 @@ class Owner(End):
     def take(self, message: Any) -> None:
         """Send, or forget."""
         match message:
-            case kv.KvSend(key=key, reader=reader, number=number):
-                if self._collective is None:
-                    self._collective = communicators()
+            case kv.KvSend(key=key, reader=reader, number=number) if self._collective is not None:
                 self.send(kv.KvSending(key, number, self._collective.invite(reader)))
                 self._collective.send(reader, self.pools.canonical(self._offered[key].blocks))
             case kv.KvRelease(key=key):
@@ -234,8 +239,11 @@ def filled_pool(path: Path, blocks: int) -> Segment:
     return pool
 
 
-async def _own(endpoint: str, node: str, path: Path, blocks: int, keys: CurveKeys | None) -> None:
-    owner = Owner(endpoint, node, filled_pool(path, blocks), keys)
+async def _own(
+    endpoint: str, node: str, path: Path, blocks: int, keys: CurveKeys | None, *, collective: bool
+) -> None:
+    pool = filled_pool(path, blocks)
+    owner = Owner(endpoint, node, pool, keys, communicators() if collective else None)
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
     def offer(count: int, each: int) -> None:
@@ -258,11 +266,11 @@ async def _own(endpoint: str, node: str, path: Path, blocks: int, keys: CurveKey
 
 
 def main() -> None:
-    """Be an owner: ``ENDPOINT NODE POOL BLOCKS [KEYS]``, until standard input ends."""
-    endpoint, node, path, blocks, *where = sys.argv[1:]
+    """Be an owner: ``ENDPOINT NODE POOL BLOCKS TRANSPORT [KEYS]``, until standard input ends."""
+    endpoint, node, path, blocks, transport, *where = sys.argv[1:]
     keys = load_system(Path(where[0])) if where else None
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_own(endpoint, node, Path(path), int(blocks), keys))
+        runner.run(_own(endpoint, node, Path(path), int(blocks), keys, collective=transport == "gloo"))
 
 
 if __name__ == "__main__":

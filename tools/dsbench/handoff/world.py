@@ -79,7 +79,7 @@ async def world(transport: str, blocks: int, *, curve: bool) -> AsyncIterator[Wo
         relay = topology.relay_of(topology.instance("prefill-0").node)
         pools = [topology.instance(name).segment for name in ("prefill-0", "decode-0")]
         command = [sys.executable, "-m", "dsbench.handoff.ends", relay.local, relay.node]
-        command += [str(pools[0]), str(blocks), *([str(topology.security.keys_dir)] if keys else [])]
+        command += [str(pools[0]), str(blocks), transport, *([str(topology.security.keys_dir)] if keys else [])]
         owner = stack.enter_context(_owner(command))
         reader = Reader(topology, filled_pool(pools[1], blocks), keys)
         stack.callback(reader.close)
