@@ -263,6 +263,18 @@ class Topology:
         same = owner_node == puller_node
         return "shm" if same and "shm" in self.relay_of(owner_node).transports else "tcp"
 
+    def roles_on(self, node: str) -> set[Role]:
+        """Of the instances on a node."""
+        return {instance.role for instance in self.instances if instance.node == node}
+
+    def sources_of(self, node: str) -> tuple[str, ...]:
+        """Nodes whose KV comes to ``node`` by the network: those of owners, where this one has a reader."""
+        if "decode" not in self.roles_on(node):
+            return ()
+        reachable = (relay.node for relay in self.relays if relay.data_connect is not None)
+        owners = (other for other in reachable if "prefill" in self.roles_on(other))
+        return tuple(other for other in owners if self.transport(other, node) != "shm")
+
     @property
     def collective(self) -> bool:
         """Whether KV goes by communicators of torch.distributed."""

@@ -174,19 +174,6 @@ def _tell(path: kv.PathInfo) -> None:
         log.info("path for KV", source=path.source, transport=path.transport, rate=rate)
 
 
-def sources_of(topology: Topology, node: str) -> tuple[str, ...]:
-    """Nodes whose KV comes to ``node`` by TCP: those of owners, where this one has a reader."""
-    if "decode" not in _roles(topology, node):
-        return ()
-    reachable = (relay.node for relay in topology.relays if relay.data_connect is not None)
-    owners = (other for other in reachable if "prefill" in _roles(topology, other))
-    return tuple(other for other in owners if topology.transport(other, node) != "shm")
-
-
-def _roles(topology: Topology, node: str) -> set[str]:
-    return {instance.role for instance in topology.instances if instance.node == node}
-
-
 def configure(topology: Topology, name: str) -> RelayConfig:
     """What the machine of the relay ``name`` must know."""
     relay = topology.relay(name)
@@ -196,8 +183,8 @@ def configure(topology: Topology, name: str) -> RelayConfig:
         incarnation=uuid.uuid4().hex[:12],
         lease_s=relay.lease_s,
         transfer_timeout_s=relay.transfer_timeout_s,
-        sources=sources_of(topology, relay.node),
-        direct="decode" in _roles(topology, relay.node) and topology.transport(relay.node, relay.node) == "shm",
+        sources=topology.sources_of(relay.node),
+        direct="decode" in topology.roles_on(relay.node) and topology.transport(relay.node, relay.node) == "shm",
         collective=topology.collective,
         # communicators are made when they are needed, by the instances
         prove=not topology.collective,

@@ -11,11 +11,12 @@ from rich.console import Console
 from dsbench import compared, host
 from dsbench.calibration import Calibration, Plan
 from dsbench.compared import Compared
-from dsbench.objectives import objectives
+from dsbench.objectives import objective_options, objectives
+from dsctl.options import workload_option
 from dsctl.profile import profile_of, wanted_by
 from dsobserve.terminal import output
 from dsplan.profiling import MOST_TOKENS, Effort
-from dssim.wish import METAVAR, Wish
+from dssim.wish import Wish
 from dstopology.load import load
 from dswire.errors import BadInput
 
@@ -30,7 +31,7 @@ from dswire.errors import BadInput
     required=True,
     help="A topology; more follow.",
 )
-@click.option("--workload", default="humaneval", show_default=True, metavar=METAVAR)
+@workload_option("humaneval")
 @click.option("--rates", help="Requests a second, with commas; default five around the predicted knee.")
 @click.option(
     "--duration",
@@ -55,12 +56,7 @@ from dswire.errors import BadInput
 @click.option(
     "--repeats", type=click.IntRange(0), default=2, show_default=True, help="So many times at most, for each load."
 )
-@click.option(
-    "--goodput", multiple=True, metavar="ttft:MS tpot:MS", help="Objectives; default the first topology's."
-)
-@click.option(
-    "--attainment", type=click.FloatRange(0, 1), help="Share that must meet both; default the topology's."
-)
+@objective_options
 @click.option("--profile", type=click.Path(path_type=Path), help="Of `dsctl profile`; what it lacks is measured.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any, TypeVar
+
+import click
 
 from dstopology.resolved import Slo
 from dswire.errors import BadInput
 
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
 _ONE = re.compile(r"(ttft|tpot):([0-9]+(?:\.[0-9]+)?)")
+
+
+def objective_options(function: CommandT) -> CommandT:
+    """``--goodput`` and ``--attainment``, for :func:`objectives`."""
+    for option in (
+        click.option(
+            "--attainment", type=click.FloatRange(0, 1), help="Share that must meet both; default likewise."
+        ),
+        click.option(
+            "--goodput",
+            multiple=True,
+            metavar="ttft:MS tpot:MS",
+            help="Objectives; default those of the topology, the first of several.",
+        ),
+    ):
+        function = option(function)
+    return function
 
 
 def objectives(texts: Iterable[str], default: Slo | None, attainment: float | None) -> Slo:

@@ -17,15 +17,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from dsbench import host
 from dsbench.load import Load, run
 from dsbench.load import Progress as Sent
-from dsbench.objectives import objectives
+from dsbench.objectives import objective_options, objectives
 from dsbench.served import Served, data, serve_figures, show, write_log
 from dsbench.started import started
 from dsclient import AsyncClient
 from dsctl.asking import Target, find_target, target_options
+from dsctl.options import arrival_options, workload_option
 from dsobserve.terminal import output
 from dssim.records import Record
 from dssim.tracefile import rows_of
-from dssim.wish import METAVAR, Wish, make
+from dssim.wish import Wish, make
 from dstopology.load import find, load
 from dstopology.resolved import Slo
 from dswire.errors import BadInput
@@ -46,19 +47,13 @@ class Measurement:
 @click.command("serve")
 @target_options
 @click.option("--start", is_flag=True, help="Start the topology's processes for the measurement, and stop them.")
-@click.option("--workload", default="humaneval", show_default=True, metavar=METAVAR)
+@workload_option("humaneval")
+@arrival_options
 @click.option("--rate", type=float, help="Requests a second; needed unless a file tells when they arrive.")
-@click.option(
-    "--arrival", type=click.Choice(["poisson", "gamma", "constant"]), default="poisson", show_default=True
-)
-@click.option("--cv", type=float, default=1.0, show_default=True, help="Burstiness of gamma arrivals.")
 @click.option("--duration", type=click.FloatRange(0.1), default=60.0, show_default=True, help="Seconds that count.")
 @click.option("--warmup", type=click.FloatRange(0), default=5.0, show_default=True, help="Seconds before that.")
 @click.option("--requests", type=click.IntRange(1), help="At most so many, warm-up included.")
-@click.option("--goodput", multiple=True, metavar="ttft:MS tpot:MS", help="Objectives; default the topology's.")
-@click.option(
-    "--attainment", type=click.FloatRange(0, 1), help="Share that must meet both; default the topology's."
-)
+@objective_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of arrivals and lengths.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="JSON lines with key prompt: texts to send.")
 @click.option("--request-timeout", type=float, default=300.0, show_default=True, help="Seconds of one request.")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dsctl.options import arrival_options, workload_option
+
 if TYPE_CHECKING:
     from dsplan.confirm import Confirmation
     from dsplan.devices import Device
@@ -33,17 +35,8 @@ CHECKED_REQUESTS = 400
 @click.option("--decode-device", help="Where decode runs on devices of its own kind.")
 @click.option("--nodes", type=int, default=1, show_default=True, help="Nodes of the cluster, and of one instance.")
 @click.option("--devices-per-node", type=int, default=8, show_default=True)
-@click.option(
-    "--workload",
-    default="sharegpt",
-    show_default=True,
-    metavar="WHAT",
-    help="sharegpt, humaneval, longbench, fixed:IN,OUT, a .csv or .jsonl file, like:FILE, servegen:RATES,LENGTHS.",
-)
-@click.option(
-    "--arrival", type=click.Choice(["poisson", "gamma", "constant"]), default="poisson", show_default=True
-)
-@click.option("--cv", type=float, default=1.0, show_default=True, help="Burstiness of gamma arrivals.")
+@workload_option("sharegpt")
+@arrival_options
 @click.option("--slo", default=DEFAULT_SLO, show_default=True, metavar="ttft:MS,tpot:MS")
 @click.option("--attainment", type=float, default=0.9, show_default=True, help="Share that must meet both.")
 @click.option("--rate", type=float, help="Wanted requests a second; default fill the cluster.")

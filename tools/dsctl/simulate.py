@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dsctl.options import arrival_options, workload_option
 from dsctl.topology import file_option
 
 if TYPE_CHECKING:
@@ -29,21 +30,11 @@ _SLO = re.compile(r"(ttft|tpot):([0-9]+(?:\.[0-9]+)?)")
 
 @click.command()
 @file_option
-@click.option(
-    "--workload",
-    default="sharegpt",
-    show_default=True,
-    metavar="WHAT",
-    help="sharegpt, humaneval, longbench, fixed:IN,OUT, a .csv or .jsonl file, like:FILE or "
-    "servegen:RATES,LENGTHS; docs/workloads.md tells of each.",
-)
+@workload_option("sharegpt")
+@arrival_options
 @click.option("--rate", type=float, help="Requests a second; needed unless a file tells when they arrive.")
 @click.option("--rates", metavar="FROM:TO:STEP", help="Several rates, one after the other; also A,B,C.")
 @click.option("--requests", type=click.IntRange(1, 10_000_000), help="How many; default all of a file, or 500.")
-@click.option(
-    "--arrival", type=click.Choice(["poisson", "gamma", "constant"]), default="poisson", show_default=True
-)
-@click.option("--cv", type=float, default=1.0, show_default=True, help="Burstiness of gamma arrivals.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same run.")
 @click.option("--slo", metavar="ttft:MS,tpot:MS", help="Objectives; default those of the topology.")
 @click.option(

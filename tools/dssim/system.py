@@ -210,14 +210,13 @@ class System:
 
     def _relay(self, name: str) -> Process:
         relay = self.topology.relay(name)
-        sources = sources_of(self.topology, relay.node)
         config = RelayConfig(
             name=name,
             node=relay.node,
             incarnation=self._incarnation,
             lease_s=relay.lease_s,
             transfer_timeout_s=relay.transfer_timeout_s,
-            sources=sources,
+            sources=self.topology.sources_of(relay.node),
             verify=relay.verify,
             direct=self.topology.transport(relay.node, relay.node) == "shm",
         )
@@ -263,7 +262,7 @@ class System:
             return
         self._join(process, "router", self.router, f"{process.name}/{self._made}")
         if isinstance(process, RelayProcess):
-            for node in sources_of(self.topology, process.node):
+            for node in self.topology.sources_of(process.node):
                 other = self._last[self.topology.relay_of(node).name]
                 self._join(process, f"relay:{node}", other, f"fetcher:{process.name}")
         elif self.topology.relays:
@@ -274,12 +273,6 @@ class System:
         seconds = self._transfers.message_s(one.node == other.node)
         one.peers[ones_name] = Way(other, others_name, seconds, True)
         other.peers[others_name] = Way(one, ones_name, seconds, False)
-
-
-def sources_of(topology: Topology, node: str) -> tuple[str, ...]:
-    """Nodes whose KV comes to ``node`` by the network."""
-    reachable = (relay.node for relay in topology.relays if relay.data_connect is not None)
-    return tuple(other for other in reachable if topology.transport(other, node) != "shm")
 
 
 def _held(machine: object) -> dict[str, int]:

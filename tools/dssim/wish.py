@@ -23,8 +23,6 @@ from dswire.errors import BadInput
 
 #: requests of a workload without an end, when neither their number nor a time is given
 REQUESTS = 500
-#: for the help of commands
-METAVAR = "sharegpt|humaneval|longbench|fixed:IN,OUT|FILE|like:FILE|servegen:RATES,LENGTHS"
 _FIXED = re.compile(r"fixed:([0-9]{1,7}),([0-9]{1,7})")
 
 
