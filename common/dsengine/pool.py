@@ -10,6 +10,7 @@ checksummed or handed on.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from pathlib import Path
 
@@ -96,11 +97,21 @@ class KvPool:
 def _allocate(nbytes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     try:
         if device.type == "cpu":
-            # Pages that the system hands out zeroed when they are first used: loading does not wait for them.
-            return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype)
+            return torch.frombuffer(_pages(nbytes), dtype=dtype)
         return torch.zeros(nbytes // dtype.itemsize, dtype=dtype, device=device)
     except (torch.OutOfMemoryError, RuntimeError, OSError, OverflowError) as error:
         raise OutOfMemory(
             f"no room on {device} for a KV pool of {nbytes} bytes",
             remedy="lower kv.memory in the topology",
         ) from error
+
+
+def _pages(nbytes: int) -> mmap.mmap:
+    """Zeroed memory whose pages the system hands out when they are first used: loading does not wait for them.
+
+    Huge ones where it gives them: blocks lie anywhere, and to find many small pages takes as long as to read them.
+    """
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError, AttributeError):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
