@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from msgspec import structs
 from rich.console import Console
 
 from dsbench import calibrate, calibration, compared, predict
@@ -90,7 +91,12 @@ def seen(topology: Topology, path: Path) -> Seen:
         for length, count in SINGLES
     }
     together = answers(topology, path, [Arrival(0.0, SHORT, output) for output in OUTPUTS])
-    return Seen(1, alone, together)
+    # of one turn in a slow moment
+    slow = [
+        structs.replace(one, ledger=structs.replace(one.ledger, decode_s=2 * one.ledger.decode_s))
+        for one in together
+    ]
+    return Seen(1, alone, [together, slow, together])
 
 
 def test_the_probe_finds_the_costs_of_a_known_system(topology: Topology, tmp_path: Path) -> None:

@@ -22,8 +22,10 @@ from dssim.records import Record
 from dssim.times import StepTimes
 from dswire.errors import Failed
 
+#: the whole is asked so many times, so that a slow moment does not count
+TURNS = 3
 #: (prompt tokens, requests of them), one at a time
-SINGLES = ((64, 6), (640, 4))
+SINGLES = ((64, 2), (640, 2))
 #: sequences of the batch, and prompt tokens of each
 TOGETHER, SHORT = 8, 32
 #: output tokens of a request that is to be watched while it decodes
@@ -42,7 +44,8 @@ class Seen:
     decoding: int
     #: by prompt tokens
     alone: dict[int, list[Completion]]
-    together: list[Completion]
+    #: by turn
+    together: list[list[Completion]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +62,15 @@ async def probe(client: AsyncClient, tell: Callable[[str], None], *, decoding: i
     """Ask. ``decoding``: instances that decode, which all get a whole batch. Raises what requests raise."""
     asking = _Asking(client, Random(0))
     async with asyncio.timeout(LIMIT_S):
-        tell("one request at a time")
         await asking.ask(SHORT, OUTPUT)
-        alone = {length: [await asking.ask(length, OUTPUT) for _ in range(count)] for length, count in SINGLES}
-        tell(f"{TOGETHER * decoding} requests at once")
-        return Seen(
-            decoding, alone, await asking.many([(SHORT, output) for output in OUTPUTS for _ in range(decoding)])
-        )
+        seen = Seen(decoding, {length: [] for length, _ in SINGLES}, [])
+        tell(f"{TURNS} times some requests one at a time, and {TOGETHER * decoding} at once")
+        for _ in range(TURNS):
+            for length, count in SINGLES:
+                seen.alone[length] += [await asking.ask(length, OUTPUT) for _ in range(count)]
+            batch = [(SHORT, output) for output in OUTPUTS for _ in range(decoding)]
+            seen.together.append(await asking.many(batch))
+    return seen
 
 
 @dataclass
@@ -115,18 +120,18 @@ def messages(answers: Iterable[Completion | Record]) -> dict[str, float]:
 def _decode_overhead(short: Sequence[Completion], seen: Seen, times: StepTimes) -> tuple[float, float]:
     """Milliseconds of a step, and of each sequence in it, beyond the engine's."""
     one_ms = median(step_s(one) - times.decode_s([_context(one)]) for one in short) * 1e3
-    whole_s, engine_s = _batch_step_s(seen.together, seen.decoding, times)
-    each_ms = ((whole_s - engine_s) * 1e3 - one_ms) / (TOGETHER - 1)
+    whole_ms = median(_batch_overhead_s(answers, seen.decoding, times) for answers in seen.together) * 1e3
+    each_ms = (whole_ms - one_ms) / (TOGETHER - 1)
     return one_ms - each_ms, each_ms
 
 
-def _batch_step_s(answers: Sequence[Completion], decoding: int, times: StepTimes) -> tuple[float, float]:
-    """A step of a whole batch as it was, and as the engine alone does it.
+def _batch_overhead_s(answers: Sequence[Completion], decoding: int, times: StepTimes) -> float:
+    """A step of a whole batch beyond the engine's.
 
     Of all but the first on each instance, which saw the whole batch from their first step to their last.
     """
     contexts = [_context(one) for one in answers[::decoding]]
-    return median(map(step_s, answers[decoding:])), times.decode_s(contexts)
+    return median(map(step_s, answers[decoding:])) - times.decode_s(contexts)
 
 
 def step_s(one: Completion) -> float:
