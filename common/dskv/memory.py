@@ -6,11 +6,12 @@ carry, however many ranks the owner and the reader have.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Protocol
 
 from dskv.checksum import block_sum, checksum
@@ -21,13 +22,13 @@ from dskv.shards import KvShard
 
 #: copied or summed in less time than it takes to have a thread do it
 SMALL_NBYTES = 512 << 10
-#: copied or summed by two threads, which takes little more than half the time where a core is free
-LARGE_NBYTES = 4 << 20
+#: copied or summed by two threads, which takes less time where a core is free
+LARGE_NBYTES = 8 << 20
 #: read of each rank's pool to prove that it can be
 PROOF_NBYTES = 4 << 20
 
-#: does the other half of large copies; it is there before it is needed, since a copy takes less than starting it
-_other = ThreadPoolExecutor(1, thread_name_prefix="half")
+#: helps with large copies; one for all, and kept, since a copy takes less than starting it
+_other = ThreadPoolExecutor(1, thread_name_prefix="other")
 
 
 class KvMemory(Protocol):
@@ -69,7 +70,7 @@ class RankPools:
         """Map the files of all ranks. Raises :class:`TransferFailed` when one cannot be."""
         sizes = [shard.layout(layout).block_nbytes for shard in shards]
         segments = [
-            cache.get(Path(shard.segment), blocks, size, writable=writable)
+            cache.get(shard.segment, blocks, size, writable=writable)
             for shard, size in zip(shards, sizes, strict=True)
         ]
         return cls(Placement(layout, shards), segments)
@@ -89,22 +90,29 @@ class RankPools:
         """Over canonical blocks in order."""
         sums = [b""] * len(numbers)
 
-        def part(places: range) -> None:
-            mine = numbers[places.start : places.stop]
-            sums[places.start : places.stop] = [block_sum(block) for block in self.canonical(mine)]
+        def part(places: Iterator[int]) -> None:
+            together = self._together()
+            for place in places:
+                sums[place] = block_sum(self._canonical(numbers[place], together))
 
         side_by_side(len(numbers), len(numbers) * self.placement.layout.block_nbytes, part)
         return checksum(sums)
 
     def canonical(self, numbers: Sequence[int]) -> Iterator[memoryview]:
         """Canonical blocks, one by one; those of several ranks share one buffer, and are good until the next."""
-        if self.single is not None:
-            yield from map(self.single.slot, numbers)
-            return
-        together = CanonicalBlocks.scratch(self.placement.layout)
-        for number in numbers:
-            copy(self, [number], together, [0], 0, self.placement.layout.block_size)
-            yield together.data
+        together = self._together()
+        return (self._canonical(number, together) for number in numbers)
+
+    def _together(self) -> CanonicalBlocks | None:
+        """Where the blocks of several ranks are put together."""
+        return None if self.single is not None else CanonicalBlocks.scratch(self.placement.layout)
+
+    def _canonical(self, number: int, together: CanonicalBlocks | None) -> memoryview:
+        if together is None:
+            assert self.single is not None
+            return self.single.slot(number)
+        copy(self, [number], together, [0], 0, self.placement.layout.block_size)
+        return together.data
 
 
 class CanonicalBlocks:
@@ -145,16 +153,28 @@ def copy(
             mine[run.target : run.target + run.nbytes] = theirs[run.source : run.source + run.nbytes]
 
 
-def side_by_side(count: int, nbytes: int, work: Callable[[range], None]) -> None:
-    """Have ``work`` done for 0 to ``count - 1``, by two threads where ``nbytes`` are many; raises as it does."""
+def side_by_side(count: int, nbytes: int, work: Callable[[Iterator[int]], None]) -> None:
+    """Have ``work`` done for 0 to ``count - 1``, by two threads where ``nbytes`` are many; raises as it does.
+
+    One begins with the first and one with the last, and they meet where they meet: a thread that finds no core at
+    once holds nobody up.
+    """
     if nbytes < LARGE_NBYTES or count < 2 or (os.cpu_count() or 1) < 2:
-        work(range(count))
+        work(iter(range(count)))
         return
-    half = _other.submit(work, range(count // 2, count))
+    places = deque(range(count))
+    other = _other.submit(work, _taken(places.pop))
     try:
-        work(range(count // 2))
+        work(_taken(places.popleft))
     finally:
-        half.result()
+        if not other.cancel():
+            other.result()
+
+
+def _taken(take: Callable[[], int]) -> Iterator[int]:
+    with contextlib.suppress(IndexError):
+        while True:
+            yield take()
 
 
 def read_rate(layout: KvLayout, shards: tuple[KvShard, ...], blocks: int) -> float:

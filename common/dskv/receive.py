@@ -8,7 +8,7 @@ blocks as it lies in the owner's, whose bytes behind the last token are zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from dskv.checksum import block_sum, checksum
 from dskv.handle import KvHandle
@@ -61,7 +61,7 @@ class Receiver:
             return
         alike, theirs, mine = self._alike, source.single, self._own
 
-        def part(places: range) -> None:
+        def part(places: Iterator[int]) -> None:
             for place in places:
                 alike.copy_from(theirs, self.handle.blocks[place], mine[place])
                 # while the processor's caches still hold it: memory is read once, not twice

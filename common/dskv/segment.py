@@ -187,12 +187,13 @@ class SegmentCache:
     def __init__(self, *, warm: bool = False) -> None:
         """``warm``: much will be read of each, so have its pages mapped before (:meth:`Segment.warm`)."""
         self._warm = warm
-        self._open: dict[Path, tuple[int, Segment]] = {}
+        #: by path, as a string: this happens at each hand-off, and a Path takes as long as a small one
+        self._open: dict[str, tuple[int, Segment]] = {}
 
-    def get(self, path: Path, slots: int, slot_nbytes: int, *, writable: bool = False) -> Segment:
+    def get(self, path: str, slots: int, slot_nbytes: int, *, writable: bool = False) -> Segment:
         """The mapped segment. Raises :class:`TransferFailed` when it cannot be mapped."""
         try:
-            inode = path.stat().st_ino
+            inode = os.stat(path).st_ino
         except OSError as error:
             raise TransferFailed(f"{path}: cannot be mapped: {error.strerror}") from error
         known = self._open.get(path)
@@ -200,7 +201,7 @@ class SegmentCache:
             return known[1]
         if known is not None:
             known[1].close()
-        segment = Segment.open(path, slots, slot_nbytes, writable=writable)
+        segment = Segment.open(Path(path), slots, slot_nbytes, writable=writable)
         if self._warm:
             segment.warm()
         self._open[path] = (inode, segment)

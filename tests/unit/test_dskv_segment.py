@@ -50,13 +50,13 @@ def test_a_replaced_file_is_mapped_anew(tmp_path: Path) -> None:
     cache = SegmentCache()
     first = Segment.create(path, 4, 64)
     first.slot(1)[:1] = b"1"
-    assert bytes(cache.get(path, 4, 64).slot(1)[:1]) == b"1"
+    assert bytes(cache.get(str(path), 4, 64).slot(1)[:1]) == b"1"
     first.close()
     with pytest.raises(TransferFailed, match="cannot be mapped"):
-        cache.get(path, 4, 64)
+        cache.get(str(path), 4, 64)
     second = Segment.create(path, 4, 64)
     second.slot(1)[:1] = b"2"
-    assert bytes(cache.get(path, 4, 64).slot(1)[:1]) == b"2"
+    assert bytes(cache.get(str(path), 4, 64).slot(1)[:1]) == b"2"
     cache.close()
     second.close()
 
@@ -80,7 +80,7 @@ def test_warming_maps_what_another_process_has_written(tmp_path: Path) -> None:
     if not populates(made):
         pytest.skip("this system maps pages when they are touched only")
     cache = SegmentCache(warm=True)
-    mapped = cache.get(path, 5, 1_000_000)
+    mapped = cache.get(str(path), 5, 1_000_000)
     assert mapped.warmed(60.0)
     # the owner's mapping and this one
     assert [resident >= 5_000_000 for resident in resident_nbytes(path)] == [True, True]

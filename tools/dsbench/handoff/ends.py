@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import uvloop
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 LAYOUT = KvLayout(layers=30, kv_heads=3, head_dim=64, block_size=16, dtype="bfloat16")
 #: longest wait for any answer, in seconds
 PATIENCE_S = 60.0
-
-T = TypeVar("T")
 
 
 def scattered(count: int) -> list[int]:
@@ -84,11 +82,15 @@ class End:
         """To the relay."""
         self._socket.send("", [encode(message)])
 
-    async def copy(self, nbytes: int, run: Callable[[], T]) -> T:
-        """Run in the copy thread, or at once where that takes longer to get there and back."""
-        if nbytes <= SMALL_NBYTES:
-            return run()
-        return await asyncio.get_running_loop().run_in_executor(self._copies, run)
+    def copy(self, nbytes: int, run: Callable[[], None]) -> asyncio.Future[None]:
+        """Begin in the copy thread, or here where that takes longer to get there and back."""
+        loop = asyncio.get_running_loop()
+        if nbytes > SMALL_NBYTES:
+            return loop.run_in_executor(self._copies, run)
+        run()
+        done = loop.create_future()
+        done.set_result(None)
+        return done
 
     def take(self, message: Any) -> None:
         """A message that concerns KV."""
@@ -183,8 +185,9 @@ class Reader(End):
         receiver = Receiver(handle, self.pools, blocks)
         if self.welcome.early and handle.node == self._node:
             self._unanswered.add(handle.key)
+            copying = self.copy(handle.nbytes, lambda: self.bring(receiver))
             self.send(kv.KvPull(handle))
-            await self.copy(handle.nbytes, lambda: self.bring(receiver))
+            await copying
             return
         self._pulls[handle.key] = word = asyncio.get_running_loop().create_future()
         self.send(kv.KvPull(handle))
