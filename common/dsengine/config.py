@@ -27,7 +27,7 @@ class EngineConfig:
     block_size: int
     #: blocks in the KV pool
     num_blocks: int
-    #: file to create for a KV pool that other processes of the host can map; None keeps the pool private
+    #: file to create for a KV pool, or its mirror, that other processes of the host can map; None keeps it private
     segment: Path | None
     #: CPU threads of one operation; a setting of the whole process
     threads: int
@@ -37,14 +37,14 @@ class EngineConfig:
     quantization: str | None = None
     #: use the compiled kernels (:mod:`dsengine.native`) where they can serve; ``DS_KERNELS=off`` to try without
     kernels: bool = field(default_factory=lambda: os.environ.get("DS_KERNELS") != "off")
+    #: keep the KV pool of a CPU out of the file, which then mirrors it as that of a GPU; ``DS_KV_MIRROR=on`` to try
+    mirror: bool = field(default_factory=lambda: os.environ.get("DS_KV_MIRROR") == "on")
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_NBYTES:
             raise EngineFailed(f"dtype {self.dtype!r} is not one of {', '.join(ITEM_NBYTES)}")
         if self.device != "cpu" and not self.device.startswith("cuda"):
             raise EngineFailed(f"device {self.device!r} is neither cpu nor cuda:N")
-        if self.segment is not None and self.device != "cpu":
-            raise EngineFailed(f"the KV pool of {self.device} cannot be a shared-memory file")
         if self.quantization not in (None, "int8"):
             raise EngineFailed(f"quantization {self.quantization!r} is not one of int8")
         if self.quantization and self.device != "cpu":
@@ -52,6 +52,11 @@ class EngineConfig:
         for name in ("block_size", "num_blocks", "threads", "max_model_len"):
             if getattr(self, name) < 1:
                 raise EngineFailed(f"{name} is {getattr(self, name)}, it must be at least 1")
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether others see the KV pool by way of a mirror, for lack of a way to map it."""
+        return self.mirror or self.device != "cpu"
 
 
 @dataclass(frozen=True, slots=True)

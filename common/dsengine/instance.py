@@ -2,16 +2,17 @@
 
 Steps run in one thread and KV copies in another, each in the order in which they were asked for, so that a copy
 neither waits for a step nor overtakes a copy that was asked for before it. A copy that takes less than the way to a
-thread and back is made at once. The other ranks of an instance hear of a
+thread and back is made at once, unless the pool has a mirror. The other ranks of an instance hear of a
 step when it is asked for, and need not wait for the end of those before it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,13 +22,15 @@ from dsengine.model import load_shape
 from dsengine.runner import Engine, StepItem
 from dsengine.sampler import Sampled
 from dsengine.store import resolve
+from dskv.handle import KvKey
 from dskv.layout import KvLayout
 from dskv.memory import SMALL_NBYTES, RankPools
+from dskv.pages import MirrorPages
 from dskv.segment import SegmentCache
 from dskv.shards import KvShard, copies, shards
 from dstopology.resolved import Instance, Topology
 from dstopology.wiring import model_identity
-from dswire.errors import DsError, ErrorInfo, OutOfMemory, StartFailed
+from dswire.errors import DsError, ErrorInfo, OutOfMemory
 from dswire.messages.client import Sampling
 from dswire.messages.worker import Capacity, Logprobs, ModelIdentity
 
@@ -35,6 +38,8 @@ T = TypeVar("T")
 
 #: of the prompt that an instance reads before it serves
 WARM_UP_TOKENS = 24
+#: of mirrors of KV pools that are idle: pages that need not be had anew
+SPARE_NBYTES = 256 << 20
 
 
 class RunningInstance:
@@ -53,6 +58,10 @@ class RunningInstance:
         self._copies = ThreadPoolExecutor(1, thread_name_prefix="copy")
         #: asked for and not at their end
         self._copying = 0
+        #: of the mirrors, where the pools have some
+        self._pages: MirrorPages | None = None
+        if self.mirrored:
+            self._pages = MirrorPages(self.pools, SPARE_NBYTES // engine.layout.block_nbytes)
 
     @classmethod
     async def load(cls, topology: Topology, instance: Instance, phase: Callable[[str], None]) -> RunningInstance:
@@ -93,9 +102,7 @@ class RunningInstance:
 
     @property
     def shards(self) -> tuple[KvShard, ...]:
-        """The pools of all ranks, as others of the host map them."""
-        if self.engine.pool.segment is None:
-            raise StartFailed("the KV pool of this device cannot be handed over yet", remedy="place it on cpu:N")
+        """The pools of all ranks or their mirrors, as others of the host map them."""
         segments = list(map(str, rank_segments(self._instance)))
         return shards(self.engine.layout, self._instance.tp, self._instance.pp, segments)
 
@@ -107,6 +114,11 @@ class RunningInstance:
             return RankPools.of(self.engine.layout, segment)
         blocks = self.engine.pool.num_blocks
         return RankPools.map(self.engine.layout, self.shards, blocks, self._mapped, writable=True)
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether others map mirrors of the pools."""
+        return self.engine.pool.mirror is not None
 
     @property
     def capacity(self) -> Capacity:
@@ -123,18 +135,22 @@ class RunningInstance:
     ) -> list[Sampled | ErrorInfo | None]:
         """A step; when it fails as a whole, its items run alone, so that one bad sequence fails alone.
 
-        ``then`` is called in the thread of steps, once the whole step is done. Does not return when the ranks are
-        lost: the process is about to end, and what it held is tried elsewhere.
+        ``then`` is called in the thread of steps, once the whole step is done.
         """
         try:
             end = self.engine.launch(batch)
             return await asyncio.get_running_loop().run_in_executor(self._steps, _ended, end, then)
         except DsError as error:
-            if self.engine.lost is not None:
-                await asyncio.Future()
+            await self.unless_lost()
             if len(batch) == 1:
                 return [error.info()]
         return [(await self.step([item]))[0] for item in batch]
+
+    async def unless_lost(self) -> None:
+        """For whom something failed. Does not return when the ranks are lost: the process is about to end, and what
+        it held is tried elsewhere."""
+        if self.engine.lost is not None:
+            await asyncio.Future()
 
     def warm_up(self) -> None:
         """Read a short prompt and decode a token. Blocks; raises what steps raise, and gives everything back then.
@@ -156,14 +172,49 @@ class RunningInstance:
             self.close()
             raise
 
-    def sum_soon(self, blocks: tuple[int, ...]) -> Future[int]:
-        """Have the thread of copies make the checksum of ``blocks``; may be asked for in any thread."""
-        return self._copies.submit(lambda: self.pools.checksum(blocks))
+    def seal_soon(self, key: KvKey, blocks: tuple[int, ...], *, summed: bool) -> Future[int]:
+        """Have the thread of copies :meth:`seal`; may be asked for in any thread."""
+        return self._copies.submit(partial(self.seal, key, blocks, summed=summed))
+
+    def seal(self, key: KvKey, blocks: tuple[int, ...], *, summed: bool) -> int:
+        """Have others see what lies in ``blocks``, until :meth:`withdraw`; their checksum if it is wanted.
+
+        Blocks; raises why it cannot be.
+        """
+        if self._pages is not None:
+            self._pages.hold(key, blocks)
+            try:
+                self.engine.mirror(blocks, "out")
+            except BaseException:
+                self._pages.let_go(key)
+                raise
+        return self.pools.checksum(blocks) if summed else 0
+
+    def withdraw(self, key: KvKey) -> None:
+        """Nobody will read the blocks of ``key``, which may have been sealed."""
+        if self._pages is not None:
+            self._copies.submit(self._pages.let_go, key)
+
+    @contextlib.contextmanager
+    def arriving(self, key: KvKey, blocks: tuple[int, ...]) -> Iterator[RankPools]:
+        """Where to write what is to be in ``blocks`` after the context; for a thread that may wait.
+
+        Raises why it cannot be.
+        """
+        if self._pages is None:
+            yield self.pools
+            return
+        self._pages.hold(key, blocks)
+        try:
+            yield self.pools
+            self.engine.mirror(blocks, "in")
+        finally:
+            self._pages.let_go(key)
 
     def copy(self, nbytes: int, run: Callable[[], T]) -> asyncio.Future[T]:
         """Begin at once: in the copy thread, or here where ``nbytes`` are few and no copy is before them."""
         loop = asyncio.get_running_loop()
-        if nbytes <= SMALL_NBYTES and not self._copying:
+        if nbytes <= SMALL_NBYTES and not self._copying and not self.mirrored:
             made: asyncio.Future[T] = loop.create_future()
             made.set_result(run())
             return made
@@ -199,15 +250,12 @@ def _ended(
     return list(made)
 
 
-def rank_segments(instance: Instance) -> list[Path | None]:
-    """The file of each rank's pool; None for pools on a GPU."""
+def rank_segments(instance: Instance) -> list[Path]:
+    """The file of each rank's pool, or of its mirror."""
     path = instance.segment
     if len(instance.devices) == 1:
-        paths = [path]
-    else:
-        paths = [path.with_suffix(f".{rank}{path.suffix}") for rank in range(len(instance.devices))]
-    pairs = zip(instance.devices, paths, strict=True)
-    return [path if device.startswith("cpu") else None for device, path in pairs]
+        return [path]
+    return [path.with_suffix(f".{rank}{path.suffix}") for rank in range(len(instance.devices))]
 
 
 def _blocks(instance: Instance, layout: KvLayout) -> int:

@@ -1,7 +1,8 @@
 """The paged KV cache of an instance: a pool of blocks in one contiguous buffer.
 
 Layout: ``[num_blocks, layers, 2 (K, V), kv_heads, block_size, head_dim]`` (:mod:`dskv.layout`). On the CPU the
-buffer can be a mapped file, so that other processes of the host copy blocks straight out of it.
+buffer can be a mapped file, so that other processes of the host copy blocks straight out of it; beside a buffer
+that they cannot map there can be a mirror, which is one.
 
 Invariant: the bytes of a block behind its sequence's last token are zero. Blocks are cleared before their
 first token is written (:meth:`KvPool.clear`), so nothing of an earlier request, and no NaN of one, is read,
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsengine.mirror import Mirror
 from dskv.layout import KvLayout
 from dskv.segment import Segment
 from dswire.errors import OutOfMemory
@@ -29,20 +31,31 @@ class KvPool:
     """``num_blocks`` blocks of ``layout``; who owns which block is not known here."""
 
     def __init__(
-        self, layout: KvLayout, num_blocks: int, device: torch.device, segment: Path | None = None
+        self,
+        layout: KvLayout,
+        num_blocks: int,
+        device: torch.device,
+        segment: Path | None = None,
+        *,
+        mirrored: bool = False,
     ) -> None:
-        """Allocate, in the file ``segment`` where given. Raises :class:`OutOfMemory`."""
+        """Allocate, in the file ``segment`` where given, or with a mirror there. Raises :class:`OutOfMemory`."""
         self.layout = layout
         self.num_blocks = num_blocks
         self.device = device
+        #: what others map: the pool or its mirror
         self.segment: Segment | None = None
-        if segment is not None:
+        self.mirror: Mirror | None = None
+        if segment is not None and not mirrored:
             self.segment = Segment.create(segment, num_blocks, layout.block_nbytes)
             self.segment.warm()
             flat = torch.frombuffer(self.segment.buffer, dtype=DTYPES[layout.dtype])
         else:
             flat = _allocate(num_blocks * layout.block_nbytes, DTYPES[layout.dtype], device)
         self._blocks: Tensor = flat.view(num_blocks, -1)
+        if segment is not None and mirrored:
+            self.segment = Segment.create(segment, num_blocks, layout.block_nbytes, sparse=True)
+            self.mirror = Mirror(self._blocks, self.segment)
         # One view a layer, each beginning at that layer of block 0: the index tensors of a step then serve all
         # layers unchanged.
         heads = flat.view(-1, layout.block_size * layout.head_dim)
@@ -85,6 +98,8 @@ class KvPool:
         """Give the memory back; the pool is of no use afterwards. Doing it twice is harmless."""
         self._blocks = torch.empty(0)
         self._heads, self._rows = [], []
+        if self.mirror is not None:
+            self.mirror.close()
         if self.segment is not None:
             self.segment.close()
 

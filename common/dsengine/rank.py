@@ -1,8 +1,8 @@
 """``python -m dsengine.rank``: one rank of an instance, the child of the instance's process.
 
-It runs the steps that it is told, in order, and ends when its standard input does: so it never outlives the
-instance's process, however that ends, nor leaves the file of its pool behind. It ends by itself, with a report,
-when a step fails: the ranks have then lost each other.
+It runs the steps that it is told, in order, and beside them copies between its pool and the mirror of that. It ends
+when its standard input does: so it never outlives the instance's process, however that ends, nor leaves the file of
+its pool behind. It ends by itself, with a report, when a step fails: the ranks have then lost each other.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import time
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock, Thread
-from typing import IO, NoReturn
+from typing import IO, TYPE_CHECKING, NoReturn
 
 import msgspec
 
-from dsengine.rank_orders import BEAT_S, RankStep, Report, Start, encode, read, start_of
+from dsengine.rank_orders import BEAT_S, RankCopy, RankStep, Report, Start, encode, read, start_of
 from dsobserve.logging import configure
 from dswire.errors import DsError, EngineFailed
 from dswire.process import EXIT_BUG
+
+if TYPE_CHECKING:
+    from dsengine.runner import Engine
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +41,8 @@ class _Rank:
         self._segment: Path | None = None
         #: never longer than the number of steps that an instance has under way
         self._steps: SimpleQueue[RankStep] = SimpleQueue()
+        #: one at a time is asked for
+        self._copies: SimpleQueue[RankCopy] = SimpleQueue()
 
     def run(self) -> NoReturn:
         """Load, then run steps until the instance's process is gone."""
@@ -72,6 +77,7 @@ class _Rank:
             self._segment = start.config.segment
             self._report(Report("ready"))
             Thread(target=self._beat, name="beat", daemon=True).start()
+            Thread(target=self._copy, args=[engine], name="copy", daemon=True).start()
             while True:
                 step = self._steps.get()
                 engine.forward([span.span() for span in step.spans], step.picked)
@@ -79,10 +85,27 @@ class _Rank:
             raise EngineFailed(str(error)) from error
 
     def _listen(self) -> None:
-        decoder = msgspec.msgpack.Decoder(RankStep)
+        decoder = msgspec.msgpack.Decoder(RankStep | RankCopy)
         while (frame := read(self._orders)) is not None:
-            self._steps.put(decoder.decode(frame))
+            order = decoder.decode(frame)
+            if isinstance(order, RankStep):
+                self._steps.put(order)
+            else:
+                self._copies.put(order)
         self._leave(0)
+
+    def _copy(self, engine: Engine) -> NoReturn:
+        """What goes wrong fails one hand-off, and no step."""
+        while True:
+            order, error = self._copies.get(), None
+            try:
+                engine.mirror(order.blocks, order.way)
+            except DsError as failed:
+                error = failed.info()
+            except Exception as failed:  # noqa: BLE001 - the boundary of this thread, whose other side waits
+                _log.exception("unexpected error")
+                error = EngineFailed(f"{self._start.name}: {failed!r}").info()
+            self._report(Report("copied", error))
 
     def _beat(self) -> NoReturn:
         """Give signs of life, within a long step too: what computes lets go of the interpreter's lock."""

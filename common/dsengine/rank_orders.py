@@ -1,7 +1,7 @@
 """What an instance's process and its other ranks tell each other, over the standard streams of the latter.
 
 A frame is its length in four bytes and MessagePack. The first one to a rank is its :class:`Start`, all others are
-steps; back come :class:`Report` frames. No torch here.
+steps, and copies that are made beside them; back come :class:`Report` frames. No torch here.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class RankSpan(msgspec.Struct, frozen=True, array_like=True):
         return Span(self.tokens, self.start, self.blocks)
 
 
-class RankStep(msgspec.Struct, frozen=True, array_like=True):
+class RankStep(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """One step."""
 
     spans: list[RankSpan]
@@ -67,12 +67,19 @@ class RankStep(msgspec.Struct, frozen=True, array_like=True):
     picked: list[int]
 
 
+class RankCopy(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Blocks that go from the pool to its mirror or the other way; its end is reported."""
+
+    blocks: list[int]
+    way: Literal["out", "in"]
+
+
 class Report(msgspec.Struct, frozen=True):
     """How far a rank is."""
 
     #: ``joining``: about to look for the others; ``ready``: loaded; ``alive``: said every :data:`BEAT_S` from then
-    #: on, within steps too; ``failed``: why it ends
-    state: Literal["joining", "ready", "alive", "failed"]
+    #: on, within steps too; ``copied``: the end of a :class:`RankCopy`; ``failed``: why it ends
+    state: Literal["joining", "ready", "alive", "copied", "failed"]
     error: ErrorInfo | None = None
 
 

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from dsengine.config import EngineConfig
+from dsengine.mirror import MirrorWay
 from dsengine.parallel import Part, drawing_rank
 from dsengine.rank_group import GroupPeers, PeerGone
-from dsengine.rank_orders import RankSpan, RankStep, Report, Start, encode, read
+from dsengine.rank_orders import RankCopy, RankSpan, RankStep, Report, Start, encode, read
 from dsengine.runner import Engine, StepItem, device_of
 from dsengine.span import Span
 from dswire.errors import DsError, EngineFailed, StartFailed, from_info
@@ -38,6 +39,8 @@ from dswire.errors import DsError, EngineFailed, StartFailed, from_info
 #: longest wait, in seconds, for a child to have loaded its part of the model, and for one to end
 LOAD_S = 600.0
 END_S = 5.0
+#: and for the end of a copy between a pool and its mirror
+COPY_S = 60.0
 #: a rank that has loaded and gives no sign of life for so many seconds, twice in a row, is taken for frozen
 SILENCE_S = 6.0
 
@@ -84,6 +87,17 @@ class _Child:
         assert report.state == state
         self._ready = state == "ready"
 
+    def copied(self) -> Report:
+        """Wait for the end of a copy; ``failed`` where there will be none, now and ever after."""
+        try:
+            report = self._reports.get(timeout=COPY_S)
+        except Empty:
+            told = f"{self._who} has not copied its part of the KV within {COPY_S:g} s"
+            report = Report("failed", EngineFailed(told).info())
+        if report.state == "failed":
+            self._reports.put(report)
+        return report
+
     def end(self) -> None:
         """Let it end in good order, else make it."""
         assert self._process.stdin is not None
@@ -113,7 +127,7 @@ class _Child:
         loaded, report = False, None
         while True:
             if loaded and self._silent(stream):
-                report = self._frozen()
+                self._reports.put(report := self._frozen())
                 break
             if (frame := read(stream)) is None:
                 break
@@ -122,7 +136,7 @@ class _Child:
             if report.state != "alive":
                 self._reports.put(report)
         self._process.stdout.close()
-        if report is None or report.error is None:
+        if report is None or report.state != "failed":
             told = f"{self._who} has ended: {_described(self._process.wait())}"
             error = EngineFailed(told, remedy="`dsctl logs` tells more; a supervisor starts the instance again")
             report = Report("failed", error.info())
@@ -154,6 +168,8 @@ class RankedEngine(Engine):
         """
         own = drawing_rank(tp, pp)
         self._lock = Lock()
+        #: one copy at a time, so that all know which one a report is about
+        self._copying = Lock()
         self._gone = Event()
         self._lost: DsError | None = None
         self._closed = False
@@ -215,6 +231,27 @@ class RankedEngine(Engine):
             assert self._lost is not None
             raise self._lost from error
 
+    def mirror(self, blocks: Sequence[int], way: MirrorWay) -> None:
+        """As :meth:`Engine.mirror`, at all ranks.
+
+        What a step has written before its end here is in the pools of the others, too: this rank needed what they
+        made of it.
+        """
+        with self._copying:
+            self._tell_all(encode(RankCopy(list(blocks), way)))
+            failed: list[DsError] = []
+            try:
+                super().mirror(blocks, way)
+            except DsError as error:
+                failed.append(error)
+            for report in [child.copied() for child in self._children]:
+                if report.error is not None:
+                    failed.append(from_info(report.error))
+                    if report.state == "failed":
+                        self._lose(failed[-1])
+            if failed:
+                raise self._lost or failed[0]
+
     def abandon(self) -> None:
         """Kill the other ranks and remove the files of all pools. Never blocks: for a process about to end."""
         for child in self._children:
@@ -229,9 +266,11 @@ class RankedEngine(Engine):
         super().close()
 
     def _tell(self, batch: Sequence[StepItem], picked: Sequence[int]) -> None:
+        self._tell_all(encode(RankStep([RankSpan.of(item) for item in batch], list(picked))))
+
+    def _tell_all(self, frame: bytes) -> None:
         if self._lost is not None:
             raise self._lost
-        frame = encode(RankStep([RankSpan.of(item) for item in batch], list(picked)))
         for child in self._children:
             self._teller.submit(child.tell, frame)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from dsengine import drawing
 from dsengine.attention import PagedAttention
 from dsengine.config import EngineConfig, ModelInfo
+from dsengine.mirror import MirrorWay
 from dsengine.model import Model, is_out_of_memory, load_model, load_shape
 from dsengine.native.decoder import NativeDecoder
 from dsengine.parallel import WHOLE, Part, Peers
@@ -28,7 +29,7 @@ from dsengine.sampler import Drawing, Sampled, SamplerState, sample
 from dsengine.span import Span
 from dskv.layout import KvLayout
 from dskv.shards import shards
-from dswire.errors import DsError, EngineFailed, OutOfMemory, UnsupportedModel
+from dswire.errors import DsError, EngineFailed, OutOfMemory, TransferFailed, UnsupportedModel
 from dswire.messages.client import Sampling
 
 
@@ -82,7 +83,8 @@ class Engine:
             dtype=config.dtype,
         )
         mine = shards(self.layout, part.tp, part.pp, [""] * part.tp * part.pp)[part.rank]
-        self.pool = KvPool(mine.layout(self.layout), config.num_blocks, self._device, config.segment)
+        layout = mine.layout(self.layout)
+        self.pool = KvPool(layout, config.num_blocks, self._device, config.segment, mirrored=config.mirrored)
 
     def sampler(self, sampling: Sampling, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> SamplerState:
         """The sampler of a sequence that has ``output_ids`` already."""
@@ -127,6 +129,20 @@ class Engine:
             raise OutOfMemory(
                 f"no room on {self._device} for a step of {sum(len(span.tokens) for span in spans)} tokens",
                 remedy="lower the batch limits or kv.memory in the topology",
+            ) from error
+
+    def mirror(self, blocks: Sequence[int], way: MirrorWay) -> None:
+        """Copy ``blocks`` between the pool and its mirror, for a thread beside the steps.
+
+        No step that is under way or comes meanwhile may write them. Raises why it cannot be.
+        """
+        assert self.pool.mirror is not None, "only what cannot be mapped is mirrored"
+        try:
+            self.pool.mirror.copy(blocks, way)
+        except torch.OutOfMemoryError as error:
+            raise TransferFailed(
+                f"no room on {self._device} to hand {len(blocks)} blocks of KV over",
+                remedy="lower kv.memory in the topology",
             ) from error
 
     @property

@@ -86,6 +86,16 @@ class RankPools:
             for number in numbers:
                 segment.slot(number)[:] = zeros
 
+    def reserve(self, numbers: Sequence[int]) -> None:
+        """Have the pages of blocks. Raises as :meth:`Segment.reserve`."""
+        for segment in self._segments:
+            segment.reserve(numbers)
+
+    def discard(self, numbers: Sequence[int]) -> None:
+        """Give the pages of blocks back."""
+        for segment in self._segments:
+            segment.discard(numbers)
+
     def checksum(self, numbers: Sequence[int]) -> int:
         """Over canonical blocks in order."""
         sums = [b""] * len(numbers)

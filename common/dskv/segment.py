@@ -2,8 +2,8 @@
 
 Invariants: the creator owns the file, keeps it locked while it lives, and unlinks it on ``close``; whoever opened
 it only unmaps. A file whose creator was killed stays behind: the next creator of the same path replaces it, and the
-supervisor removes the run's directory. The file is sparse until written or warmed, and its size is exactly
-``slots * slot_nbytes``.
+supervisor removes the run's directory. The file is sparse until written, warmed or reserved, and its size is
+exactly ``slots * slot_nbytes``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import fcntl
 import mmap
 import os
 import threading
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from dswire.errors import DuplicateName, OutOfMemory, TransferFailed
@@ -40,8 +42,10 @@ class Segment:
         self._warming: threading.Thread | None = None
 
     @classmethod
-    def create(cls, path: Path, slots: int, slot_nbytes: int) -> Segment:
+    def create(cls, path: Path, slots: int, slot_nbytes: int, *, sparse: bool = False) -> Segment:
         """Make the file, replacing one that a killed process left.
+
+        ``sparse``: it need not fit as a whole, for nothing is written but what was reserved.
 
         Raises :class:`DuplicateName` when a live process has it, and :class:`OutOfMemory`.
         """
@@ -49,7 +53,7 @@ class Segment:
         path.parent.mkdir(parents=True, exist_ok=True)
         _refuse_live(path)
         room = os.statvfs(path.parent)
-        if nbytes > room.f_bavail * room.f_frsize:
+        if not sparse and nbytes > room.f_bavail * room.f_frsize:
             raise OutOfMemory(
                 f"{path}: {nbytes} bytes of shared memory are wanted, {room.f_bavail * room.f_frsize} are free",
                 remedy="lower kv.memory or relay.keep in the topology, or enlarge the shared-memory mount",
@@ -108,12 +112,43 @@ class Segment:
             segment.check(index)
         ctypes.memmove(self._address + mine * nbytes, source._address + theirs * nbytes, nbytes)
 
+    def reserve(self, indices: Sequence[int]) -> None:
+        """Have the pages of these slots, as writing would, which ends a process that finds none.
+
+        Raises :class:`TransferFailed`.
+        """
+        try:
+            fd = os.open(self.path, os.O_RDWR)
+        except OSError as error:
+            raise TransferFailed(f"{self.path}: cannot be written: {error.strerror}") from error
+        try:
+            for first, count in _runs(indices):
+                os.posix_fallocate(fd, first * self.slot_nbytes, count * self.slot_nbytes)
+        except OSError as error:
+            raise TransferFailed(
+                f"{self.path}: no room for {len(indices)} slots of {self.slot_nbytes} bytes: {error.strerror}",
+                remedy="enlarge the shared-memory mount, or lower kv.memory or relay.keep in the topology",
+            ) from error
+        finally:
+            os.close(fd)
+
+    def discard(self, indices: Sequence[int]) -> None:
+        """Give back the pages that hold nothing but these slots, whose bytes mean nothing from now on."""
+        for first, count in _runs(indices):
+            start = -(-first * self.slot_nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (first + count) * self.slot_nbytes // mmap.PAGESIZE * mmap.PAGESIZE
+            if start < end:
+                # a file system that cannot keeps them
+                with contextlib.suppress(OSError):
+                    self._map.madvise(mmap.MADV_REMOVE, start, end - start)
+
     def warm(self) -> None:
         """Begin to have all pages mapped, in a thread.
 
         The first write to a fresh page costs several times the copy, and the first look at one that another process
-        has written nearly as much as the copy. Nothing depends on its end; where the system cannot, pages come as
-        they are touched.
+        has written nearly as much as the copy. Of another process's file only what has pages is looked at, for a
+        look at the rest would make some. Nothing depends on its end; where the system cannot, pages come as they
+        are touched.
         """
         self._warming = threading.Thread(target=self._populate, name="warm", daemon=True)
         self._warming.start()
@@ -131,16 +166,18 @@ class Segment:
         nbytes, advice = self.slots * self.slot_nbytes, _MADV_POPULATE_READ
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.suppress(OSError))
-            file = None
+            file = stack.enter_context(self.path.open("rb+" if self._owner else "rb"))
             if self._owner:
-                file, advice = stack.enter_context(self.path.open("rb+")), _MADV_POPULATE_WRITE
+                advice = _MADV_POPULATE_WRITE
             for at in range(0, nbytes, _WARM_NBYTES):
                 if self._cooling.is_set():
                     return
                 length = min(_WARM_NBYTES, nbytes - at)
-                if file is not None:
+                if self._owner:
                     # pages for the file first: that holds up nobody, mapping holds up who maps
                     os.posix_fallocate(file.fileno(), at, length)
+                elif os.lseek(file.fileno(), at, os.SEEK_HOLE) < at + length:
+                    continue
                 place = ctypes.c_void_p(ctypes.addressof(first) + at)
                 madvise(place, ctypes.c_size_t(length), advice)
 
@@ -165,6 +202,13 @@ class Segment:
         except BufferError:
             # somebody (a tensor) still looks at the pages; they go with that object
             return
+
+
+def _runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and number of those that lie side by side."""
+    for _, places in groupby(enumerate(sorted(indices)), key=lambda pair: pair[1] - pair[0]):
+        run = [index for _, index in places]
+        yield run[0], len(run)
 
 
 def _refuse_live(path: Path) -> None:

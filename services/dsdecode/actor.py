@@ -67,25 +67,28 @@ class DecodeActor(InstanceActor):
 
     async def _copied(self, key: KvKey, copying: asyncio.Future[ErrorInfo | None]) -> CopyEnded:
         error = await copying
+        if error is not None:
+            await self._running.unless_lost()
         return CopyEnded(self.now(), key, error)
 
     async def _copy_stream(self, action: CopyStream) -> CopyEnded:
         handle = action.handle
         transport = self._coming[handle.key] = self._transports.of(handle, action.ticket)
-        error = await asyncio.get_running_loop().run_in_executor(
-            self._readers, self._bring, transport, handle, action.blocks
-        )
+        loop = asyncio.get_running_loop()
+        coming = loop.run_in_executor(self._readers, self._bring, transport, handle, action.blocks)
+        ended = await self._copied(handle.key, coming)
         if self._coming[handle.key] is transport:
             del self._coming[handle.key]
-        return CopyEnded(self.now(), handle.key, error)
+        return ended
 
     def _bring(self, transport: Transport, handle: KvHandle, blocks: tuple[int, ...]) -> ErrorInfo | None:
         """All the KV, verified, in a thread that may wait for it; what went wrong."""
-        welcome = self.machine.links.welcome
+        welcome, layout = self.machine.links.welcome, self._running.capacity.layout
         try:
-            receiver = Receiver(handle, self._running.pools, blocks, summed=welcome is None or welcome.verify)
-            transport.bring(receiver)
-            receiver.verify()
+            with self._running.arriving(handle.key, blocks[: layout.blocks_for(handle.tokens)]) as pools:
+                receiver = Receiver(handle, pools, blocks, summed=welcome is None or welcome.verify)
+                transport.bring(receiver)
+                receiver.verify()
         except DsError as error:
             return error.info()
         return None

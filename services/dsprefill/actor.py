@@ -32,8 +32,9 @@ class PrefillActor(InstanceActor):
 
     def __init__(self, machine: PrefillState, routes: list[Route], running: RunningInstance) -> None:
         super().__init__(machine, routes, running)
-        #: of prompts that are read, begun before the machine asks for them: what it says meanwhile takes as long
-        self._checksums: dict[KvKey, Future[int]] = {}
+        #: checksums of prompts that are read, begun before the machine asks for them: what it says meanwhile takes
+        #: as long
+        self._sealing: dict[KvKey, Future[int]] = {}
 
     def perform(self, action: Any) -> None:
         """Perform one action of ``dsprefill.events``."""
@@ -45,24 +46,30 @@ class PrefillActor(InstanceActor):
             case EndSend(reader):
                 self._collective.drop(reader)
             case ForgetSequence(key):
-                self._checksums.pop(key, None)
+                self._sealing.pop(key, None)
+                self._running.withdraw(key)
                 super().perform(action)
             case _:
                 super().perform(action)
 
     def computed(self, step: RunStep) -> None:
-        """Begin the checksums of the prompts that are read."""
+        """Begin to seal the prompts that are read."""
         for run in step.runs:
-            if run.draws and self._verifies and self._nbytes(run.blocks) > SMALL_NBYTES:
-                self._checksums[run.key] = self._running.sum_soon(run.blocks)
+            worth = self._running.mirrored or (self._verifies and self._nbytes(run.blocks) > SMALL_NBYTES)
+            if run.draws and worth:
+                self._sealing[run.key] = self._running.seal_soon(run.key, run.blocks, summed=self._verifies)
 
     async def _seal(self, action: Seal) -> Sealed:
-        begun, checksum = self._checksums.pop(action.key, None), 0
-        if begun is not None:
-            checksum = await asyncio.wrap_future(begun)
-        elif self._verifies:
-            sums = partial(self._running.pools.checksum, action.blocks)
-            checksum = await self._running.copy(self._nbytes(action.blocks), sums)
+        begun, checksum = self._sealing.pop(action.key, None), 0
+        try:
+            if begun is not None:
+                checksum = await asyncio.wrap_future(begun)
+            elif self._verifies or self._running.mirrored:
+                seal = partial(self._running.seal, action.key, action.blocks, summed=self._verifies)
+                checksum = await self._running.copy(self._nbytes(action.blocks), seal)
+        except DsError as error:
+            await self._running.unless_lost()
+            return Sealed(self.now(), action.key, 0, error.info())
         return Sealed(self.now(), action.key, checksum)
 
     @property

@@ -12,7 +12,7 @@ from dswire.errors import ErrorInfo
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """Checksum the blocks; ends with :class:`Sealed`."""
+    """Have others see the blocks, and make their checksum; ends with :class:`Sealed`."""
 
     key: KvKey
     blocks: tuple[int, ...]
@@ -39,11 +39,12 @@ class EndSend:
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """A checksum is there."""
+    """A checksum is there; or, with ``error``, nobody can be shown the blocks."""
 
     now: float
     key: KvKey
     checksum: int
+    error: ErrorInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)

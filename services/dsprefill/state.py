@@ -52,7 +52,7 @@ class Phase(Enum):
 TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.QUEUED: frozenset({Phase.RUNNING, Phase.GONE}),
     Phase.RUNNING: frozenset({Phase.SEALING, Phase.DOOMED, Phase.GONE}),
-    Phase.SEALING: frozenset({Phase.OFFERED, Phase.DOOMED}),
+    Phase.SEALING: frozenset({Phase.OFFERED, Phase.DOOMED, Phase.GONE}),
     Phase.OFFERED: frozenset({Phase.GONE}),
     Phase.DOOMED: frozenset({Phase.GONE}),
     Phase.GONE: frozenset(),
@@ -254,6 +254,10 @@ class PrefillState(InstanceState):
         now, one = event.now, self.sequences[event.key]
         if one.life.phase is Phase.DOOMED:
             self._drop(one, now, "sealed")
+            return
+        if event.error is not None:
+            self._fail_at_router(event.key, event.error)
+            self._drop(one, now, f"not sealed: {event.error.code}")
             return
         one.life.move(Phase.OFFERED, now, "sealed")
         one.handle = self._make_handle(one, event.checksum)

@@ -17,11 +17,17 @@ def test_a_good_configuration_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
+    ("device", "mirror", "mirrored"), [("cpu", False, False), ("cpu", True, True), ("cuda:0", False, True)]
+)
+def test_a_pool_that_cannot_be_mapped_has_a_mirror(device: str, mirror: bool, mirrored: bool) -> None:
+    assert engine_config(Path("model"), device=device, mirror=mirror).mirrored == mirrored
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"dtype": "int8"}, "int8"),
         ({"device": "tpu"}, "tpu"),
-        ({"device": "cuda:0", "segment": Path("/dev/shm/kv")}, "shared-memory"),
         ({"block_size": 0}, "block_size"),
         ({"num_blocks": -1}, "num_blocks"),
         ({"threads": 0}, "threads"),

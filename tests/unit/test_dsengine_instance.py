@@ -80,13 +80,13 @@ async def test_checksums_begin_in_the_thread_of_steps(
     actor = await build(topology_of(tmp_path, model_dir, 8, 128), "prefill-0", phases.append)
     try:
         asked: list[int] = []
-        sum_soon = actor._running.sum_soon
+        seal_soon = actor._running.seal_soon
 
-        def noted(blocks: tuple[int, ...]) -> Future[int]:
+        def noted(key: KvKey, blocks: tuple[int, ...], *, summed: bool) -> Future[int]:
             asked.append(get_ident())
-            return sum_soon(blocks)
+            return seal_soon(key, blocks, summed=summed)
 
-        monkeypatch.setattr(actor._running, "sum_soon", noted)
+        monkeypatch.setattr(actor._running, "seal_soon", noted)
         keys = [KvKey(f"r{number}/0", 0) for number in range(3)]
         for key in keys:
             actor.perform(StartSequence(key, (1, 2, 3), (), Sampling(seed=0)))
@@ -95,12 +95,12 @@ async def test_checksums_begin_in_the_thread_of_steps(
         # of what is read: not here, nor of the prompt of which more is to come
         assert len(asked) == 2
         assert get_ident() not in asked
-        assert set(actor._checksums) == set(keys[:2])
+        assert set(actor._sealing) == set(keys[:2])
         sealed = [await actor._seal(Seal(run.key, run.blocks)) for run in (runs[0], runs[2])]
         assert [one.checksum for one in sealed] == [actor._running.pools.checksum(runs[at].blocks) for at in (0, 2)]
         # what is dropped instead leaves nothing behind
         actor.perform(ForgetSequence(keys[1]))
-        assert not actor._checksums
+        assert not actor._sealing
     finally:
         actor.closed()
         for route in actor.routes:

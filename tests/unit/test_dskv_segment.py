@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dskv.segment import Segment, SegmentCache
-from dswire.errors import DuplicateName, TransferFailed
+from dswire.errors import DuplicateName, OutOfMemory, TransferFailed
 
 
 def test_a_live_owner_keeps_its_file(tmp_path: Path) -> None:
@@ -87,6 +87,26 @@ def test_warming_maps_what_another_process_has_written(tmp_path: Path) -> None:
     assert bytes(mapped.slot(4)) == bytes(made.slot(4))
     cache.close()
     made.close()
+
+
+def test_warming_makes_no_pages_where_another_process_has_none(tmp_path: Path) -> None:
+    path = tmp_path / "pool.kv"
+    made = Segment.create(path, 5, 4 << 20, sparse=True)
+    made.reserve([3])
+    cache = SegmentCache(warm=True)
+    assert cache.get(path, 5, 4 << 20).warmed(60.0)
+    assert path.stat().st_blocks * 512 == 4 << 20
+    cache.close()
+    made.close()
+
+
+def test_a_sparse_one_need_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(OutOfMemory, match="of shared memory are wanted"):
+        Segment.create(tmp_path / "pool.kv", 1 << 22, 1 << 20)
+    made = Segment.create(tmp_path / "pool.kv", 1 << 22, 1 << 20, sparse=True)
+    made.close()
+    with pytest.raises(TransferFailed, match="cannot be written"):
+        made.reserve([0])
 
 
 def populates(segment: Segment) -> bool:

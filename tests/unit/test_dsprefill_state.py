@@ -9,7 +9,7 @@ from dskv.shards import shards
 from dsprefill.events import Seal, Sealed
 from dsprefill.state import Phase, PrefillConfig, PrefillState
 from dssched.steps import Made, RunStep
-from dswire.errors import EngineFailed, ErrorInfo
+from dswire.errors import EngineFailed, ErrorInfo, TransferFailed
 from dswire.links import RELAY_SILENCE_S, End, Ready
 from dswire.machine import PeerLost, Send, Tick
 from dswire.messages import PROTOCOL, kv, worker
@@ -107,6 +107,17 @@ def test_work_runs_at_once_and_its_token_is_told(desk: Desk) -> None:
     assert (offer.handle.tokens, offer.handle.checksum, offer.handle.shards) == (6, 99, POOL)
     desk.say("relay", kv.KvRelease(key, "pulled"))
     assert desk.state.pool.held == 0
+
+
+def test_what_nobody_can_be_shown_is_not_offered(desk: Desk) -> None:
+    key = desk.work("r")
+    desk.step(key)
+    error = TransferFailed("no room").info()
+    desk.feed(Sealed(desk.now, key, 0, error))
+    assert desk.told("router", worker.SequenceFailed) == [worker.SequenceFailed(key, error)]
+    assert not desk.told("relay", kv.KvOffer)
+    assert not desk.state.sequences
+    assert desk.state.pool.free == 16
 
 
 def test_output_of_an_earlier_attempt_is_read_too(desk: Desk) -> None:

@@ -1,0 +1,85 @@
+"""The mirror of a KV pool that other processes cannot map: a mapped file of as many blocks.
+
+Others read from it and write into it as if it were the pool; blocks are copied between the two when they are to be
+handed over, or have come. Between a GPU and the file they go by way of page-locked memory for a few blocks: the
+pages of the file come and go (:mod:`dskv.pages`).
+
+Invariant: a copy begins when all steps that were launched before it are through with the pool, and is over when
+the method returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from threading import Lock
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dskv.segment import Segment
+
+#: from the pool to the mirror, or from there to the pool
+MirrorWay = Literal["out", "in"]
+
+#: copied at once
+_BOUNCE_NBYTES = 8 << 20
+
+
+class Mirror:
+    """``segment`` beside ``blocks`` ``[num_blocks, elements of a block]``. For use by any thread."""
+
+    def __init__(self, blocks: Tensor, segment: Segment) -> None:
+        self._blocks = blocks
+        self._file = torch.frombuffer(segment.buffer, dtype=blocks.dtype).view(blocks.shape)
+        rows = min(max(_BOUNCE_NBYTES // segment.slot_nbytes, 1), len(blocks))
+        gpu = blocks.device.type == "cuda"
+        self._bounce = torch.empty((rows, blocks.shape[1]), dtype=blocks.dtype, pin_memory=gpu)
+        self._stream: Any = None
+        if gpu:
+            # torch declares no types for it
+            self._stream = torch.cuda.Stream(blocks.device)  # type: ignore[no-untyped-call]
+        self._lock = Lock()
+
+    def copy(self, blocks: Sequence[int], way: MirrorWay) -> None:
+        """Copy ``blocks`` from the pool to the file, or from there to the pool."""
+        if way == "out":
+            self._out(blocks)
+        else:
+            self._in(blocks)
+
+    def _out(self, blocks: Sequence[int]) -> None:
+        for there, here, bounce in self._parts(blocks):
+            with self._in_stream():
+                bounce.copy_(self._blocks.index_select(0, there), non_blocking=True)
+            self._file.index_copy_(0, here, bounce)
+
+    def _in(self, blocks: Sequence[int]) -> None:
+        for there, here, bounce in self._parts(blocks):
+            torch.index_select(self._file, 0, here, out=bounce)
+            with self._in_stream():
+                self._blocks.index_copy_(0, there, bounce.to(self._blocks.device, non_blocking=True))
+
+    def close(self) -> None:
+        """Let go of all memory; the mirror is of no use afterwards."""
+        with self._lock:
+            self._blocks = self._file = self._bounce = torch.empty(0)
+
+    def _parts(self, blocks: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Numbers of a part of ``blocks``, where the pool is and here, and room for them; one copy at a time."""
+        with self._lock:
+            for at in range(0, len(blocks), len(self._bounce)):
+                here = torch.tensor(blocks[at : at + len(self._bounce)])
+                yield here.to(self._blocks.device), here, self._bounce[: len(here)]
+
+    @contextlib.contextmanager
+    def _in_stream(self) -> Iterator[None]:
+        """Beside the steps, but behind those that were launched, and to its end."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.default_stream(self._blocks.device))
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
