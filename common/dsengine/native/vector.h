@@ -99,16 +99,24 @@ inline vf exp(vf x) {
 // 2^x for x up to 0, or little above: to about two units in the last place from 2^-126 on. exp2(0) is exactly 1 and
 // exp2(-inf) exactly 0. NaN stays NaN.
 inline vf exp2(vf x) {
+#ifdef __AVX512DQ__
+  vf r = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);  // of -inf it is 0
+#else
   const vf magic = broadcast(12582912.0f);
   vf bounded = max(broadcast(-127.0f), x);
   vf rounded = bounded + magic;
   vf r = bounded - (rounded - magic);
+#endif
   vf p = 1.3264816e-3f * r + 9.6715120e-3f;
   p = p * r + 5.5507336e-2f;
   p = p * r + 2.4022242e-1f;
   p = p * r + 6.9314700e-1f;
   p = p * r + 1.0f;
+#ifdef __AVX512DQ__
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)(x - r));
+#else
   return (vf)((vi)p + ((vi)rounded << 23));  // of -127 all bits but the sign are gone
+#endif
 }
 
 inline vf tanh(vf x) {
