@@ -72,14 +72,17 @@ inline void score_keys(const typename E::active* q, const Runs<E>& keys, size_t 
                        float* scores) {
   using words = decltype(E::load_weights(keys.now[0]));
   constexpr int PARTS = LANES / PART, LINE = LANES * E::STEP;
-  Turns turns(count);
+  Turns turns(count), ahead(count);
+  for (int part = 0; part < PARTS; ++part) ahead.go_on();
+  auto offset = [&](const Turns& at) { return behind + static_cast<size_t>(at.within) * head_dim; };
   for (int key = 0; key < count; key += LANES) {
     const typename E::weight* from[PARTS];
+    const typename E::weight* soon[PARTS];  // the 16 keys after these, from the second-level cache
     const typename E::weight* next[PARTS];
     int to[PARTS];
-    for (int part = 0; part < PARTS; ++part, turns.go_on()) {
-      const size_t offset = behind + static_cast<size_t>(turns.within) * head_dim;
-      from[part] = keys.now[turns.run] + offset, next[part] = keys.next[turns.run] + offset, to[part] = turns.key();
+    for (int part = 0; part < PARTS; ++part, turns.go_on(), ahead.go_on()) {
+      from[part] = keys.now[turns.run] + offset(turns), soon[part] = keys.now[ahead.run] + offset(ahead);
+      next[part] = keys.next[turns.run] + offset(turns), to[part] = turns.key();
     }
     vf acc[ROWS] = {};
     for (int dim = 0; dim < head_dim; dim += LINE) {
@@ -90,7 +93,10 @@ inline void score_keys(const typename E::active* q, const Runs<E>& keys, size_t 
       for (int quarter = 0; quarter < 4; ++quarter) {
         __m512i columns[4];
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) __builtin_prefetch(next[quarter] + dim * PART + i * LINE, 0, 2);
+        for (int i = 0; i < 4; ++i) {
+          __builtin_prefetch(next[quarter] + dim * PART + i * LINE, 0, 2);
+          __builtin_prefetch(soon[quarter] + dim * PART + i * LINE, 0, 3);
+        }
         turn(at, quarter, columns);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i)
