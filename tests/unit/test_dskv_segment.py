@@ -94,7 +94,7 @@ def test_warming_makes_no_pages_where_another_process_has_none(tmp_path: Path) -
     made = Segment.create(path, 5, 4 << 20, sparse=True)
     made.reserve([3])
     cache = SegmentCache(warm=True)
-    assert cache.get(path, 5, 4 << 20).warmed(60.0)
+    assert cache.get(str(path), 5, 4 << 20).warmed(60.0)
     assert path.stat().st_blocks * 512 == 4 << 20
     cache.close()
     made.close()
