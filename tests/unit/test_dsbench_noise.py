@@ -67,7 +67,7 @@ def test_slow_spells_are_found_from_the_ledgers(desk: Desk, tmp_path: Path, mode
     def predict(noise: Noise) -> tuple[Record, ...]:
         return records(here, profile(tmp_path, noise=noise), seed=1)
 
-    found = find(real, predict, times)
+    found = find(real, predict, times, apart=not mode)
     reading = [factor for _, factor in found["prefill"]]
     assert mean(reading) == pytest.approx(1.2, rel=0.1)
     assert 1.8 < max(reading) < 2.5

@@ -160,7 +160,8 @@ class Calibration:
             told = ", ".join(f"{phase} {factor:.2f}" for phase, factor in known.beside.items())
             self.console.print(f"a step beside others takes so many times as long: {told}")
         known.constants = replace(known.constants, transfer=known.constants.transfer | messages(measured))
-        known.noise = noise.find(measured, chance, times)
+        apart = self.topology.mode == "disaggregated"
+        known.noise = noise.find(measured, chance, times, apart=apart)
         known.write()
         self.console.print(
             f"a step takes so many times as long as foretold, p10/p50/p90/p99: {noise.told(known.noise)}"

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
+from statistics import median
 
 from dsbench.bootstrap import percentile
 from dssim.noise import Course
@@ -29,32 +31,50 @@ LEAST = 0.2
 Noise = dict[str, Course]
 
 
-def find(measured: Sequence[Record], predict: Callable[[Noise], Sequence[Record]], times: StepTimes) -> Noise:
+def find(
+    measured: Sequence[Record],
+    predict: Callable[[Noise], Sequence[Record]],
+    times: StepTimes,
+    *,
+    apart: bool = True,
+) -> Noise:
     """With what chance the steps of ``predict`` are distributed as those of ``measured``.
 
-    ``times``: of the engine alone. A phase of which either side has no steps is left out.
+    ``times``: of the engine alone. ``apart``: whether other instances read prompts than those that decode; where the
+    same do, a sequence's first step may be one that reads as well, so the slow moments are those of reading. A phase
+    of which either side has no steps is left out.
     """
-    real = {"prefill": read_steps(measured, times), "decode": _decode(measured)}
+    phases = {"prefill": partial(read_steps, times=times)} | ({"decode": _decode} if apart else {})
+    real = {phase: steps(measured) for phase, steps in phases.items()}
     noise: Noise = {}
+    usual: dict[str, float] = {}
+    level = 1.0
     for _ in range(ROUNDS):
-        simulated = predict(noise)
-        ours = {"prefill": read_steps(simulated, times), "decode": _decode(simulated)}
-        noise = {
-            phase: _moved(noise.get(phase, []), steps, sorted(value for _, value in ours[phase]))
-            for phase, steps in real.items()
-            if steps and ours[phase]
-        }
+        simulated, found = predict(noise), {}
+        for phase, steps in real.items():
+            ours = sorted(value for _, value in phases[phase](simulated))
+            if steps and ours:
+                least = usual.setdefault(phase, ours[len(ours) // 10])
+                found[phase] = _moved(noise.get(phase, []), steps, ours, least)
+        if not apart and found:
+            level *= median(_tokens_s(measured)) / median(_tokens_s(simulated))
+            found["decode"] = [(at_s, factor * level) for at_s, factor in found["prefill"]]
+        noise = found
     return noise
 
 
-def _moved(noise: Course, real: Course, ours: Sequence[float]) -> Course:
-    """``noise`` times what the measured steps are of the simulated ones, each at its percentile."""
+def _moved(noise: Course, real: Course, ours: Sequence[float], least: float) -> Course:
+    """``noise`` times what the measured steps are of the simulated ones, each at its percentile.
+
+    No step was foretold to be shorter than ``least``: the simulator may not have come by a moment, however slow.
+    """
     before = sorted(factor for _, factor in noise) or [1.0] * len(real)
     ranks = sorted(range(len(real)), key=lambda place: real[place][1])
-    wanted = [
-        max(before[rank] * real[place][1] / ours[int((rank + 0.5) / len(ranks) * len(ours))], LEAST)
-        for rank, place in enumerate(ranks)
-    ]
+    wanted = []
+    for rank, place in enumerate(ranks):
+        value = real[place][1]
+        factor = before[rank] * value / ours[int((rank + 0.5) / len(ranks) * len(ours))]
+        wanted.append(max(min(factor, value / least), LEAST))
     factors = dict(zip(ranks, _rising(wanted), strict=True))
     return [(at_s, factors[place]) for place, (at_s, _) in enumerate(real)]
 
@@ -96,11 +116,18 @@ def _batches(records: Sequence[Record]) -> Iterator[tuple[float, float, list[int
 
 
 def _decode(records: Sequence[Record]) -> Course:
-    """The end of each sequence's first step, and its seconds; where reading was that, those of its mean step."""
-    known = [(one, one.ledger) for one in records if one.ledger is not None and one.output_tokens > 2]
-    ended = [(one.at_s + one.total_s - ledger.decode_s, ledger, one.output_tokens) for one, ledger in known]
-    first = [(at_s, ledger.first_step_s) for at_s, ledger, _ in ended if ledger.first_step_s > 0.0]
-    return sorted(first or [(at_s, ledger.decode_s / (tokens - 2)) for at_s, ledger, tokens in ended])
+    """The end of each sequence's first step, and its seconds."""
+    return sorted(
+        (one.at_s + one.total_s - one.ledger.decode_s, one.ledger.first_step_s)
+        for one in records
+        if one.ledger is not None and one.ledger.first_step_s > 0.0
+    )
+
+
+def _tokens_s(records: Sequence[Record]) -> list[float]:
+    """The mean step of each sequence, from its second on; 1 where there is none."""
+    known = [(one.ledger, one.output_tokens) for one in records if one.ledger is not None and one.output_tokens > 2]
+    return [ledger.decode_s / (tokens - 2) for ledger, tokens in known] or [1.0]
 
 
 def told(noise: Noise) -> str:
