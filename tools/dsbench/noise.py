@@ -40,9 +40,9 @@ def find(
 ) -> Noise:
     """With what chance the steps of ``predict`` are distributed as those of ``measured``.
 
-    ``times``: of the engine alone. ``apart``: whether other instances read prompts than those that decode; where the
-    same do, a sequence's first step may be one that reads as well, so the slow moments are those of reading. A phase
-    of which either side has no steps is left out.
+    ``times``: of the engine alone. ``apart``: whether other instances read prompts than those that decode; where
+    the same do, a sequence's first step may be one that reads as well, so the slow moments are those of reading. A
+    phase of which either side has no steps is left out.
     """
     phases = {"prefill": partial(read_steps, times=times)} | ({"decode": _decode} if apart else {})
     real = {phase: steps(measured) for phase, steps in phases.items()}
