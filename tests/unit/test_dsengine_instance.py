@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from concurrent.futures import Future
 from pathlib import Path
 from threading import get_ident
@@ -17,9 +19,10 @@ from dsprefill.actor import build
 from dsprefill.events import Seal
 from dssched.steps import ForgetSequence, Run, RunStep, StartSequence
 from dstopology.resolved import Topology
-from dswire.errors import OutOfMemory
+from dswire.errors import OutOfMemory, TransferFailed
 from dswire.messages.client import Sampling
-from support.tiny_llama import make_model
+from support import handover
+from support.tiny_llama import engine_config, generate, make_model, prompt_of
 from support.tokenizers_here import byte_level
 from support.topologies import Desk
 
@@ -70,6 +73,39 @@ def test_what_the_first_step_meets_ends_the_start(
     with pytest.raises(OutOfMemory, match="no room for a step"):
         asyncio.run(load(topology, []))
     assert not topology.instance("prefill-0").segment.exists()
+
+
+@pytest.mark.parametrize("mirrored", [("prefill-0", "decode-0"), ("prefill-0",), ("decode-0",)])
+async def test_kv_of_a_pool_that_cannot_be_mapped_is_handed_over(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, mirrored: tuple[str, ...]
+) -> None:
+    topology, both = topology_of(tmp_path, model_dir, 12, 128), []
+    for name in ("prefill-0", "decode-0"):
+        monkeypatch.setenv("DS_KV_MIRROR", "on" if name in mirrored else "off")
+        both.append(await handover.load(topology, name))
+        assert both[-1].mirrored == (name in mirrored)
+    here = Engine(engine_config(model_dir))
+    for prompt in (prompt_of(70), prompt_of(5)):
+        assert [await handover.generate(both[0], both[1], prompt, 9)] == generate(here, [prompt], 9)
+    for running in both:
+        running.close()
+
+
+async def test_what_finds_no_room_in_a_mirror_can_be_shown_later(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_KV_MIRROR", "on")
+    running = await handover.load(topology_of(tmp_path, model_dir, 8, 128), "prefill-0")
+
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(TransferFailed, match="no room for 2 slots"):
+            await handover.offered(running, prompt_of(20))
+    await handover.offered(running, prompt_of(20))
+    running.close()
 
 
 async def test_checksums_begin_in_the_thread_of_steps(
