@@ -98,7 +98,7 @@ def command(
         raise BadInput("--rates goes with neither --rate nor --trace", remedy="leave one of them out")
     topology = load(find(file))
     objectives = parse_slo(slo, topology.slo)
-    simulator = _Simulator(topology, profile, failure.parse(failures, topology))
+    simulator = _Simulator(topology, profile, failure.parse(failures, topology), seed)
     if rates is not None:
         wishes = [Wish(workload, one, requests, arrival, cv, seed) for one in sweep.parse(rates)]
         runs = _sweep(simulator, wishes, objectives)
@@ -134,13 +134,15 @@ def parse_slo(text: str | None, default: Slo) -> Slo:
 class _Simulator:
     """What does not change from rate to rate."""
 
-    def __init__(self, topology: Topology, profile: str, failures: tuple[Failure, ...]) -> None:
+    def __init__(self, topology: Topology, profile: str, failures: tuple[Failure, ...], seed: int) -> None:
         from dsplan.profile import check_topology
 
         check_topology(Path(profile), topology)
         self._topology = topology
         self._profile = profile
         self._failures = failures
+        #: of chance in the times of steps, where the profile tells of any
+        self._seed = seed
 
     def run(
         self,
@@ -158,7 +160,7 @@ class _Simulator:
             for record in found.records:
                 on_end(record)
             return found
-        system = system_of(self._topology, self._profile, keep_steps=keep_steps)
+        system = system_of(self._topology, self._profile, seed=self._seed, keep_steps=keep_steps)
         return system.run(arrivals, on_end, self._failures)
 
 
