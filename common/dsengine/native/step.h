@@ -95,7 +95,9 @@ class Step {
   }
 
   void plan_prompt(int sequence, int first, int count) {
-    const int per_task = QUERY_ROWS / group_ > 0 ? QUERY_ROWS / group_ : 1;
+    // Fewer rows where there would not be tasks enough for all threads.
+    const bool few = count * m_.shape.heads < 4 * team_.count() * QUERY_ROWS;
+    const int per_task = std::max((few ? QUERY_ROWS / 2 : QUERY_ROWS) / group_, 1);
     // The longest first, so that no thread ends with one.
     for (int head = 0; head < m_.shape.kv_heads; ++head)
       for (int at = (count - 1) / per_task * per_task; at >= 0; at -= per_task)
