@@ -50,28 +50,31 @@ class Mirror:
             self._in(blocks)
 
     def _out(self, blocks: Sequence[int]) -> None:
-        for there, here, bounce in self._parts(blocks):
+        for part in self._parts(blocks):
             with self._in_stream():
-                bounce.copy_(self._blocks.index_select(0, there), non_blocking=True)
-            self._file.index_copy_(0, here, bounce)
+                for row, block in zip(self._bounce, part, strict=False):
+                    row.copy_(self._blocks[block], non_blocking=True)
+            for row, block in zip(self._bounce, part, strict=False):
+                self._file[block].copy_(row)
 
     def _in(self, blocks: Sequence[int]) -> None:
-        for there, here, bounce in self._parts(blocks):
-            torch.index_select(self._file, 0, here, out=bounce)
+        for part in self._parts(blocks):
+            for row, block in zip(self._bounce, part, strict=False):
+                row.copy_(self._file[block])
             with self._in_stream():
-                self._blocks.index_copy_(0, there, bounce.to(self._blocks.device, non_blocking=True))
+                for row, block in zip(self._bounce, part, strict=False):
+                    self._blocks[block].copy_(row, non_blocking=True)
 
     def close(self) -> None:
         """Let go of all memory; the mirror is of no use afterwards."""
         with self._lock:
             self._blocks = self._file = self._bounce = torch.empty(0)
 
-    def _parts(self, blocks: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Numbers of a part of ``blocks``, where the pool is and here, and room for them; one copy at a time."""
+    def _parts(self, blocks: Sequence[int]) -> Iterator[Sequence[int]]:
+        """As many as there is room for on the way; one copy at a time."""
         with self._lock:
             for at in range(0, len(blocks), len(self._bounce)):
-                here = torch.tensor(blocks[at : at + len(self._bounce)])
-                yield here.to(self._blocks.device), here, self._bounce[: len(here)]
+                yield blocks[at : at + len(self._bounce)]
 
     @contextlib.contextmanager
     def _in_stream(self) -> Iterator[None]:

@@ -29,7 +29,7 @@ from dsengine.sampler import Drawing, Sampled, SamplerState, sample
 from dsengine.span import Span
 from dskv.layout import KvLayout
 from dskv.shards import shards
-from dswire.errors import DsError, EngineFailed, OutOfMemory, TransferFailed, UnsupportedModel
+from dswire.errors import DsError, EngineFailed, OutOfMemory, UnsupportedModel
 from dswire.messages.client import Sampling
 
 
@@ -134,16 +134,10 @@ class Engine:
     def mirror(self, blocks: Sequence[int], way: MirrorWay) -> None:
         """Copy ``blocks`` between the pool and its mirror, for a thread beside the steps.
 
-        No step that is under way or comes meanwhile may write them. Raises why it cannot be.
+        No step that is under way or comes meanwhile may write them. Raises :class:`EngineFailed` for lost ranks.
         """
         assert self.pool.mirror is not None, "only what cannot be mapped is mirrored"
-        try:
-            self.pool.mirror.copy(blocks, way)
-        except torch.OutOfMemoryError as error:
-            raise TransferFailed(
-                f"no room on {self._device} to hand {len(blocks)} blocks of KV over",
-                remedy="lower kv.memory in the topology",
-            ) from error
+        self.pool.mirror.copy(blocks, way)
 
     @property
     def kernel_s(self) -> float | None:
