@@ -38,8 +38,8 @@ T = TypeVar("T")
 
 #: of the prompt that an instance reads before it serves
 WARM_UP_TOKENS = 24
-#: of mirrors of KV pools that are idle: pages that need not be had anew
-SPARE_NBYTES = 256 << 20
+#: pages of mirrors that are kept while nothing is in them: to have them anew takes several times the copy
+SPARE_NBYTES = 1 << 30
 
 
 class RunningInstance:
