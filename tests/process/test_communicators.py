@@ -1,4 +1,7 @@
-"""KV by communicators of torch.distributed, Gloo here: several owners and readers at once, ranks, and a death."""
+"""KV by communicators of torch.distributed, Gloo here: several owners and readers at once, ranks, and a death.
+
+The pools have mirrors, as those of GPUs have.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def wanted(model: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def system(model: Path) -> Iterator[System]:
-    with running_system(TOPOLOGY.format(model=model)) as running:
+    with running_system(TOPOLOGY.format(model=model), extra_env={"DS_KV_MIRROR": "on"}) as running:
         yield running
 
 

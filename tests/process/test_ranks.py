@@ -9,6 +9,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -20,8 +21,9 @@ from dsengine.ranks import RankedEngine
 from dsengine.runner import Engine
 from dskv.segment import Segment
 from dswire.errors import DsError, DuplicateName, EngineFailed
+from dswire.messages.client import Sampling
 from support.system import System, running_system
-from support.tiny_llama import engine_config, generate, make_model, prompt_of
+from support.tiny_llama import Run, engine_config, generate, make_model, prompt_of
 from support.tokenizers_here import byte_level, save
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(240)]
@@ -125,15 +127,42 @@ def test_a_rank_that_cannot_load_tells_why(model: Path, tmp_path: Path) -> None:
     taken.close()
 
 
-def test_a_rank_that_is_frozen_is_noticed_and_ended(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = RankedEngine("decode-0", [engine_config(model)] * 2, 2, 1)
+def _moved(engine: RankedEngine, directory: Path, count: int) -> list[int]:
+    """What a sequence makes whose KV is moved to other blocks, by way of what others see of all ranks' pools."""
+    run = Run(engine)
+    run.prefill(PROMPTS[3:4], [Sampling(temperature=0.0)])
+    blocks, others = run.blocks[0], range(1, 1 + len(run.blocks[0]))
+    assert not set(blocks) & set(others)
+    engine.mirror(blocks, "out")
+    for rank in range(2):
+        segment = Segment.open(directory / f"{rank}.kv", 64, engine.pool.layout.block_nbytes, writable=True)
+        for block, other in zip(blocks, others, strict=True):
+            segment.copy_from(segment, block, other)
+        segment.close()
+    engine.mirror(others, "in")
+    run.blocks[0] = list(others)
+    for _ in range(count - 1):
+        run.decode([0])
+    return run.tokens(0)
+
+
+def test_a_rank_that_is_frozen_is_noticed_and_ended(
+    model: Path, wanted: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [engine_config(model, segment=tmp_path / f"{rank}.kv", mirror=True) for rank in range(2)]
+    engine = RankedEngine("decode-0", configs, 2, 1)
     lost: SimpleQueue[DsError] = SimpleQueue()
     engine.watch(lost.put)
-    assert generate(engine, PROMPTS[:1], 2)
+    assert _moved(engine, tmp_path, 6) == wanted[3][:6]
     (other,) = engine.pids
     os.kill(other, signal.SIGSTOP)
     monkeypatch.setattr(ranks, "SILENCE_S", 1.0)  # from now on, nothing can be taken for silence that is none
-    with pytest.raises(EngineFailed, match="rank 1 of decode-0 is frozen: it gave no sign of life for"):
-        generate(engine, PROMPTS[:1], 2)
+    frozen = "rank 1 of decode-0 is frozen: it gave no sign of life for"
+    with ThreadPoolExecutor(1) as beside:
+        copying = beside.submit(engine.mirror, (1, 2), "in")
+        with pytest.raises(EngineFailed, match=frozen):
+            generate(engine, PROMPTS[:1], 2)
+        with pytest.raises(EngineFailed, match=frozen):
+            copying.result(END_LIMIT_S)
     assert "is frozen" in lost.get(timeout=END_LIMIT_S).message
     engine.close()
