@@ -15,9 +15,16 @@ class KvKey(msgspec.Struct, frozen=True, array_like=True):
     sequence: str
     #: number of the attempt; no two attempts of one life of the router have the same
     epoch: int
+    #: which part of a prompt's KV, from 1 on, where it goes in several; 0 is the last of them, or all
+    part: int = 0
+
+    @property
+    def attempt(self) -> KvKey:
+        """The key of the sequence: that of its last part."""
+        return KvKey(self.sequence, self.epoch) if self.part else self
 
     def __str__(self) -> str:
-        return f"{self.sequence}#{self.epoch}"
+        return f"{self.sequence}#{self.epoch}" + (f"+{self.part}" if self.part else "")
 
 
 class KvHandle(msgspec.Struct, frozen=True):
@@ -40,6 +47,13 @@ class KvHandle(msgspec.Struct, frozen=True):
     segment_blocks: int
     #: of ``dskv.checksum``, over ``blocks`` in order, each as if one pool held the whole model
     checksum: int
+    #: tokens before these, whose KV goes in parts of its own
+    start: int = 0
+
+    @property
+    def end(self) -> int:
+        """Tokens of the sequence up to the last of these."""
+        return self.start + self.tokens
 
     @property
     def nbytes(self) -> int:

@@ -19,6 +19,8 @@ def inspect(handle: KvHandle) -> None:
     """Check a handle against itself. Raises :class:`ProtocolError` with the first thing that is wrong."""
     layout, what = handle.layout, f"handle {handle.key}"
     inspect_pool(layout, handle.shards, handle.segment_blocks, what=what)
+    if handle.start < 0 or handle.key.part < 0:
+        raise ProtocolError(f"{what}: part {handle.key.part}, from token {handle.start} on, cannot be")
     if handle.tokens < 1 or len(handle.blocks) != layout.blocks_for(handle.tokens):
         raise ProtocolError(
             f"{what}: {len(handle.blocks)} blocks of {layout.block_size} tokens are not what "

@@ -49,9 +49,10 @@ class MirrorPages:
                 self._idle.pop(block, None)
 
     def let_go(self, key: KvKey) -> None:
-        """What ``key`` holds, if anything, is needed no longer."""
+        """What ``key`` holds, if anything, is needed no longer; nor what its parts hold, if it is an attempt's."""
         with self._lock:
-            blocks = self._holders.pop(key, ())
+            keys = [one for one in self._holders if key in (one, one.attempt)]
+            blocks = [block for one in keys for block in self._holders.pop(one)]
             self._held.subtract(blocks)
             for block in blocks:
                 if not self._held[block]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import lcm
 from pathlib import Path
 from typing import cast
 
@@ -71,6 +72,7 @@ class Resolver:
         network.check_collisions()
         model = self._model(groups, nodes, instances, relays)
         security = self._security(network)
+        part_tokens = self._part_tokens(instances, relays)
         self.problems.raise_any()
         return Topology(
             path=self.path,
@@ -88,6 +90,7 @@ class Resolver:
             relays=relays,
             gateway=gateway,
             security=security,
+            part_tokens=part_tokens,
         )
 
     def _slo(self) -> Slo:
@@ -236,6 +239,17 @@ class Resolver:
             keep=self.shm_dir / f"ds-{self.digest}-{name}.keep",
             keep_nbytes=nbytes(section.keep) if section.keep is not None and keeps else 0,
         )
+
+    def _part_tokens(self, instances: Sequence[Instance], relays: Sequence[Relay]) -> int:
+        """Tokens whose KV is whole blocks on either side, and can be a part; 0 where KV goes in one piece."""
+        overlap, at = self.file.relay.overlap, ("relay", "overlap")
+        crosses = any(one.data_bind is not None for one in relays)
+        keeps = any(one.keep_nbytes for one in relays)
+        if overlap == "on" and keeps:
+            self.problems.add(at, "KV that goes in parts cannot be kept", "leave out relay.keep or relay.overlap")
+        if overlap == "off" or keeps or not (crosses or (relays and overlap == "on")):
+            return 0
+        return lcm(*(one.block_size for one in instances))
 
     def _check_transports(self, instances: Sequence[Instance]) -> bool:
         """Whether any KV goes over TCP; tells of transports that cannot do what is needed."""

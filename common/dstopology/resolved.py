@@ -187,6 +187,9 @@ class Topology:
     relays: tuple[Relay, ...]
     gateway: Gateway | None
     security: Security
+    #: prompts that are read in several steps hand over their KV in parts, which end at multiples of so many tokens;
+    #: 0: in one piece
+    part_tokens: int
 
     def _entries(self) -> Iterator[tuple[str, Role, str]]:
         """Name, role and node of every process, in starting order."""

@@ -48,6 +48,7 @@ ENDPOINT = Text(
 )
 HOST_PORT = Text("an address such as 127.0.0.1:8000", rf"({HOST.pattern}|\*):{PORT}")
 TRANSPORT = Choice(("shm", "tcp", "gloo", "nccl"))
+OVERLAP = Choice(("auto", "on", "off"))
 CURVE = Choice(("auto", "on", "off"))
 
 
@@ -221,6 +222,11 @@ class RelaySection:
         Number(1, 65_535),
         "TCP port of the first relay, its KV having the next one; other relays have the next two",
         7100,
+    )
+    overlap: str = key(
+        OVERLAP,
+        "hand KV over in parts while the rest of a long prompt is read; auto: where KV takes tcp",
+        "auto",
     )
     keep: str | int | None = key(
         SIZE, "memory for KV of sequences that decode, from which another instance goes on when theirs dies", None

@@ -9,8 +9,9 @@
       └────────> GONE
 
 Its KV is pulled from the instance that read the prompt, or it is read here. Where the KV was kept for an earlier
-attempt, what that one made is read here after the pull. WAITING holds no blocks: KV that is to be pulled stays with
-prefill, whose memory is the buffer for bursts.
+attempt, what that one made is read here after the pull. KV that comes in parts is pulled one after the other, while
+prefill reads the rest of the prompt; the token that prefill makes comes with the last. WAITING holds no blocks: KV
+that is to be pulled stays with prefill, whose memory is the buffer for bursts.
 """
 
 from __future__ import annotations
@@ -66,8 +67,12 @@ class Sequence:
     ends: int
     #: whether anything but that depends on the tokens that it draws
     watched: bool
-    #: of KV that is pulled
-    handle: KvHandle | None = None
+    #: of KV that is pulled, as far as they are known
+    handles: list[KvHandle]
+    #: how many of them are here
+    pulled: int = 0
+    #: since when the last of them is known; None before
+    whole_at: float | None = None
     #: of a prompt, or of what an earlier attempt has made, that is read here
     reading: Reading | None = None
     blocks: tuple[int, ...] = ()
@@ -88,6 +93,10 @@ class Sequence:
     abort_pull: bool = False
     transfer_wait_s: float = 0.0
     transfer_s: float = 0.0
+    #: time of pulls before the last part was known
+    hidden_s: float = 0.0
+    #: when the pull under way began
+    pull_at: float = 0.0
     decode_queue_s: float = 0.0
     #: the first decode step here is still to come, or runs
     fresh: bool = True
@@ -95,17 +104,41 @@ class Sequence:
     @classmethod
     def of(cls, work: DecodeWork | PrefillWork, life: Lifecycle[Phase], now: float) -> Sequence:
         """A sequence that has just come."""
-        handle = work.handle if isinstance(work, DecodeWork) else None
+        handles = [work.handle] if isinstance(work, DecodeWork) else []
         reading = Reading.of(work, now) if isinstance(work, PrefillWork) else None
         outputs = list(work.output_ids)
         prompt, asked = work.prompt_ids, work.sampling
         last, ends = len(prompt) + len(outputs) - 1, len(prompt) + asked.max_tokens - 1
         watched = bool(asked.stop or asked.stop_token_ids) or asked.logprobs is not None or not asked.ignore_eos
-        return cls(key_of(work), life, prompt, outputs, asked, last, ends, watched, handle, reading)
+        made = cls(key_of(work), life, prompt, outputs, asked, last, ends, watched, handles, reading=reading)
+        made.whole_at = now if not handles or not handles[0].key.part else None
+        return made
+
+    def more(self, handle: KvHandle, tokens: tuple[int, ...], now: float) -> None:
+        """The next part is known; with the last one come ``tokens``."""
+        self.handles.append(handle)
+        self.add(*tokens)
+        if not handle.key.part:
+            self.whole_at = now
+
+    @property
+    def handle(self) -> KvHandle:
+        """What is pulled now or next, or else was pulled last. Not where the prompt is read here."""
+        return self.handles[min(self.pulled, len(self.handles) - 1)]
+
+    @property
+    def idle(self) -> bool:
+        """Whether all that is known of its KV is here."""
+        return self.pulled == len(self.handles)
+
+    def since_whole(self, now: float) -> float:
+        """Seconds in its phase, those not counted in which its KV was not known as a whole."""
+        return 0.0 if self.whole_at is None else now - max(self.life.since, self.whole_at)
 
     def wants(self, block_size: int) -> int:
         """Blocks that let it in: for its tokens and one more, so that its first step finds room."""
-        return -(-(self.position + (2 if self.reading is not None or self.unread else 1)) // block_size)
+        more = self.reading is not None or self.whole_at is None or self.unread
+        return -(-(self.position + (2 if more else 1)) // block_size)
 
     def known_blocks(self, pool: PrefixPool) -> list[int]:
         """Blocks of ``pool`` with which it could begin."""
@@ -127,17 +160,23 @@ class Sequence:
 
     @property
     def unread(self) -> bool:
-        """Whether its handle lacks more than the last token."""
-        return self.handle is not None and self.handle.tokens < self.position
+        """Whether its KV lacks more than the last token."""
+        return bool(self.handles) and self.handles[-1].end < self.position
 
     def arrived(self, now: float) -> Phase:
-        """The KV of its handle is here: where it stands next."""
-        if self.handle is None or not self.unread:
+        """Its KV is here: where it stands next."""
+        if not self.unread:
             return Phase.RUNNING
         work = PrefillWork(self.key, self.prompt_ids, tuple(self.output_ids), self.sampling)
         self.reading = Reading.of(work, now)
-        self.reading.done = self.handle.tokens
+        self.reading.done = self.handles[-1].end
         return Phase.PREFILLING
+
+    def came(self, now: float) -> None:
+        """What was pulled is here and verified."""
+        self.pulled += 1
+        known_at = now if self.whole_at is None else min(now, self.whole_at)
+        self.hidden_s += max(0.0, known_at - self.pull_at)
 
     @property
     def known_tokens(self) -> tuple[int, ...]:
@@ -161,12 +200,14 @@ class Sequence:
         assert self.copies or not self.early
         assert not self.in_step or phase in (Phase.PREFILLING, Phase.RUNNING, Phase.DOOMED)
         assert phase is not Phase.DOOMED or self.copies or self.in_step
-        assert phase is not Phase.PULLING or self.handle is not None
+        assert phase is not Phase.PULLING or not self.idle or self.whole_at is None
+        assert phase is not Phase.RUNNING or self.idle
         assert phase is not Phase.PREFILLING or self.reading is not None
 
     def stages(self, first_step_s: float) -> DecodeStages:
         """Where the time up to the first step went."""
-        return DecodeStages(self.transfer_wait_s, self.transfer_s, self.decode_queue_s, first_step_s)
+        waits = self.transfer_wait_s, self.transfer_s, self.decode_queue_s
+        return DecodeStages(*waits, first_step_s, self.hidden_s)
 
 
 def steps_alike(running: Collection[Sequence], pool: PrefixPool) -> int:
@@ -184,4 +225,4 @@ def steps_alike(running: Collection[Sequence], pool: PrefixPool) -> int:
 
 def key_of(work: DecodeWork | PrefillWork) -> KvKey:
     """The key of a sequence that the router sent."""
-    return work.handle.key if isinstance(work, DecodeWork) else work.key
+    return work.handle.key.attempt if isinstance(work, DecodeWork) else work.key

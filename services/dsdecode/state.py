@@ -4,29 +4,50 @@ Admission is first come first served: the head takes its blocks, then its KV is 
 read here. Every sequence whose KV is there takes part in the next step; prompts are read in the room that is left
 in it, so that no token waits for a long prompt; so is what an earlier attempt made beyond KV that was kept. When
 the running ones cannot all grow, the youngest give way: they are handed back to the router and prefilled again with
-their output, so nothing is lost and the oldest always goes on.
+their output, so nothing is lost and the oldest always goes on. Blocks are given back in one place, ``_drop``.
 """
 
 from __future__ import annotations
 
+from math import inf
+from typing import Any
+
 import msgspec
 
-from dsdecode.config import MAX_PULLS
-from dsdecode.pulling import PullingState
+from dsdecode.config import MAX_PULLS, DecodeConfig
+from dsdecode.events import CopyEnded, CutStream
+from dsdecode.pulls import Pulls
 from dsdecode.refusal import refusal
 from dsdecode.sequence import TRANSITIONS, Phase, Sequence, key_of, steps_alike
+from dskv.handle import KvKey
+from dskv.lifecycle import GRACE_S
 from dssched.batching import chunk, decode_may_admit
 from dssched.finish import finish_reason
-from dssched.steps import Made, Run, Stepped
-from dswire.errors import ErrorInfo
+from dssched.instance import InstanceState
+from dssched.steps import ForgetSequence, Made, Run, StartSequence, Stepped
+from dswire.errors import ErrorInfo, TransferFailed
 from dswire.lifecycle import Lifecycle
 from dswire.links import RELAY, ROUTER
 from dswire.machine import Send
 from dswire.messages import kv, worker
 
 
-class DecodeState(PullingState):
+class DecodeState(InstanceState):
     """Events in, actions out."""
+
+    role = "decode"
+    config: DecodeConfig
+
+    def __init__(self, config: DecodeConfig) -> None:
+        super().__init__(config, relayed=config.relayed)
+        self.config = config
+        #: every sequence that is not GONE, in order of arrival
+        self.sequences: dict[KvKey, Sequence] = {}
+        #: the same by phase, in the order in which they came to it
+        self._phases: dict[Phase, dict[KvKey, Sequence]] = {phase: {} for phase in Phase}
+        self._pulls = Pulls(config.node, self.pool.block_size, self.links, lambda action: self._out.append(action))
+        #: when the leases of wanted handles are extended next
+        self._extend_at: float | None = None
 
     def validate(self) -> None:
         """Blocks and phases agree."""
@@ -36,7 +57,7 @@ class DecodeState(PullingState):
         for one in everyone:
             one.validate(self.pool.block_size)
             assert self._phases[one.life.phase][one.key] is one
-        assert self._unanswered.isdisjoint(self._phases[Phase.PULLING])
+        assert self._pulls.unanswered.isdisjoint(self._phases[Phase.PULLING])
 
     # messages
 
@@ -44,14 +65,18 @@ class DecodeState(PullingState):
         match message:
             case worker.DecodeWork() | worker.PrefillWork():
                 self._accept(now, message)
+            case worker.DecodeMore(handle=handle):
+                one = self.sequences.get(handle.key.attempt)
+                if one is not None and one.life.phase is not Phase.DOOMED and handle not in one.handles:
+                    self._more(one, message, now)
             case worker.Abort(key=key):
                 one = self.sequences.get(key)
                 if one is not None:
                     self._end(one, now, "aborted")
-            case kv.KvGrant():
-                self._granted(now, message)
+            case kv.KvGrant(key=key):
+                self._pulls.granted(self._pulling(key), message, now)
             case kv.KvFailed(key=key, error=error):
-                self._unanswered.discard(key)
+                self._pulls.unanswered.discard(key)
                 one = self._pulling(key)
                 if one is not None:
                     self._fail(one, now, error, tell_relay=False)
@@ -71,8 +96,23 @@ class DecodeState(PullingState):
             return
         life = Lifecycle(f"sequence {key}", TRANSITIONS, Phase.WAITING, now)
         self.sequences[key] = self._phases[Phase.WAITING][key] = one = Sequence.of(work, life, now)
-        if one.handle is not None and self._extend_at is None:
+        if one.handles and self._extend_at is None:
             self._extend_at = now + self._extend_s
+
+    def _more(self, one: Sequence, message: worker.DecodeMore, now: float) -> None:
+        """The next part of its KV can be pulled."""
+        handle, known, size = message.handle, one.handles[-1:], self.pool.block_size
+        if not known or known[0].end != handle.start or handle.start % size:
+            have = known[0].end if known else 0
+            error = TransferFailed(
+                f"{handle.key} begins at token {handle.start}; {have} came before, in blocks of {size}"
+            )
+            self._fail(one, now, error.info(), tell_relay=True)
+            return
+        waits = one.life.phase is Phase.PULLING and one.idle
+        one.more(handle, message.output_ids, now)
+        if waits:
+            self._pulls.begin(one, now)
 
     # admission
 
@@ -83,12 +123,13 @@ class DecodeState(PullingState):
     def _next_in(self) -> Sequence | None:
         """The first of those that wait, if there is room for it."""
         for one in self._phases[Phase.WAITING].values():
-            if one.handle is not None and not self.links.relay.joined:
+            if one.handles and not self.links.relay.joined:
                 # those whose prompts are read here need no relay
                 continue
-            pulling = len(self._phases[Phase.PULLING])
-            inside = pulling + self._stepping
-            if inside >= self.config.max_batch or (one.handle is not None and pulling >= MAX_PULLS):
+            pulling = self._phases[Phase.PULLING].values()
+            inside = len(pulling) + self._stepping
+            pulls = sum(not other.idle for other in pulling)
+            if inside >= self.config.max_batch or (one.handles and pulls >= MAX_PULLS):
                 return None
             cost = self.pool.cost(one.wants(self.pool.block_size), one.known_blocks(self.pool))
             return one if decode_may_admit(cost, self.pool.free, inside) else None
@@ -97,17 +138,74 @@ class DecodeState(PullingState):
     def _let_in(self, one: Sequence, now: float) -> None:
         wanted = one.wants(self.pool.block_size)
         if one.reading is None:
-            assert one.handle is not None
             one.hold(self.pool.take(wanted), self.pool.block_size)
-            one.transfer_wait_s = self._move(one, Phase.PULLING, now, "blocks taken")
-            if self.links.early and one.handle.node == self.config.node:
-                one.early = True
-                self._copy(one, one.handle)
-            self._out.append(Send(RELAY, kv.KvPull(one.handle)))
+            one.transfer_wait_s = one.since_whole(now)
+            self._move(one, Phase.PULLING, now, "blocks taken")
+            self._pulls.begin(one, now)
         else:
             one.hold(one.reading.take(self.pool, wanted, one.known_blocks(self.pool)), self.pool.block_size)
             self._move(one, Phase.PREFILLING, now, "blocks taken")
             self._start(one)
+
+    def _start(self, one: Sequence) -> None:
+        """It will take part in steps."""
+        self._out.append(StartSequence(one.key, one.prompt_ids, tuple(one.output_ids), one.sampling))
+
+    # pulls
+
+    def _worked(self, event: Any) -> None:
+        assert isinstance(event, CopyEnded)
+        now, one = event.now, self.sequences[event.key.attempt]
+        outcome = self._pulls.ended(one, event)
+        if one.life.phase is Phase.DOOMED:
+            self._release_doomed(one, now)
+        elif isinstance(outcome, ErrorInfo):
+            self._fail(one, now, outcome, tell_relay=False)
+        elif outcome and not one.idle:
+            self._pulls.begin(one, now)
+        elif outcome and one.whole_at is not None:
+            one.transfer_s = one.since_whole(now)
+            self._move(one, one.arrived(now), now, "KV verified")
+            self._start(one)
+
+    def _tick(self, now: float) -> None:
+        for one in [one for one in self._phases[Phase.PULLING].values() if self._stuck_at(one) <= now]:
+            error = TransferFailed(f"the relay of node {self.config.node} said nothing of {one.key} for a lease")
+            self._fail(one, now, error.info(), tell_relay=True)
+        if self._extend_at is None or now < self._extend_at:
+            return
+        early = (*self._phases[Phase.PULLING].values(), *self._phases[Phase.WAITING].values())
+        wanted = tuple((handle.key, handle.node) for one in early for handle in one.handles[one.pulled :])
+        self._extend_at = now + self._extend_s if self.sequences else None
+        if wanted and self.links.relay.joined:
+            self._out.append(Send(RELAY, kv.KvExtend(wanted)))
+
+    def _deadline(self) -> float | None:
+        if self._extend_at is None:
+            return None
+        return min(self._extend_at, *map(self._stuck_at, self._phases[Phase.PULLING].values()), inf)
+
+    def _stuck_at(self, one: Sequence) -> float:
+        """When the relay's last word on a pull is so old that its end must have been lost on the way."""
+        return inf if one.copies or one.idle else max(one.life.since, one.heard_at) + 3 * self._extend_s + GRACE_S
+
+    @property
+    def _extend_s(self) -> float:
+        """A third of the relay's lease."""
+        return self._lease_s / 3
+
+    def _relay_lost(self, now: float) -> None:
+        self._pulls.unanswered.clear()
+        error = TransferFailed(f"the relay of node {self.config.node} was lost in mid-transfer").info()
+        for one in list(self._phases[Phase.PULLING].values()):
+            self._fail(one, now, error, tell_relay=False)
+
+    def _pulling(self, key: KvKey) -> Sequence | None:
+        """The sequence that pulls that handle now."""
+        one = self.sequences.get(key.attempt)
+        if one is None or one.life.phase is not Phase.PULLING or one.idle or one.handles[one.pulled].key != key:
+            return None
+        return one
 
     # steps
 
@@ -197,7 +295,7 @@ class DecodeState(PullingState):
         """A chunk is read; with the last comes a token."""
         if made.token is None or one.reading is None:
             return []
-        if one.handle is not None:
+        if one.handles:
             self._move(one, Phase.RUNNING, step.now, "caught up")
             return [self._advance(one, made, step)]
         one.add(made.token)
@@ -229,6 +327,49 @@ class DecodeState(PullingState):
         one.add(*tokens)
         if missing := one.missing(0, self.pool.block_size):
             one.hold(self.pool.take(missing), self.pool.block_size)
+
+    # ends
+
+    def _fail(self, one: Sequence, now: float, error: ErrorInfo, *, tell_relay: bool) -> None:
+        self._fail_at_router(one.key, error)
+        self._end(one, now, f"failed: {error.code}", tell_relay=tell_relay)
+
+    def _end(self, one: Sequence, now: float, why: str, *, tell_relay: bool = True) -> None:
+        """End a sequence, at once or as soon as no thread uses its blocks. Ending it twice is harmless."""
+        if one.life.phase is Phase.DOOMED:
+            return
+        one.abort_pull = tell_relay and one.life.phase is Phase.PULLING and not one.idle
+        if one.copies or one.in_step:
+            self._move(one, Phase.DOOMED, now, why)
+            if one.copies and not one.early:
+                self._out.append(CutStream(one.handle.key))
+        else:
+            self._tell_relay(one)
+            self._drop(one, now, why)
+
+    def _release_doomed(self, one: Sequence, now: float) -> None:
+        if not one.copies and not one.in_step:
+            self._tell_relay(one)
+            self._drop(one, now, "no longer in use")
+
+    def _tell_relay(self, one: Sequence) -> None:
+        if one.abort_pull:
+            self._out.append(Send(RELAY, kv.KvAbort(one.handle.key)))
+
+    def _drop(self, one: Sequence, now: float, why: str) -> None:
+        del self._phases[one.life.phase][one.key]
+        one.life.move(Phase.GONE, now, why)
+        self.pool.give(one.blocks)
+        self._out.append(ForgetSequence(one.key))
+        del self.sequences[one.key]
+
+    def _move(self, one: Sequence, to: Phase, now: float, why: str) -> float:
+        """Step to a phase that is not the last; the seconds spent in the one left."""
+        left = one.life.phase
+        spent_s = one.life.move(to, now, why)
+        del self._phases[left][one.key]
+        self._phases[to][one.key] = one
+        return spent_s
 
     # what the router is told of us
 

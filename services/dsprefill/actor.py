@@ -32,9 +32,9 @@ class PrefillActor(InstanceActor):
 
     def __init__(self, machine: PrefillState, routes: list[Route], running: RunningInstance) -> None:
         super().__init__(machine, routes, running)
-        #: checksums of prompts that are read, begun before the machine asks for them: what it says meanwhile takes
-        #: as long
-        self._sealing: dict[KvKey, Future[int]] = {}
+        #: blocks and checksums of prompts that are read, begun before the machine asks for them: what it says
+        #: meanwhile takes as long
+        self._sealing: dict[KvKey, tuple[tuple[int, ...], Future[int]]] = {}
 
     def perform(self, action: Any) -> None:
         """Perform one action of ``dsprefill.events``."""
@@ -55,14 +55,17 @@ class PrefillActor(InstanceActor):
     def computed(self, step: RunStep) -> None:
         """Begin to seal the prompts that are read."""
         for run in step.runs:
+            # what goes in parts is sealed in parts
+            whole = not (run.start and self.machine.config.part_tokens)
             worth = self._running.mirrored or (self._verifies and self._nbytes(run.blocks) > SMALL_NBYTES)
-            if run.draws and worth:
-                self._sealing[run.key] = self._running.seal_soon(run.key, run.blocks, summed=self._verifies)
+            if run.draws and whole and worth:
+                begun = self._running.seal_soon(run.key, run.blocks, summed=self._verifies)
+                self._sealing[run.key] = run.blocks, begun
 
     async def _seal(self, action: Seal) -> Sealed:
-        begun, checksum = self._sealing.pop(action.key, None), 0
+        (blocks, begun), checksum = self._sealing.pop(action.key, ((), None)), 0
         try:
-            if begun is not None:
+            if begun is not None and blocks == action.blocks:
                 checksum = await asyncio.wrap_future(begun)
             elif self._verifies or self._running.mirrored:
                 seal = partial(self._running.seal, action.key, action.blocks, summed=self._verifies)
@@ -108,5 +111,6 @@ async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> 
     """Load and wire the instance ``name``."""
     instance = topology.instance(name)
     running = await RunningInstance.load(topology, instance, phase)
-    config = PrefillConfig(**settings(topology, instance, running), shards=running.shards)
+    shared = settings(topology, instance, running)
+    config = PrefillConfig(**shared, shards=running.shards, part_tokens=topology.part_tokens)
     return PrefillActor(PrefillState(config), routes(topology, name, config.incarnation), running)

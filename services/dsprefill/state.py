@@ -4,19 +4,20 @@ Life of a sequence here::
 
     QUEUED ──> RUNNING ──> SEALING ──> OFFERED ──> GONE
        │          │           │
-       │          └─> DOOMED <┘          aborted while a thread uses its blocks
+       │          └─> DOOMED <┴──────────┘   ended while a thread or a reader uses its blocks
        └──────────────> GONE
 
 Blocks are taken when the first step begins and given back in one place, ``_drop``. A prompt longer than a step is
-read in chunks, in steps of even size. An offered sequence keeps its blocks until the relay releases the handle, or
-until no relay has known the handle for a whole lease. A release that was lost is made good by asking for it, once a
-lease.
+read in chunks, in steps of even size. Where KV goes in parts, what a chunk has completed is offered by a handle of
+its own while the next one is read; what is left goes with the last. A sequence keeps its blocks until the relay has
+released every handle, or until no relay has known them for a whole lease. A release that was lost is made good by
+asking for it, once a lease.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -53,7 +54,7 @@ TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.QUEUED: frozenset({Phase.RUNNING, Phase.GONE}),
     Phase.RUNNING: frozenset({Phase.SEALING, Phase.DOOMED, Phase.GONE}),
     Phase.SEALING: frozenset({Phase.OFFERED, Phase.DOOMED, Phase.GONE}),
-    Phase.OFFERED: frozenset({Phase.GONE}),
+    Phase.OFFERED: frozenset({Phase.DOOMED, Phase.GONE}),
     Phase.DOOMED: frozenset({Phase.GONE}),
     Phase.GONE: frozenset(),
 }
@@ -65,6 +66,8 @@ class PrefillConfig(InstanceConfig):
 
     #: the pools of its ranks, as the handle tells them
     shards: tuple[KvShard, ...]
+    #: KV goes in parts, whose ends are multiples of so many tokens; 0: in one piece
+    part_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -74,17 +77,25 @@ class _Sequence:
     blocks: tuple[int, ...] = ()
     #: part of a step that is under way
     in_step: bool = False
-    #: set from OFFERED on
-    handle: KvHandle | None = None
+    #: of which a thread makes the checksum
+    sealing: KvHandle | None = None
+    #: that the relay has not released
+    offered: dict[KvKey, KvHandle] = field(default_factory=dict)
+    #: parts so far, and the tokens of which they have the KV
+    parts: int = 0
+    covered: int = 0
     #: to whom it is sent by a communicator
     reader: str = ""
-    #: aborted while OFFERED; said again with every offer
-    withdrawn: bool = False
 
     @property
     def key(self) -> KvKey:
-        """Of its handle."""
+        """Of the sequence, and of its last handle."""
         return self.reading.key
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread or a reader may use its blocks."""
+        return self.in_step or self.sealing is not None or bool(self.offered)
 
 
 class PrefillState(InstanceState):
@@ -114,7 +125,10 @@ class PrefillState(InstanceState):
             assert (phase is Phase.QUEUED) == (not one.blocks)
             assert not one.in_step or phase in (Phase.RUNNING, Phase.DOOMED)
             assert phase not in (Phase.SEALING, Phase.OFFERED) or not one.reading.left
-            assert (phase is Phase.OFFERED) == (one.handle is not None) == (one.key in self._offers)
+            assert phase is not Phase.SEALING or one.sealing is not None
+            assert phase not in (Phase.OFFERED, Phase.DOOMED) or one.busy
+            assert all(key in self._offers for key in one.offered)
+        assert len(self._offers) == sum(len(one.offered) for one in everyone)
         assert set(self._unread) <= set(self.sequences)
 
     # messages
@@ -126,21 +140,21 @@ class PrefillState(InstanceState):
             case worker.Abort(key=key):
                 self._abort(now, key)
             case kv.KvRelease(key=key, reason=reason):
-                one = self.sequences.get(key)
-                if one is not None and one.life.phase is Phase.OFFERED:
+                one = self._offering(key)
+                if one is not None:
                     if one.reader and reason != "pulled":
                         self._out.append(EndSend(one.reader))
-                    self._drop(one, now, f"released: {reason}")
+                    self._released(one, key, now, f"released: {reason}")
             case kv.KvSend(key=key, reader=reader, number=number):
-                one = self.sequences.get(key)
-                if one is not None and one.handle is not None:
+                one = self._offering(key)
+                if one is not None:
                     one.reader = reader
-                    self._out.append(SendKv(one.handle, reader, number))
+                    self._out.append(SendKv(one.offered[key], reader, number))
             case kv.KvCancelled(key=key, result="unknown"):
                 # its release was lost
-                one = self.sequences.get(key)
-                if one is not None and one.life.phase is Phase.OFFERED:
-                    self._drop(one, now, "unknown to the relay")
+                one = self._offering(key)
+                if one is not None:
+                    self._released(one, key, now, "unknown to the relay")
 
     def _forget_all(self, now: float) -> None:
         for key in list(self.sequences):
@@ -149,7 +163,7 @@ class PrefillState(InstanceState):
     def _accept(self, now: float, work: worker.PrefillWork) -> None:
         known = self.sequences.get(work.key)
         if known is not None:
-            if known.withdrawn or known.life.phase is Phase.DOOMED:
+            if known.life.phase is Phase.DOOMED:
                 # a router that was restarted counts attempts anew; another attempt has another key
                 self._fail_at_router(work.key, Overloaded(f"{self.config.name} still drops {work.key}").info())
             return
@@ -176,18 +190,8 @@ class PrefillState(InstanceState):
 
     def _abort(self, now: float, key: KvKey) -> None:
         one = self.sequences.get(key)
-        if one is None:
-            return
-        match one.life.phase:
-            case Phase.RUNNING | Phase.SEALING if one.in_step or one.life.phase is Phase.SEALING:
-                one.life.move(Phase.DOOMED, now, "aborted")
-                self._unread.pop(key, None)
-            case Phase.QUEUED | Phase.RUNNING:
-                self._drop(one, now, "aborted")
-            case Phase.OFFERED:
-                # the relay answers with KvRelease as soon as nobody reads the blocks
-                one.withdrawn = True
-                self._out.append(Send(RELAY, kv.KvWithdraw(key)))
+        if one is not None:
+            self._end(one, now, "aborted")
 
     # steps
 
@@ -224,13 +228,15 @@ class PrefillState(InstanceState):
             one = self.sequences[key]
             one.in_step = False
             if one.life.phase is Phase.DOOMED:
-                self._drop(one, step.now, "step done")
+                self._end(one, step.now, "step done")
             elif isinstance(result, ErrorInfo):
                 self._fail_at_router(key, result)
                 self.pool.distrust(one.blocks)
-                self._drop(one, step.now, f"step failed: {result.code}")
+                self._end(one, step.now, f"step failed: {result.code}")
             elif result.token is not None:
                 self._advance(one, result, result.token, step.now)
+            elif self.config.part_tokens:
+                self._part(one)
 
     def _advance(self, one: _Sequence, made: Made, token: int, now: float) -> None:
         work = one.reading.work
@@ -238,11 +244,12 @@ class PrefillState(InstanceState):
         reason = finish_reason(token, len(work.output_ids) + 1, work.sampling, self.config.eos_ids)
         self._out.append(Send(ROUTER, one.reading.told(token, made.logprobs, reason, now)))
         if reason:
-            self._drop(one, now, f"finished: {reason}")
+            self._end(one, now, f"finished: {reason}")
         else:
             one.life.move(Phase.SEALING, now, "step done")
             del self._unread[one.key]
-            self._out.append(Seal(one.key, one.blocks))
+            if one.sealing is None:
+                self._seal(one, one.key, len(one.reading.tokens))
 
     # offers
 
@@ -251,38 +258,66 @@ class PrefillState(InstanceState):
             self._out.append(Send(RELAY, kv.KvSending(event.key, event.number, event.meeting, event.error)))
             return
         assert isinstance(event, Sealed)
-        now, one = event.now, self.sequences[event.key]
+        now, one = event.now, self.sequences[event.key.attempt]
+        assert one.sealing is not None
+        handle, one.sealing = msgspec.structs.replace(one.sealing, checksum=event.checksum), None
         if one.life.phase is Phase.DOOMED:
-            self._drop(one, now, "sealed")
+            self._end(one, now, "sealed")
             return
         if event.error is not None:
-            self._fail_at_router(event.key, event.error)
-            self._drop(one, now, f"not sealed: {event.error.code}")
+            self._fail_at_router(one.key, event.error)
+            self._end(one, now, f"not sealed: {event.error.code}")
             return
-        one.life.move(Phase.OFFERED, now, "sealed")
-        one.handle = self._make_handle(one, event.checksum)
+        one.offered[handle.key] = handle
         # the longer way first: it is what the sequence waits for
-        self._out.append(Send(ROUTER, worker.KvSealed(one.handle)))
-        self._offer(one, one.handle, now)
+        self._out.append(Send(ROUTER, worker.KvSealed(handle)))
+        self._offer(one, handle, now)
+        if handle.key == one.key:
+            one.life.move(Phase.OFFERED, now, "sealed")
+        elif one.life.phase is Phase.SEALING:
+            self._seal(one, one.key, len(one.reading.tokens))
 
-    def _make_handle(self, one: _Sequence, checksum: int) -> KvHandle:
-        config = self.config
-        return KvHandle(
-            key=one.key,
+    def _part(self, one: _Sequence) -> None:
+        """Have what the last chunk has completed go ahead; not while the part before is being summed."""
+        end = one.reading.done - one.reading.done % self.config.part_tokens
+        if one.sealing is None and end > one.covered:
+            one.parts += 1
+            self._seal(one, KvKey(one.key.sequence, one.key.epoch, one.parts), end)
+
+    def _seal(self, one: _Sequence, key: KvKey, end: int) -> None:
+        """Have the checksum made of the tokens that no part has, up to ``end``."""
+        config, start = self.config, one.covered
+        layout = config.capacity.layout
+        one.covered = end
+        one.sealing = KvHandle(
+            key=key,
             owner=config.name,
             node=config.node,
-            layout=config.capacity.layout,
-            tokens=len(one.reading.tokens),
-            blocks=one.blocks,
+            layout=layout,
+            tokens=end - start,
+            blocks=one.blocks[start // layout.block_size : layout.blocks_for(end)],
             shards=config.shards,
             segment_blocks=config.capacity.blocks,
-            checksum=checksum,
+            checksum=0,
+            start=start,
         )
+        self._out.append(Seal(key, one.sealing.blocks))
+
+    def _offering(self, key: KvKey) -> _Sequence | None:
+        one = self.sequences.get(key.attempt)
+        return one if one is not None and key in one.offered else None
+
+    def _released(self, one: _Sequence, key: KvKey, now: float, why: str) -> None:
+        """Nobody will read that any more."""
+        del one.offered[key]
+        self._offers.cancel(key)
+        if one.life.phase is Phase.DOOMED or (one.life.phase is Phase.OFFERED and not one.offered):
+            self._end(one, now, why)
 
     def _relay_joined(self, now: float) -> None:
         for one in self.sequences.values():
-            if one.handle is not None:
-                self._offer(one, one.handle, now, again=True)
+            for handle in one.offered.values():
+                self._offer(one, handle, now, again=True)
 
     _relay_lost = _relay_joined
 
@@ -295,18 +330,21 @@ class PrefillState(InstanceState):
         self._offers.set(handle.key, now + (self._lease_s if joined else self._patience_s))
         if joined:
             self._out.append(Send(RELAY, kv.KvOffer(handle, self._patience_s if again else None)))
-            if one.withdrawn:
+            if one.life.phase is Phase.DOOMED:
                 self._out.append(Send(RELAY, kv.KvWithdraw(handle.key)))
 
     def _tick(self, now: float) -> None:
         for key in self._offers.due(now):
-            one = self.sequences[key]
+            one, why = self.sequences[key.attempt], "no relay for a whole lease"
             if self.links.relay.joined:
                 self._offers.set(key, now + self._lease_s)
-                self._out.append(Send(RELAY, kv.KvWithdraw(key) if one.withdrawn else kv.KvHeld(key)))
+                withdrawn = one.life.phase is Phase.DOOMED
+                self._out.append(Send(RELAY, kv.KvWithdraw(key) if withdrawn else kv.KvHeld(key)))
                 continue
-            self._fail_at_router(key, TransferFailed(f"the relay of node {self.config.node} is down").info())
-            self._drop(one, now, "no relay for a whole lease")
+            self._fail_at_router(one.key, TransferFailed(f"the relay of node {self.config.node} is down").info())
+            self._released(one, key, now, why)
+            if one.life.phase not in (Phase.DOOMED, Phase.GONE):
+                self._end(one, now, why)
 
     def _deadline(self) -> float | None:
         return self._offers.next()
@@ -318,10 +356,19 @@ class PrefillState(InstanceState):
 
     # ends
 
+    def _end(self, one: _Sequence, now: float, why: str) -> None:
+        """End a sequence, at once or as soon as nobody uses its blocks. Ending it again is harmless."""
+        if not one.busy:
+            self._drop(one, now, why)
+        elif one.life.phase is not Phase.DOOMED:
+            one.life.move(Phase.DOOMED, now, why)
+            self._unread.pop(one.key, None)
+            # the relay answers with KvRelease as soon as nobody reads the blocks
+            self._out += [Send(RELAY, kv.KvWithdraw(key)) for key in one.offered]
+
     def _drop(self, one: _Sequence, now: float, why: str) -> None:
         one.life.move(Phase.GONE, now, why)
         self.pool.give(one.blocks)
-        self._offers.cancel(one.key)
         if one.blocks:
             self._out.append(ForgetSequence(one.key))
         del self.sequences[one.key]

@@ -20,7 +20,7 @@ from dsrouter.keeping import Keeping
 from dsrouter.request import Choice, Phase, Request
 from dsrouter.workers import Worker, Workers
 from dssched.dispatch import reads_locally, sending_tokens
-from dssched.prefix import PrefixIndex, digests
+from dssched.prefix import digests
 from dswire.errors import DsError, ErrorInfo, NoInstance, WorkerLost, from_info
 from dswire.messages import worker
 from dswire.messages.client import Output, TokenLogprob
@@ -73,7 +73,8 @@ class Flow:
             assert phase is not Phase.DONE
             assert (sequence in self._queued) + (sequence in self._local) == (phase is Phase.QUEUED)
             assert (sequence in self._unplaced) == (phase is Phase.PLACING and choice.handle is not None)
-            assert (phase is Phase.DECODING) == (choice.decode is not None)
+            assert phase is not Phase.DECODING or choice.decode is not None
+            assert phase is Phase.DECODING or choice.decode is None or choice.told
         for one in self.workers:
             assert set(one.sequences) <= set(self.choices)
             assert one.tokens == sum(one.sequences.values())
@@ -103,15 +104,14 @@ class Flow:
 
         def count(target: Worker) -> int:
             kept = target.kept
-            found = kept.found(_chain(request, choice, kept)) if kept is not None else 0
+            found = kept.found(choice.chain(request.prompt_ids, kept.block_size)) if kept is not None else 0
             return _length(request, choice) - found
 
         return count
 
     def _sending(self, request: Request, choice: Choice) -> Callable[[Worker], int]:
         """How many tokens it is worth to send the choice's KV to an instance."""
-        handle, length, affinity = choice.handle, _length(request, choice), self._config.node_affinity
-        assert handle is not None
+        handle, length, affinity = choice.handles[0], _length(request, choice), self._config.node_affinity
         return lambda target: sending_tokens(length, handle.node, target.hello.node, affinity)
 
     def pump(self, now: float) -> None:
@@ -154,18 +154,32 @@ class Flow:
         if target.hello.role == "decode":
             target.reading[choice.key.sequence] = unread
         if target.kept is not None:
-            target.kept.note(_chain(request, choice, target.kept))
+            target.kept.note(choice.chain(request.prompt_ids, target.kept.block_size))
         work = worker.PrefillWork(choice.key, request.prompt_ids, tuple(choice.output_ids), choice.sampling)
         self._sink.send(target.peer, work)
 
     def _send_decode(self, now: float, target: Worker, request: Request, choice: Choice) -> None:
-        assert choice.handle is not None
         choice.account.spend("placement_s", now)
         choice.life.move(Phase.DECODING, now, target.hello.name)
-        choice.decode = target.hello.name
-        target.add(choice.key.sequence, _length(request, choice))
-        work = worker.DecodeWork(choice.handle, request.prompt_ids, tuple(choice.output_ids), choice.sampling)
-        self._sink.send(target.peer, work)
+        self._tell_decode(target, request, choice)
+
+    def _tell_decode(self, target: Worker, request: Request, choice: Choice) -> None:
+        """Tell ``target`` of the handles that it does not know yet; the last token goes with the last of them."""
+        if choice.decode is None:
+            choice.decode = target.hello.name
+            target.add(choice.key.sequence, _length(request, choice))
+        outputs = tuple(choice.output_ids)
+        # the one that prefill makes now, or has made
+        before = outputs[:-1] if choice.life.phase is not Phase.PREFILLING else outputs
+        for handle in choice.handles[choice.told :]:
+            last = handle is choice.handle
+            if choice.told:
+                self._sink.send(target.peer, worker.DecodeMore(handle, outputs[-1:] if last else ()))
+            else:
+                known = outputs if last else before
+                work = worker.DecodeWork(handle, request.prompt_ids, known, choice.sampling)
+                self._sink.send(target.peer, work)
+            choice.told += 1
 
     def prefilled(self, now: float, done: worker.PrefillDone) -> None:
         """The prompt is read, and the next token made."""
@@ -185,13 +199,35 @@ class Flow:
             choice.life.move(Phase.PLACING, now, "token made")
         self._made(now, request, choice, (done.token,), done.logprobs, done.finish_reason)
 
-    def sealed(self, handle: KvHandle) -> None:
-        """The KV of a prompt can be fetched."""
+    def sealed(self, now: float, handle: KvHandle) -> None:
+        """The KV of a prompt can be fetched, or a part of it."""
+        if handle.key.part:
+            self._part_sealed(handle)
+            return
         found = self._current(handle.key, Phase.PLACING)
-        if found is not None and found[1].handle is None:
-            found[1].handle = handle
-            self.keeping.note(found[1], handle)
+        if found is None or found[1].handle is not None:
+            return
+        request, choice = found
+        choice.handle = handle
+        self.keeping.note(choice, handle)
+        target = self.workers.get(choice.decode)
+        if target is None:
             self._unplaced.append(handle.key.sequence)
+        else:
+            self._send_decode(now, target, request, choice)
+
+    def _part_sealed(self, handle: KvHandle) -> None:
+        found = self._current(handle.key.attempt, Phase.PREFILLING, Phase.PLACING)
+        if found is None or handle in found[1].parts:
+            return
+        request, choice = found
+        choice.parts.append(handle)
+        target = self.workers.get(choice.decode)
+        if target is None and not self._unplaced:
+            # those whose prompts are read already go first
+            target = self.workers.choose("decode", self._limits["decode"], self._sending(request, choice))
+        if target is not None:
+            self._tell_decode(target, request, choice)
 
     def stepped(self, now: float, tokens: tuple[worker.TokenMade, ...]) -> None:
         """A decode instance made a token for each of its sequences."""
@@ -330,12 +366,16 @@ class Flow:
         for queue in (self._queued, self._local, self._unplaced):
             if sequence in queue:
                 queue.remove(sequence)
-        for name in (choice.prefill, choice.decode):
+        # who has parts of the KV does not know yet that there is nothing more to come
+        early = choice.life.phase is not Phase.DECODING
+        for name, tells in ((choice.prefill, abort), (choice.decode, abort or early)):
             self._leave(name, choice)
             holder = self.workers.get(name)
-            if abort and holder is not None:
+            if tells and holder is not None:
                 self._sink.send(holder.peer, worker.Abort(choice.key))
         choice.prefill = choice.decode = choice.handle = None
+        choice.parts.clear()
+        choice.told = 0
         choice.digests.clear()
 
     def _leave(self, name: str | None, choice: Choice) -> None:
@@ -354,15 +394,6 @@ class Flow:
 def _length(request: Request, choice: Choice) -> int:
     """Tokens of prompt and output so far."""
     return len(request.prompt_ids) + len(choice.output_ids)
-
-
-def _chain(request: Request, choice: Choice, kept: PrefixIndex) -> list[bytes]:
-    """The digests of what is to be read, short of the last token: that one is computed at any rate."""
-    found = choice.digests.get(kept.block_size)
-    if found is None:
-        tokens = (*request.prompt_ids, *choice.output_ids)
-        found = choice.digests[kept.block_size] = digests(tokens[:-1], kept.block_size)
-    return found
 
 
 def _tell(choice: Choice, token: int, logprobs: Logprobs) -> TokenLogprob:

@@ -70,6 +70,8 @@ class Account:
             "first_step_s": stages.first_step_s,
         }
         wire_s = self._elapsed(now) - sum(parts.values())
+        # no part of the sum: something else went on meanwhile
+        self._book("transfer_hidden_s", stages.transfer_hidden_s)
         for stage, seconds in parts.items():
             self._book(stage, seconds)
         self._book("decode_wire_s", wire_s)

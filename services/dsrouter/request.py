@@ -21,6 +21,7 @@ import msgspec
 
 from dskv.handle import KvHandle, KvKey
 from dsrouter.ledger import Account
+from dssched.prefix import digests
 from dswire.lifecycle import Lifecycle
 from dswire.messages.client import Sampling, Submit
 
@@ -81,12 +82,29 @@ class Choice:
     prefill: str | None = None
     decode: str | None = None
     handle: KvHandle | None = None
+    #: of its KV, that go ahead while the rest of the prompt is read
+    parts: list[KvHandle] = field(default_factory=list)
+    #: handles of which the decode instance was told
+    told: int = 0
     #: a copy that may be kept while it decodes: its key, and the node of the relay
     kept: tuple[KvKey, str] | None = None
     output_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
     #: of prompt and output as this attempt reads them, by block size
     digests: dict[int, list[bytes]] = field(default_factory=dict)
+
+    def chain(self, prompt_ids: Sequence[int], block_size: int) -> list[bytes]:
+        """The digests of what is to be read, short of the last token: that one is computed at any rate."""
+        found = self.digests.get(block_size)
+        if found is None:
+            tokens = (*prompt_ids, *self.output_ids)
+            found = self.digests[block_size] = digests(tokens[:-1], block_size)
+        return found
+
+    @property
+    def handles(self) -> list[KvHandle]:
+        """Of its KV, as far as it can be fetched."""
+        return [*self.parts, self.handle] if self.handle is not None else self.parts
 
 
 @dataclass(slots=True)

@@ -307,7 +307,7 @@ class RouterState:
             case worker.PrefillDone():
                 self.flow.prefilled(now, message)
             case worker.KvSealed(handle=handle):
-                self.flow.sealed(handle)
+                self.flow.sealed(now, handle)
             case worker.StepDone(tokens=tokens):
                 self.flow.stepped(now, tokens)
             case worker.Preempted(key=key):

@@ -84,7 +84,7 @@ def test_cancel_while_the_relay_is_away() -> None:
     cluster.client().cancel(TARGET)
     cluster.run(0.5)
     assert heard.end == "cancelled"
-    assert at_prefill(cluster) is dsprefill.state.Phase.OFFERED
+    assert at_prefill(cluster) is dsprefill.state.Phase.DOOMED
     cluster.start("relay-n0")
     cluster.run(3)
     assert cluster.held() == {}

@@ -67,6 +67,8 @@ class Shape:
     decode_queue: int = 64
     #: KV that is not read directly is sent by communicators
     collective: bool = False
+    #: KV of prompts that are longer than a step goes in parts, which end at multiples of so many tokens
+    part_tokens: int = 0
     #: blocks of KV that each relay keeps for readers that die
     keep_blocks: int = 0
     retries: int = 2
@@ -94,6 +96,7 @@ class Shape:
 
 
 TCP = Shape(direct=False)
+PARTS = Shape(target_tokens=8, part_tokens=4)
 GLOO = Shape(direct=False, collective=True)
 TWO_NODES = Shape(prefill=("n0",), decode=("n1",))
 
@@ -284,6 +287,7 @@ class Cluster:
             capacity=worker.Capacity(self.shape.prefill_blocks, LAYOUT),
             eos_ids=frozenset({EOS}),
             shards=shards(LAYOUT, 1, 1, [f"/shm/{name}/{incarnation}"]),
+            part_tokens=self.shape.part_tokens,
             max_queue=self.shape.prefill_queue,
             max_batch=self.shape.prefill_batch,
             max_batch_tokens=self.shape.target_tokens,

@@ -40,7 +40,8 @@ class InstanceDesk(Generic[StateT]):
         return self.actions
 
     def say(self, peer: str, message: msgspec.Struct) -> list[Any]:
-        self.router_sent += isinstance(message, worker.PrefillWork | worker.DecodeWork | worker.Abort)
+        told = worker.PrefillWork | worker.DecodeWork | worker.DecodeMore | worker.Abort
+        self.router_sent += isinstance(message, told)
         return self.feed(Received(self.now, peer, message))
 
     def ping(self) -> list[Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import dsdecode.sequence
 import dsprefill.state
 import dsrouter.request
-from support.cluster import GLOO, TCP, TWO_NODES, Cluster, Shape
+from support.cluster import GLOO, PARTS, TCP, TWO_NODES, Cluster, Shape
 from support.raw_client import Heard
 
 TARGET = "t"
@@ -97,6 +97,21 @@ def _decode_in(
     return reached
 
 
+def _part_sealing(cluster: Cluster) -> bool:
+    """Part of what is read is being summed, and more is to be read."""
+    everyone = cluster.prefill().sequences.values() if "prefill-0" in cluster.processes else ()
+    return any(one.sealing is not None and one.reading.left for one in everyone)
+
+
+def _part_waits(cluster: Cluster) -> bool:
+    """A part of the KV is at the decode instance, and the prompt is still read."""
+    one = at_decode(cluster)
+    if one is None or not one.pulled or not one.idle or one.whole_at is not None:
+        return False
+    cluster.hold("prefill")
+    return True
+
+
 def _unplaced(cluster: Cluster) -> bool:
     found = cluster.router.flow.choices.get(f"{TARGET}/0")
     return (
@@ -108,6 +123,8 @@ _PULLING = dsdecode.sequence.Phase.PULLING
 _TCP = replace(TCP, transfer_timeout_s=PATIENT_S)
 _NODES = replace(TWO_NODES, transfer_timeout_s=PATIENT_S)
 _GLOO = replace(GLOO, transfer_timeout_s=PATIENT_S)
+
+_PARTS = replace(PARTS, transfer_timeout_s=PATIENT_S)
 
 _COLOCATED = Shape(mode="colocated", prefill=(), decode_tokens=8)
 
@@ -137,6 +154,12 @@ STAGES = (
     Stage("transferring-tcp", "copy", _decode_in(_PULLING, copying=True), _NODES),
     Stage("meeting", "meet", _decode_in(_PULLING), _GLOO),
     Stage("transferring-gloo", "copy", _decode_in(_PULLING, copying=True), _GLOO),
+    Stage("sealing-a-part", "seal", _part_sealing, PARTS),
+    Stage("sealing-a-part-at-the-end", "seal", _prefill_in(dsprefill.state.Phase.SEALING), PARTS),
+    Stage("part-unplaced", "", _prefill_in(dsprefill.state.Phase.SEALING), PARTS, missing="decode-0"),
+    Stage("part-transferring-shm", "copy", _decode_in(_PULLING, copying=True), _PARTS),
+    Stage("part-transferring-tcp", "copy", _decode_in(_PULLING, copying=True), replace(_PARTS, direct=False)),
+    Stage("part-waits-for-more", "", _part_waits, PARTS),
     Stage("decoding", "step", _decode_in(dsdecode.sequence.Phase.RUNNING, stepping=True)),
     Stage(
         "waiting-to-be-read",

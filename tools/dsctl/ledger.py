@@ -26,15 +26,14 @@ _LABELS = {
 }
 #: stages up to the first token
 _TTFT = ("router_queue_s", "prefill_queue_s", "prefill_s", "prefill_wire_s")
+_NO_STAGES = ("ttft_s", "total_s", "transfer_hidden_s")
 _BAR = 24
 
 
 def stages(ledger: Ledger) -> dict[str, float]:
     """Every stage, in seconds, in the order in which they pass."""
     fields = [one.name for one in msgspec.structs.fields(ledger)]
-    return {
-        name: getattr(ledger, name) for name in fields if name.endswith("_s") and name not in ("ttft_s", "total_s")
-    }
+    return {name: getattr(ledger, name) for name in fields if name.endswith("_s") and name not in _NO_STAGES}
 
 
 def table(completion: Completion) -> Table:
@@ -58,6 +57,11 @@ def table(completion: Completion) -> Table:
     shown.add_row("[bold]total[/]", f"[bold]{ledger.total_s * 1e3:.1f}[/]", "", "")
     seen = f"{completion.ttft_s * 1e3:.1f} / {completion.total_s * 1e3:.1f}"
     shown.add_row("[dim]seen by this client: first / total[/]", f"[dim]{seen}[/]", "", "")
+    if hidden_s := ledger.transfer_hidden_s:
+        share = hidden_s / (hidden_s + ledger.transfer_s)
+        shown.add_row(
+            "[dim]transfer while the prompt was read[/]", f"[dim]{hidden_s * 1e3:.1f}[/]", f"{share:.0%}", ""
+        )
     if ledger.retries:
         shown.add_row("[yellow]retries[/]", f"[yellow]{ledger.retries}[/]", "", "")
     return shown

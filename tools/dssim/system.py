@@ -244,7 +244,7 @@ class System:
         parts = (self.kernel, self._transfers)
         if instance.role == "prefill":
             pool = shards(layout, 1, 1, [str(instance.segment)])
-            machine = PrefillState(PrefillConfig(**settings, shards=pool))
+            machine = PrefillState(PrefillConfig(**settings, shards=pool, part_tokens=self.topology.part_tokens))
             return PrefillProcess(name, node, machine, *parts, times=times, watch=self.seen)
         config = DecodeConfig(
             **settings,

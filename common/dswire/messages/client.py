@@ -107,6 +107,8 @@ class Ledger(msgspec.Struct, frozen=True, omit_defaults=True):
     ttft_s: float = 0.0
     #: from the router receiving the request to its end being sent
     total_s: float = 0.0
+    #: of the KV hand-off, while the rest of the prompt was still read: no stage, and no part of any sum
+    transfer_hidden_s: float = 0.0
     #: attempts beyond the first
     retries: int = 0
 

@@ -100,7 +100,7 @@ class PrefillDone(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
 
 class KvSealed(msgspec.Struct, frozen=True, tag=True):
-    """The KV is complete, checksummed and offered.
+    """The KV is complete, checksummed and offered; or a part of it is, while more of the prompt is still read.
 
     Prefill -> router, of KV that it has made; relay -> router, of a copy, as answer to :class:`KvReoffer`.
     """
@@ -115,6 +115,8 @@ class DecodeStages(msgspec.Struct, frozen=True):
     transfer_s: float
     decode_queue_s: float
     first_step_s: float
+    #: of the transfer, while the prompt was still read
+    transfer_hidden_s: float = 0.0
 
 
 class TokenMade(msgspec.Struct, frozen=True, array_like=True):
@@ -195,12 +197,22 @@ class PrefillWork(msgspec.Struct, frozen=True, tag=True):
 
 
 class DecodeWork(msgspec.Struct, frozen=True, tag=True):
-    """Router -> decode: fetch the KV and go on. ``output_ids`` ends with the token that prefill made."""
+    """Router -> decode: fetch the KV and go on. ``output_ids`` ends with the token that prefill made.
+
+    With a handle that is not the last part, that token is still to come: :class:`DecodeMore` follows.
+    """
 
     handle: KvHandle
     prompt_ids: tuple[int, ...]
     output_ids: tuple[int, ...]
     sampling: Sampling
+
+
+class DecodeMore(msgspec.Struct, frozen=True, tag=True):
+    """Router -> decode: the next part of the KV; with the last one also the token that prefill made."""
+
+    handle: KvHandle
+    output_ids: tuple[int, ...] = ()
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -235,6 +247,7 @@ ToWorker: TypeAlias = (
     | RouterPing
     | PrefillWork
     | DecodeWork
+    | DecodeMore
     | Abort
     | KvReoffer
     | KvWanted

@@ -103,6 +103,11 @@ def _ordinary(topology: Topology, layout: KvLayout, arrivals: Sequence[Arrival])
         return False
     if len({one.block_size for one in topology.instances}) > 1:
         return False
+    if topology.part_tokens:
+        step = min(one.max_batch_tokens for one in topology.role("prefill"))
+        if any(one.prompt_tokens > step for one in arrivals):
+            # their KV goes in parts
+            return False
     blocks = min(_blocks(one, layout) for one in topology.instances)
     room = min(topology.model.max_model_len, blocks * layout.block_size)
     return all(not one.hashes and one.prompt_tokens + one.output_tokens <= room for one in arrivals)
