@@ -119,8 +119,11 @@ class Collective:
 
     # the owner
 
-    def invite(self, reader: str) -> str:
-        """Where ``reader`` is met: ``host:port/token``. Raises :class:`TransferFailed`."""
+    def send(self, reader: str, data: Iterable[memoryview]) -> tuple[str, Future[None]]:
+        """Begin to send all of ``data`` in a thread: ``host:port/token`` where ``reader`` is met, and how it ends.
+
+        Both this and what comes of it raise :class:`TransferFailed`.
+        """
         with self._lock:
             pair = self._pairs.get(reader)
             if pair is None:
@@ -129,16 +132,10 @@ class Collective:
                 except OSError as error:
                     raise TransferFailed(f"cannot listen at {self._host}: {error}") from error
                 pair = self._pairs[reader] = self._new(meeting, _OWNER)
-            return pair.meeting.where
+        # whatever becomes of the reader meanwhile, these bytes go by no later communicator
+        return pair.meeting.where, self._sender.submit(self._send, pair, reader, data)
 
-    def send(self, reader: str, data: Iterable[memoryview]) -> Future[None]:
-        """Send all of ``data`` to a reader that was invited, in a thread; it ends with :class:`TransferFailed`."""
-        return self._sender.submit(self._send, reader, data)
-
-    def _send(self, reader: str, data: Iterable[memoryview]) -> None:
-        pair = self._pairs.get(reader)
-        if pair is None:
-            raise TransferFailed(f"the hand-off to {reader} is over")
+    def _send(self, pair: _Pair, reader: str, data: Iterable[memoryview]) -> None:
         try:
             self._meet(pair)
             for block in data:

@@ -92,19 +92,19 @@ class PrefillActor(InstanceActor):
     async def _send_kv(self, action: SendKv) -> Sending:
         key, number = action.handle.key, action.number
         try:
-            meeting = self._collective.invite(action.reader)
+            blocks = self._running.pools.canonical(action.handle.blocks)
+            meeting, sending = self._collective.send(action.reader, blocks)
         except DsError as error:
             return Sending(self.now(), key, number, "", error.info())
-        self.spawn(self._send_to(action), "send")
+        self.spawn(self._sent(key, sending), "send")
         return Sending(self.now(), key, number, meeting)
 
-    async def _send_to(self, action: SendKv) -> None:
-        blocks = self._running.pools.canonical(action.handle.blocks)
+    async def _sent(self, key: KvKey, sending: Future[None]) -> None:
         try:
-            await asyncio.wrap_future(self._collective.send(action.reader, blocks))
+            await asyncio.wrap_future(sending)
         except DsError as error:
             # the reader sees that nothing comes, and says so
-            log.info("KV was not sent", handle=str(action.handle.key), why=error.message)
+            log.info("KV was not sent", handle=str(key), why=error.message)
 
 
 async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> PrefillActor:

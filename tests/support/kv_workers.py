@@ -119,10 +119,10 @@ class Prefill(Endpoint):
         if not isinstance(message, kv.KvSend):
             return super().take(message)
         reader = self._readers[message.key] = message.reader
-        self.send(kv.KvSending(message.key, message.number, self._collective.invite(reader)))
         handle, pools = self._offered[message.key]
         # whoever does not want it any more ends it
-        self._collective.send(reader, pools.canonical(handle.blocks))
+        meeting, _ = self._collective.send(reader, pools.canonical(handle.blocks))
+        self.send(kv.KvSending(message.key, message.number, meeting))
         return True
 
     async def released(self, key: KvKey) -> str:

@@ -58,7 +58,7 @@ def bring(reader: Collective, meeting: str, target: Target) -> None:
 
 
 def send(owner: Collective, data: list[memoryview]) -> tuple[str, Future[None]]:
-    return owner.invite("decode-0/1"), owner.send("decode-0/1", data)
+    return owner.send("decode-0/1", data)
 
 
 @pytest.mark.parametrize(("count", "nbytes"), [(1, 10), (7, 300), (3, 1 << 20)])
@@ -105,6 +105,21 @@ def test_one_that_is_cut_before_it_began_ends_at_once(owner: Collective, reader:
     owner.drop("decode-0/1")
     with pytest.raises(TransferFailed, match="cannot be sent to"):
         sent.result(PATIENCE_S)
+
+
+def test_what_was_left_before_it_began_goes_nowhere_else(owner: Collective, reader: Collective) -> None:
+    # one at a time: the second waits for the first, and nobody meets that
+    _, first = owner.send("decode-1/1", blocks(1, 500))
+    _, stale = send(owner, blocks(2, 100))
+    owner.drop("decode-0/1")
+    meeting, sent = send(owner, blocks(1, 100))
+    owner.drop("decode-1/1")
+    bring(reader, meeting, target := Target(1, 100))
+    assert target.blocks == blocks(1, 100)
+    sent.result(PATIENCE_S)
+    for over in (first, stale):
+        with pytest.raises(TransferFailed):
+            over.result(PATIENCE_S)
 
 
 def test_an_owner_that_waits_can_leave(owner: Collective) -> None:

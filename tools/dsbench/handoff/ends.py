@@ -155,8 +155,8 @@ class Owner(End):
         """Send, or forget."""
         match message:
             case kv.KvSend(key=key, reader=reader, number=number) if self._collective is not None:
-                self.send(kv.KvSending(key, number, self._collective.invite(reader)))
-                self._collective.send(reader, self.pools.canonical(self._offered[key].blocks))
+                meeting, _ = self._collective.send(reader, self.pools.canonical(self._offered[key].blocks))
+                self.send(kv.KvSending(key, number, meeting))
             case kv.KvRelease(key=key):
                 del self._offered[key]
 
