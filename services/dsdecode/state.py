@@ -186,7 +186,10 @@ class DecodeState(InstanceState):
         return min(self._extend_at, *map(self._stuck_at, self._phases[Phase.PULLING].values()), inf)
 
     def _stuck_at(self, one: Sequence) -> float:
-        """When the relay's last word on a pull is so old that its end must have been lost on the way."""
+        """When the relay's last word on a pull is so old that its end must have been lost on the way.
+
+        One that waits for more parts waits as long as prefill reads: the router ends it when that fails.
+        """
         return inf if one.copies or one.idle else max(one.life.since, one.heard_at) + 3 * self._extend_s + GRACE_S
 
     @property

@@ -32,6 +32,7 @@ TOPOLOGIES = {
     "short of queue": "kv: {blocks: 600}\nrouter: {max_requests: 20}\n"
     "prefill: {max_queue: 2}\ndecode: {max_queue: 3}",
     "tcp in one node": "kv: {blocks: 600}\nforce_transport: tcp",
+    "in parts": "kv: {blocks: 600}\nforce_transport: tcp\nprefill: {max_batch_tokens: 64}\ndecode: 2",
     "two nodes": "kv: {blocks: 600}\nsecurity: off\nnodes:\n"
     "  - {name: a, host: 10.0.0.1, devices: [cpu:0]}\n  - {name: b, host: 10.0.0.2, devices: [cpu:0]}",
     "colocated": "mode: colocated\nkv: {blocks: 600}\ndecode: {replicas: 2, max_batch_tokens: 128}",
@@ -91,11 +92,29 @@ def test_the_ledger_adds_up_to_what_the_client_saw(desk: Desk, name: str) -> Non
     for record in [record for record in run.records if not record.error]:
         assert record.ledger is not None
         told = msgspec.structs.asdict(record.ledger)
-        stages = sum(value for stage, value in told.items() if stage not in ("ttft_s", "total_s", "retries"))
+        others = ("ttft_s", "total_s", "transfer_hidden_s", "retries")
+        stages = sum(value for stage, value in told.items() if stage not in others)
         both_ways_s = 2 * transfers.message_s(False)
         assert stages == pytest.approx(told["total_s"])
         assert record.total_s == pytest.approx(told["total_s"] + both_ways_s)
         assert record.ttft_s == pytest.approx(told["ttft_s"] + both_ways_s)
+
+
+def test_transfers_are_hidden_behind_the_reading_of_long_prompts(desk: Desk) -> None:
+    slow = FlatTransfer(network_bytes_per_s=1e6)
+    workload = arrivals(gaps("constant", 0.1, Random(0)), fixed(1024, 4), 4)
+    text = "kv: {blocks: 600}\nforce_transport: tcp\nprefill: {max_batch_tokens: 128}\nrelay: {overlap: OVERLAP}"
+    shown = []
+    for overlap in ("auto", "off"):
+        run = system(desk, text.replace("OVERLAP", overlap), transfers=slow).run(workload)
+        ledgers = [record.ledger for record in run.records if record.ledger is not None]
+        assert len(ledgers) == 4
+        shown.append((ledgers[0].transfer_hidden_s, ledgers[0].transfer_s))
+    (hidden, rest), (nothing, whole) = shown
+    assert nothing == 0.0
+    # seven parts of eight are on their way while the next is read
+    assert rest < whole / 4
+    assert hidden + rest == pytest.approx(whole, rel=0.2)
 
 
 def test_sequences_give_way_for_want_of_blocks_and_lose_nothing(desk: Desk) -> None:
