@@ -26,6 +26,8 @@ from zmq.utils import z85
 
 from dswire.errors import BadInput, DsError
 
+#: of a key as text
+KEY_NCHARS = 40
 SYSTEM_SECRET = "system.key"
 SYSTEM_PUBLIC = "system.pub"
 ALLOWED = "allowed"
@@ -72,7 +74,7 @@ def read_key(path: Path) -> bytes:
 def check_key(text: str, where: str) -> bytes:
     """``text`` as a key. Raises :class:`BadInput` when it is none."""
     try:
-        valid = len(text) == 40 and len(z85.decode(text)) == 32
+        valid = len(text) == KEY_NCHARS and len(z85.decode(text)) == 32
     except (ValueError, KeyError, struct.error):
         valid = False
     if not valid:

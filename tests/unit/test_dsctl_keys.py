@@ -56,6 +56,12 @@ def test_allow_takes_a_key_or_its_file_and_revoke_takes_it_back(
     assert keys.allowed(home) == {"bobs-laptop": public}
 
 
+def test_a_key_that_begins_with_a_dash_is_no_option(home: Path) -> None:
+    key = "->O(Sg[<6kqbT5+x#WzD3zM<pW-w@]{46v<Sld<+"
+    assert run(["keys", "allow", "bob", key, "--dir", str(home)]) == 0
+    assert keys.allowed(home) == {"bob": key.encode()}
+
+
 @pytest.mark.parametrize("name", ["", "../system", ".hidden", "a/b", "x" * 65, "ä"])
 def test_names_are_names_not_paths(home: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["keys", "allow", name, "x" * 40]) == BadInput.exit_code

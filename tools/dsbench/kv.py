@@ -18,16 +18,19 @@ from dsbench import host
 from dsbench.handoff import limits
 from dsbench.handoff.ends import LAYOUT
 from dsbench.handoff.measure import Copies, Cost, Crowd, Limit, Transfer, Verification, cost, crowd, transfers
-from dsbench.handoff.whole import HandOff, hand_off, system
+from dsbench.handoff.whole import HandOff, Overlap, hand_off, overlap, system
 from dsbench.handoff.world import World, world
 from dskv.segment import Segment
 from dskv.stream import RECORD_NBYTES
 from dsobserve.terminal import output
 from dswire.errors import Failed
 
-Row: TypeAlias = Transfer | Verification | Cost | Crowd | HandOff
+Row: TypeAlias = Transfer | Verification | Cost | Crowd | HandOff | Overlap
 #: tokens of the prompt that a whole system hands over
 TOKENS = 512
+#: and of one that is read in steps
+LONG_TOKENS = 2048
+STEP_TOKENS = 512
 
 
 @click.command("kv")
@@ -66,7 +69,8 @@ def command(
     gloo   the same two nodes, by a communicator of torch.distributed; the limit is the socket
 
     Every figure is the median of rounds in which it and its limit take turns. At last a whole system of one prefill
-    and one decode instance hands prompts of 512 tokens over, one by one; its ledger tells how long that took.
+    and one decode instance hands prompts of 512 tokens over, one by one; its ledger tells how long that took. So do
+    two others by streams with prompts of 2,048 tokens, one in parts while the prompt is read and one at its end.
 
     \b
     dsbench kv
@@ -82,7 +86,7 @@ def command(
         Progress(console=console, transient=True) as progress,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        task = progress.add_task("", total=len(plan) * (len(sizes or (16, 64)) + 2) + whole)
+        task = progress.add_task("", total=len(plan) * (len(sizes or (16, 64)) + 2) + 2 * whole)
 
         def add(row: Row) -> None:
             progress.advance(task)
@@ -101,6 +105,12 @@ def command(
             progress.update(task, description="a whole system")
             with system(model, TOKENS) as client:
                 add(hand_off(client, TOKENS, 2 * rounds))
+            progress.update(task, description="long prompts")
+            with (
+                system(model, LONG_TOKENS, step=STEP_TOKENS, overlap="on") as parts,
+                system(model, LONG_TOKENS, step=STEP_TOKENS) as pieces,
+            ):
+                add(overlap(parts, pieces, LONG_TOKENS, STEP_TOKENS, max(1, rounds // 2)))
     if not as_json:
         for made in _tables(rows):
             output().print(made)
@@ -150,6 +160,7 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
     costs = Table("transport", "CURVE", "µs to pull", "µs of that to copy", title="one block (median)")
     crowds = Table("transport", "CURVE", "handles at once", "a second", "8 at once", "ratio", title="many at once")
     whole = Table("prompt tokens", "hand-off ms", "of which", title="a whole system (median)")
+    parts = Table("prompt tokens", "a step", "hand-off ms", "in one piece", "hidden", title="in parts (median)")
     for row in rows:
         match row:
             case Transfer():
@@ -166,7 +177,10 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
             case HandOff():
                 stages = (f"{stage.removesuffix('_s')} {ms:.2f}" for stage, ms in row.stages_ms.items())
                 whole.add_row(str(row.prompt_tokens), f"{row.hand_off_ms:.2f}", ", ".join(stages))
-    return [made for made in (speed, proofs, costs, crowds, whole) if made.row_count]
+            case Overlap():
+                took = (f"{row.hand_off_ms:.2f}", f"{row.hand_off_whole_ms:.2f}")
+                parts.add_row(str(row.prompt_tokens), str(row.step_tokens), *took, f"{row.hidden:.0%}")
+    return [made for made in (speed, proofs, costs, crowds, whole, parts) if made.row_count]
 
 
 def _transfer(row: Transfer) -> tuple[str, ...]:

@@ -74,7 +74,20 @@ def make(file: Path | None, directory: Path | None, client: str | None, out: Pat
     click.echo(f"use it with: dsctl generate --keys {target} --address ADDRESS ...")
 
 
-@command.command()
+class _TakesKey(click.Command):
+    """One key of 85 begins with a dash, and is no option."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """Anything as long as a key, and like an option, goes behind the options."""
+        from dswire.keys import KEY_NCHARS
+
+        keys = [one for one in args if one.startswith("-") and len(one) == KEY_NCHARS]
+        if keys and "--" not in args:
+            args = [*(one for one in args if one not in keys), "--", *keys]
+        return super().parse_args(context, args)
+
+
+@command.command(cls=_TakesKey)
 @directory_options[0]
 @directory_options[1]
 @click.argument("name")
