@@ -25,7 +25,6 @@ from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroupGloo
 
 from dsengine.meeting import Meeting
-from dsengine.runner import device_of
 from dskv.receive import Receiver
 from dstopology.resolved import Instance, Topology
 from dswire.errors import TransferFailed
@@ -109,11 +108,10 @@ class Collective:
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="send")
 
     @classmethod
-    def of(cls, topology: Topology, instance: Instance) -> Collective | None:
-        """Those of ``instance``, where the topology has KV take them."""
+    def of(cls, topology: Topology, instance: Instance, device: torch.device) -> Collective | None:
+        """Those of ``instance``, whose pool is on ``device``, where the topology has KV take them."""
         if not topology.collective:
             return None
-        device = device_of("cpu" if instance.devices[0].startswith("cpu") else instance.devices[0])
         timeout_s = topology.relay_of(instance.node).transfer_timeout_s
         return cls(device, topology.node(instance.node).host, timeout_s)
 

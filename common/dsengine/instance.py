@@ -98,7 +98,8 @@ class RunningInstance:
             from dsengine.ranks import RankedEngine
 
             engine = RankedEngine(instance.name, configs, instance.tp, instance.pp)
-        return cls(engine, model_identity(topology, model_dir), instance, Collective.of(topology, instance))
+        collective = Collective.of(topology, instance, engine.pool.device)
+        return cls(engine, model_identity(topology, model_dir), instance, collective)
 
     @property
     def shards(self) -> tuple[KvShard, ...]:

@@ -6,15 +6,14 @@ The pools have mirrors, as those of GPUs have.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dsclient import AsyncClient
-from dsengine.runner import Engine
-from support.system import System, running_system
-from support.tiny_llama import engine_config, generate, make_model, prompt_of
+from support.system import System, ask, running_system
+from support.tiny_llama import engine_alone, make_model, prompt_of
 from support.tokenizers_here import byte_level, save
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(240)]
@@ -40,10 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wanted(model: Path) -> list[list[int]]:
-    engine = Engine(engine_config(model))
-    made = generate(engine, PROMPTS, TOKENS)
-    engine.close()
-    return made
+    return engine_alone(model, PROMPTS, TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +48,8 @@ def system(model: Path) -> Iterator[System]:
         yield running
 
 
-async def _ask(client: AsyncClient, prompt: Sequence[int]) -> list[int]:
-    made = await client.generate(prompt_ids=prompt, temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
-    return list(made.choices[0].token_ids)
-
-
 async def _ask_all(client: AsyncClient) -> list[list[int]]:
-    return await asyncio.gather(*(_ask(client, prompt) for prompt in PROMPTS))
+    return await asyncio.gather(*(ask(client, prompt, TOKENS) for prompt in PROMPTS))
 
 
 async def test_all_owners_and_readers_at_once(system: System, wanted: list[list[int]]) -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from dsclient import AsyncClient, Completion, Sampling
-from dsengine.runner import Engine
 from support.system import System, running_system
-from support.tiny_llama import engine_config, generate, make_model, prompt_of
+from support.tiny_llama import engine_alone, make_model, prompt_of
 from support.tokenizers_here import byte_level, save
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(240)]
@@ -36,10 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wanted(model: Path) -> list[tuple[int, ...]]:
-    engine = Engine(engine_config(model, max_model_len=512, num_blocks=64))
-    made = [tuple(generate(engine, [prompt], TOKENS)[0]) for prompt in PROMPTS]
-    engine.close()
-    return made
+    return [tuple(made) for made in engine_alone(model, PROMPTS, TOKENS, max_model_len=512, num_blocks=128)]
 
 
 @pytest.fixture(scope="module", params=["shm", "tcp"])

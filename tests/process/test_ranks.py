@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,12 +18,11 @@ import pytest
 from dsclient import AsyncClient
 from dsengine import ranks
 from dsengine.ranks import RankedEngine
-from dsengine.runner import Engine
 from dskv.segment import Segment
 from dswire.errors import DsError, DuplicateName, EngineFailed
 from dswire.messages.client import Sampling
-from support.system import System, running_system
-from support.tiny_llama import Run, engine_config, generate, make_model, prompt_of
+from support.system import System, ask, running_system
+from support.tiny_llama import Run, engine_alone, engine_config, generate, make_model, prompt_of
 from support.tokenizers_here import byte_level, save
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(240)]
@@ -50,21 +49,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wanted(model: Path) -> list[list[int]]:
-    engine = Engine(engine_config(model))
-    made = generate(engine, PROMPTS, TOKENS)
-    engine.close()
-    return made
+    return engine_alone(model, PROMPTS, TOKENS)
 
 
 @pytest.fixture(scope="module")
 def system(model: Path) -> Iterator[System]:
     with running_system(TOPOLOGY.format(model=model)) as running:
         yield running
-
-
-async def _ask(client: AsyncClient, prompt: Sequence[int]) -> list[int]:
-    made = await client.generate(prompt_ids=prompt, temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
-    return list(made.choices[0].token_ids)
 
 
 def _other_ranks(system: System, name: str) -> list[int]:
@@ -91,10 +82,10 @@ def _pools(system: System, name: str) -> list[str]:
 
 async def test_a_rank_that_dies_costs_no_request(system: System, wanted: list[list[int]]) -> None:
     async with AsyncClient(system.address) as client:
-        assert await asyncio.gather(*(_ask(client, prompt) for prompt in PROMPTS)) == wanted
+        assert await asyncio.gather(*(ask(client, prompt, TOKENS) for prompt in PROMPTS)) == wanted
         stream = client.stream(prompt_ids=PROMPTS[0], temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
         got = list((await anext(stream)).token_ids)
-        asked = [asyncio.create_task(_ask(client, prompt)) for prompt in PROMPTS]
+        asked = [asyncio.create_task(ask(client, prompt, TOKENS)) for prompt in PROMPTS]
         (other,) = _other_ranks(system, "decode-0")
         os.kill(other, signal.SIGKILL)
         await _gone(system.pid("decode-0"))

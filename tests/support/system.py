@@ -12,13 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from dsclient import Client
+from dsclient import AsyncClient, Client
 from dstopology.endpoints import free_ports
 from dstopology.load import load
 from dstopology.resolved import Topology
@@ -249,3 +249,9 @@ def error_of(line: str) -> dict[str, str]:
     """The error in a report line of a process."""
     error: dict[str, str] = json.loads(line)["error"]
     return error
+
+
+async def ask(client: AsyncClient, prompt: Sequence[int], count: int) -> list[int]:
+    """What a system answers, greedily."""
+    made = await client.generate(prompt_ids=prompt, temperature=0.0, max_tokens=count, ignore_eos=True)
+    return list(made.choices[0].token_ids)

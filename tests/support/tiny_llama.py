@@ -179,3 +179,11 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
     """``length`` random tokens."""
     generator = torch.Generator().manual_seed(1000 * seed + length)
     return [int(token) for token in torch.randint(3, VOCAB, (length,), generator=generator)]
+
+
+def engine_alone(model_dir: Path, prompts: Sequence[Sequence[int]], count: int, **changes: Any) -> list[list[int]]:
+    """What a system of that model is to answer."""
+    engine = Engine(engine_config(model_dir, **changes))
+    made = generate(engine, prompts, count)
+    engine.close()
+    return made

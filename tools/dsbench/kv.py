@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TypeAlias
 
 import click
@@ -102,15 +102,9 @@ def command(
         for name, on in plan:
             runner.run(run(name, on))
         if whole:
-            progress.update(task, description="a whole system")
-            with system(model, TOKENS) as client:
-                add(hand_off(client, TOKENS, 2 * rounds))
-            progress.update(task, description="long prompts")
-            with (
-                system(model, LONG_TOKENS, step=STEP_TOKENS, overlap="on") as parts,
-                system(model, LONG_TOKENS, step=STEP_TOKENS) as pieces,
-            ):
-                add(overlap(parts, pieces, LONG_TOKENS, STEP_TOKENS, max(1, rounds // 2)))
+            progress.update(task, description="whole systems")
+            for row in _whole(model, rounds):
+                add(row)
     if not as_json:
         for made in _tables(rows):
             output().print(made)
@@ -135,6 +129,17 @@ async def _measure(
             yield await transfers(running, transport, curve, mib << 20, rounds, limit)
         yield await cost(running, transport, curve, 20 * rounds)
         yield await crowd(running, transport, curve, handles, 8, max(1, rounds // 5))
+
+
+def _whole(model: str, rounds: int) -> Iterator[Row]:
+    """Of whole systems, with an engine."""
+    with system(model, TOKENS) as client:
+        yield hand_off(client, TOKENS, 2 * rounds)
+    with (
+        system(model, LONG_TOKENS, step=STEP_TOKENS, overlap="on") as parts,
+        system(model, LONG_TOKENS, step=STEP_TOKENS) as pieces,
+    ):
+        yield overlap(parts, pieces, LONG_TOKENS, STEP_TOKENS, max(1, rounds // 2))
 
 
 def _limit(running: World, transport: str, curve: bool, source: Segment) -> Limit:
