@@ -168,17 +168,14 @@ class Flow:
         if choice.decode is None:
             choice.decode = target.hello.name
             target.add(choice.key.sequence, _length(request, choice))
-        outputs = tuple(choice.output_ids)
-        # the one that prefill makes now, or has made
-        before = outputs[:-1] if choice.life.phase is not Phase.PREFILLING else outputs
+        outputs, made = tuple(choice.output_ids), choice.life.phase is not Phase.PREFILLING
         for handle in choice.handles[choice.told :]:
             last = handle is choice.handle
-            if choice.told:
-                self._sink.send(target.peer, worker.DecodeMore(handle, outputs[-1:] if last else ()))
-            else:
-                known = outputs if last else before
+            work: msgspec.Struct = worker.DecodeMore(handle, outputs[-1:] if last else ())
+            if not choice.told:
+                known = outputs[:-1] if made and not last else outputs
                 work = worker.DecodeWork(handle, request.prompt_ids, known, choice.sampling)
-                self._sink.send(target.peer, work)
+            self._sink.send(target.peer, work)
             choice.told += 1
 
     def prefilled(self, now: float, done: worker.PrefillDone) -> None:
