@@ -128,8 +128,9 @@ async def _bring_to(case: Case, stage: str) -> None:
             await case.submit(8, 4)
             assert (await case.status()).requests == {"prefilling": 1}
         case "prefilling":
-            # nothing is queued there, so its step begins when the request arrives, and takes a second or more
-            await case.submit(2000, 4)
+            # nothing is queued there, so its step begins when the request arrives, and takes a second or more;
+            # with so long an answer it cannot be through before a lease or a deadline is
+            await case.submit(2000, 4000)
             await asyncio.sleep(0.2)
             assert (await case.status()).requests == {"prefilling": 1}
         case "waiting for decode":
