@@ -22,9 +22,10 @@ from dsengine.model import load_shape
 from dsengine.runner import Engine, StepItem
 from dsengine.sampler import Sampled
 from dsengine.store import resolve
+from dskv.copying import SMALL_NBYTES, copier
 from dskv.handle import KvKey
 from dskv.layout import KvLayout
-from dskv.memory import SMALL_NBYTES, RankPools
+from dskv.memory import RankPools
 from dskv.pages import MirrorPages
 from dskv.segment import SegmentCache
 from dskv.shards import KvShard, copies, shards
@@ -157,9 +158,10 @@ class RunningInstance:
         """Read a short prompt and decode a token. Blocks; raises what steps raise, and gives everything back then.
 
         What happens once would happen in somebody's first request otherwise: memory of its own for the kernels, at
-        all ranks, and the first look at weights that came from the disk a moment ago, which costs a virtual machine
-        more than reading them did.
+        all ranks, the compiled copier, and the first look at weights that came from the disk a moment ago, which
+        costs a virtual machine more than reading them did.
         """
+        copier()
         engine = self.engine
         room = min(engine.model.max_model_len, engine.pool.num_blocks * engine.layout.block_size)
         count = min(WARM_UP_TOKENS, room - 1)

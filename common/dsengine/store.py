@@ -24,8 +24,9 @@ from pathlib import Path
 
 import msgspec
 
-from dsengine import lock
 from dsengine.snapshot import check
+from dshost.home import home
+from dshost.lock import exclusive
 from dswire.errors import Failed, ModelNotFound
 
 #: (step, done, total): how far a long job is; ``total`` is None while it is not known
@@ -81,14 +82,6 @@ class Manifest(msgspec.Struct, frozen=True):
 
 def silent(step: str, done: int, total: int | None) -> None:
     """The :data:`Report` that tells nobody."""
-
-
-def home() -> Path:
-    """``DS_HOME``, or ``distserve`` in the user's cache directory. May not exist yet."""
-    if chosen := os.environ.get("DS_HOME"):
-        return Path(chosen).expanduser().absolute()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "distserve"
 
 
 def resolve(model_path: str, report: Report = silent) -> Path:
@@ -184,7 +177,7 @@ def install(name: str, *, source: str, sha256: str, build: Callable[[Path], None
     """
     if found := installed(name):
         return found
-    with _storing(name), lock.exclusive(home() / "locks" / name, wait_s=MAKE_WAIT_S):
+    with _storing(name), exclusive(home() / "locks" / name, wait_s=MAKE_WAIT_S):
         return installed(name) or _make(name, source, sha256, build)
 
 

@@ -1,6 +1,6 @@
 """The checksum of KV: xxh3_64 over the xxh3_64 of each canonical block, in token order.
 
-Blocks are summed one by one, so that several threads can do it, each while its caches still hold the block.
+Blocks are summed one by one, so that each is summed while the caches hold it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import xxhash
+
+#: of one block's sum
+SUM_NBYTES = 8
 
 
 def block_sum(data: memoryview) -> bytes:

@@ -6,12 +6,8 @@ carry, however many ranks the owner and the reader have.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from dskv.checksum import block_sum, checksum
@@ -20,15 +16,8 @@ from dskv.reshard import Placement, canonical, plan, runs
 from dskv.segment import Segment, SegmentCache
 from dskv.shards import KvShard
 
-#: copied or summed in less time than it takes to have a thread do it
-SMALL_NBYTES = 512 << 10
-#: copied or summed by two threads, which takes less time where a core is free
-LARGE_NBYTES = 8 << 20
 #: read of each rank's pool to prove that it can be
 PROOF_NBYTES = 4 << 20
-
-#: helps with large copies; one for all, and kept, since a copy takes less than starting it
-_other = ThreadPoolExecutor(1, thread_name_prefix="other")
 
 
 class KvMemory(Protocol):
@@ -98,31 +87,17 @@ class RankPools:
 
     def checksum(self, numbers: Sequence[int]) -> int:
         """Over canonical blocks in order."""
-        sums = [b""] * len(numbers)
-
-        def part(places: Iterator[int]) -> None:
-            together = self._together()
-            for place in places:
-                sums[place] = block_sum(self._canonical(numbers[place], together))
-
-        side_by_side(len(numbers), len(numbers) * self.placement.layout.block_nbytes, part)
-        return checksum(sums)
+        return checksum(map(block_sum, self.canonical(numbers)))
 
     def canonical(self, numbers: Sequence[int]) -> Iterator[memoryview]:
         """Canonical blocks, one by one; those of several ranks share one buffer, and are good until the next."""
-        together = self._together()
-        return (self._canonical(number, together) for number in numbers)
-
-    def _together(self) -> CanonicalBlocks | None:
-        """Where the blocks of several ranks are put together."""
-        return None if self.single is not None else CanonicalBlocks.scratch(self.placement.layout)
-
-    def _canonical(self, number: int, together: CanonicalBlocks | None) -> memoryview:
-        if together is None:
-            assert self.single is not None
-            return self.single.slot(number)
-        copy(self, [number], together, [0], 0, self.placement.layout.block_size)
-        return together.data
+        if self.single is not None:
+            yield from map(self.single.slot, numbers)
+            return
+        together = CanonicalBlocks.scratch(self.placement.layout)
+        for number in numbers:
+            copy(self, [number], together, [0], 0, self.placement.layout.block_size)
+            yield together.data
 
 
 class CanonicalBlocks:
@@ -161,30 +136,6 @@ def copy(
         mine = target.block(box.target, target_blocks[box.target_block])
         for run in runs(box, source.placement, target.placement):
             mine[run.target : run.target + run.nbytes] = theirs[run.source : run.source + run.nbytes]
-
-
-def side_by_side(count: int, nbytes: int, work: Callable[[Iterator[int]], None]) -> None:
-    """Have ``work`` done for 0 to ``count - 1``, by two threads where ``nbytes`` are many; raises as it does.
-
-    One begins with the first and one with the last, and they meet where they meet: a thread that finds no core at
-    once holds nobody up.
-    """
-    if nbytes < LARGE_NBYTES or count < 2 or (os.cpu_count() or 1) < 2:
-        work(iter(range(count)))
-        return
-    places = deque(range(count))
-    other = _other.submit(work, _taken(places.pop))
-    try:
-        work(_taken(places.popleft))
-    finally:
-        if not other.cancel():
-            other.result()
-
-
-def _taken(take: Callable[[], int]) -> Iterator[int]:
-    with contextlib.suppress(IndexError):
-        while True:
-            yield take()
 
 
 def read_rate(layout: KvLayout, shards: tuple[KvShard, ...], blocks: int) -> float:

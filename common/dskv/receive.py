@@ -1,6 +1,6 @@
 """The decode side of a hand-off: bytes into the own pool's blocks, and the proof that they are the right ones.
 
-Invariant: the checksum is computed over what lies in the own blocks, in token order, each token exactly once;
+Invariant: the checksum is computed over what is written to the own blocks, in token order, each token exactly once;
 so :meth:`Receiver.verify` vouches for the memory that the model will read, not for what was on the way. Where the
 owner shares the model out otherwise, or has blocks of another size, the KV is put together again from the own
 blocks as it lies in the owner's, whose bytes behind the last token are zero.
@@ -8,11 +8,11 @@ blocks as it lies in the owner's, whose bytes behind the last token are zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from dskv.checksum import block_sum, checksum
 from dskv.handle import KvHandle
-from dskv.memory import CanonicalBlocks, KvMemory, RankPools, copy, side_by_side
+from dskv.memory import CanonicalBlocks, KvMemory, RankPools, copy
 from dskv.reshard import difference
 from dswire.errors import KvCorrupt, TransferFailed
 
@@ -59,16 +59,9 @@ class Receiver:
         if self._alike is None or source.single is None:
             self._copy(source, self.handle.blocks, 0, len(self.handle.blocks))
             return
-        alike, theirs, mine = self._alike, source.single, self._own
-
-        def part(places: Iterator[int]) -> None:
-            for place in places:
-                alike.copy_from(theirs, self.handle.blocks[place], mine[place])
-                # while the processor's caches still hold it: memory is read once, not twice
-                self._sum(place, alike.slot(mine[place]))
-
-        side_by_side(len(mine), self.handle.nbytes, part)
-        self.taken = len(mine)
+        sums = self._alike.copy_from(source.single, self.handle.blocks, self._own, summed=self._summed)
+        self._sums[: len(sums)] = sums
+        self.taken = len(self._own)
 
     def receive(self, read: Callable[[memoryview], None]) -> None:
         """Have ``read`` fill one canonical block after the other. Raises what it raises."""

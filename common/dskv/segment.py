@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from dskv.copying import copier
 from dswire.errors import DuplicateName, OutOfMemory, TransferFailed
 
 #: ``linux/mman.h``: have the pages of a range mapped, as reading or writing would; since Linux 5.14
@@ -103,14 +104,20 @@ class Segment:
         if not 0 <= index < self.slots:
             raise TransferFailed(f"{self.path}: slot {index} of {self.slots} does not exist")
 
-    def copy_from(self, source: Segment, theirs: int, mine: int) -> None:
-        """Copy a slot of ``source``; the sizes must be equal. Other threads of this process go on meanwhile."""
+    def copy_from(
+        self, source: Segment, theirs: Sequence[int], mine: Sequence[int], *, summed: bool = False
+    ) -> list[bytes]:
+        """Copy slots of ``source``, of the same size, and tell their sums where ``summed``.
+
+        Other threads of this process go on meanwhile.
+        """
         nbytes = self.slot_nbytes
         if source.slot_nbytes != nbytes:
             raise TransferFailed(f"blocks of {source.slot_nbytes} bytes cannot go into blocks of {nbytes} bytes")
-        for segment, index in ((source, theirs), (self, mine)):
-            segment.check(index)
-        ctypes.memmove(self._address + mine * nbytes, source._address + theirs * nbytes, nbytes)
+        for segment, indices in ((source, theirs), (self, mine)):
+            for index in indices:
+                segment.check(index)
+        return copier()(self._address, source._address, nbytes, mine, theirs, summed=summed)
 
     def reserve(self, indices: Sequence[int]) -> None:
         """Have the pages of these slots, as writing would, which ends a process that finds none.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dshost.home import home
 from dskv.layout import ITEM_NBYTES, KvLayout
 
 #: values of ``architectures`` that the engine computes by itself; others run through transformers' modules, which
@@ -81,14 +82,6 @@ def written_path(path: str, topology: Path) -> str:
 def model_name(path: str) -> str:
     """What clients call the model at ``path``."""
     return Path(path).name.removesuffix(".gguf")
-
-
-def home(env: Mapping[str, str]) -> Path:
-    """Where this host keeps its models: ``DS_HOME``, or ``distserve`` in the user's cache directory."""
-    if chosen := env.get("DS_HOME"):
-        return Path(chosen).expanduser().absolute()
-    cache = env.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "distserve"
 
 
 def read(path: str, env: Mapping[str, str]) -> ModelFacts | None:

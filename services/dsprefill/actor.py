@@ -13,8 +13,8 @@ import structlog
 from dsengine.collective import Collective
 from dsengine.instance import RunningInstance
 from dsengine.instance_actor import InstanceActor, routes, settings
+from dskv.copying import SMALL_NBYTES
 from dskv.handle import KvKey
-from dskv.memory import SMALL_NBYTES
 from dsprefill.events import EndSend, Seal, Sealed, Sending, SendKv
 from dsprefill.state import PrefillConfig, PrefillState
 from dssched.steps import ForgetSequence, RunStep

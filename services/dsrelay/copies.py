@@ -41,8 +41,7 @@ class KeptMemory:
         source = RankPools.map(handle.layout, handle.shards, handle.segment_blocks, self._owners)
         target = self._pool(kept)
         if source.single is not None and target.single is not None:
-            for theirs, mine in zip(handle.blocks, kept.blocks, strict=True):
-                target.single.copy_from(source.single, theirs, mine)
+            target.single.copy_from(source.single, handle.blocks, kept.blocks)
         else:
             # whole blocks: the checksum is over what lies behind the last token, too
             tokens = len(handle.blocks) * handle.layout.block_size

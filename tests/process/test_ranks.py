@@ -128,7 +128,7 @@ def _moved(engine: RankedEngine, directory: Path, count: int) -> list[int]:
     for rank in range(2):
         segment = Segment.open(directory / f"{rank}.kv", 64, engine.pool.layout.block_nbytes, writable=True)
         for block, other in zip(blocks, others, strict=True):
-            segment.copy_from(segment, block, other)
+            segment.copy_from(segment, [block], [other])
         segment.close()
     engine.mirror(others, "in")
     run.blocks[0] = list(others)

@@ -12,16 +12,16 @@ from torch.nn import functional
 
 from dsengine import int8
 from dsengine.int8 import KERNEL_ROWS, Int8Linear, peaks_of, quantise
-from dsengine.native import build
 from dsengine.native.decoder import NativeDecoder
 from dsengine.runner import Engine
+from dshost.library import compiler
 from dswire.errors import EngineFailed
 from support.rank_threads import ThreadedEngine
 from support.tiny_families import make_family
 from support.tiny_llama import Reference, engine_config, generate, make_model, prompt_of
 from support.whole_logits import logits_of
 
-needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 
 
 @given(st.integers(0, 2**32), st.floats(1e-6, 1e6))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsengine.families import load_architecture
-from dsengine.native import build, library, structs
+from dsengine.native import library, structs
 from dsengine.native.decoder import NativeDecoder, Share, obstacle
 from dsengine.native.packing import OwnShelf, Packing, RawLinear
 from dsengine.parallel import WHOLE, Alone
@@ -24,11 +23,12 @@ from dsengine.pool import DTYPES, KvPool
 from dsengine.runner import Engine
 from dsengine.span import Span
 from dsengine.weights import Checkpoint
+from dshost.library import compiler
 from dskv.layout import KvLayout
 from dswire.errors import EngineFailed
 from support.tiny_llama import VOCAB, Reference, edit_config, engine_config, generate, make_model, prompt_of
 
-needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 CPU = torch.device("cpu")
 #: positions of the longest sequence: more than two chunks of keys
 LONGEST = 1200
@@ -187,22 +187,6 @@ def test_without_a_compiler_the_engine_runs_and_says_so(
     assert made == [Reference(model_dir).generate(prompt_of(20), 12)]
     engine.close()
     library.library.cache_clear()
-
-
-def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DS_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", shutil.which("false") or "false")
-    with pytest.raises(EngineFailed, match="false did not compile the kernels"):
-        build.build("float32")
-    assert not list((tmp_path / "kernels").glob("*.so"))
-
-
-@needs_compiler
-def test_another_flag_is_another_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = build.library_path("float32", "g++")
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
-    assert build.library_path("float32", "g++") != before
-    assert build.library_path("bfloat16", "g++") != build.library_path("float32", "g++")
 
 
 @needs_compiler

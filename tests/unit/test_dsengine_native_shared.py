@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from dsengine import model
-from dsengine.native import build, shared
+from dsengine.native import shared
 from dsengine.native.packed_file import Mapped, intact
 from dsengine.native.packing import Packing
 from dsengine.runner import Engine
 from dsengine.span import Span
 from dsengine.weights import Checkpoint
+from dshost.library import compiler
 from support.tiny_llama import engine_config, make_model, prompt_of
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 #: a process that maps a file, touches all of it, says so, and stays until its standard input ends
 HOLDER = """
 import sys

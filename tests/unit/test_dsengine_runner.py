@@ -140,7 +140,7 @@ def test_kv_pulled_into_another_engine_continues_there(model_dir: Path, tmp_path
     assert target.pool.segment is not None
     moved = [40, 8, 21]
     for theirs, mine in zip(run.blocks[0], moved, strict=True):
-        target.pool.segment.copy_from(with_kv, theirs, mine)
+        target.pool.segment.copy_from(with_kv, [theirs], [mine])
     sums = [
         RankPools.of(source.pool.layout, pool).checksum(blocks)
         for pool, blocks in ((with_kv, run.blocks[0]), (target.pool.segment, moved))

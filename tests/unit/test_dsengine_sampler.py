@@ -23,11 +23,11 @@ from transformers import (
 
 from dsengine import drawing
 from dsengine.drawing import adjust, highest, kept
-from dsengine.native.build import compiler
 from dsengine.native.decoder import NativeDecoder
 from dsengine.randomness import uniform
 from dsengine.runner import Engine
 from dsengine.sampler import Drawing, SamplerState, sample
+from dshost.library import compiler
 from dswire.errors import EngineFailed
 from dswire.messages.client import Sampling
 from support.tiny_llama import engine_config, make_model

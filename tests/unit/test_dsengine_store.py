@@ -35,16 +35,6 @@ def whole_model(path: Path) -> Path:
     return path
 
 
-def test_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert store.home() == tmp_path / "home"
-    monkeypatch.delenv("DS_HOME")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-    assert store.home() == Path("/caches/distserve")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/me")
-    assert store.home() == Path("/me/.cache/distserve")
-
-
 def test_known_model_that_was_not_pulled() -> None:
     with pytest.raises(ModelNotFound) as caught:
         store.resolve("smollm2-135m-instruct")

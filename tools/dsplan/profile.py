@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from dsengine.snapshot import identity
+from dshost.home import home
 from dsplan.errors import ProfileMismatch
 from dsplan.latency import missing_degree
 from dssim.times import LinearTimes, linear_times
-from dstopology import modelfacts
 from dstopology.resolved import Topology
 from dswire.errors import BadInput, DsError
 
@@ -159,7 +159,7 @@ def check_topology(path: Path, topology: Topology) -> None:
 
 def _fingerprint(model: str) -> str | None:
     """Of a model's files; None where they are not on this host."""
-    directory = Path(model) if Path(model).is_absolute() else modelfacts.home(os.environ) / "models" / model
+    directory = Path(model) if Path(model).is_absolute() else home() / "models" / model
     try:
         return identity(directory).fingerprint
     except (OSError, DsError):

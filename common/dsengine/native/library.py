@@ -8,15 +8,18 @@ import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, addressof, byref, c_int32, c_int64, c_void_p, sizeof
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dsengine.native import structs
-from dsengine.native.build import build
 from dsengine.native.structs import CBatch, CDraw, CModel, CPool
+from dshost.library import build, load, native_flags
 from dswire.errors import EngineFailed, OutOfMemory
 
+#: dtype -> element kind in vector.h
+ELEMENTS = {"float32": "F32", "bfloat16": "Bf16", "float16": "F16"}
 #: output columns of one panel of packed weights
 PANEL = 32
 
@@ -30,14 +33,12 @@ class Library:
     """The kernels for one dtype."""
 
     def __init__(self, dtype: str) -> None:
-        """Build where needed, and load. Raises :class:`EngineFailed`."""
-        path = build(dtype)
+        """Build where needed (a minute of one core at most), and load. Raises :class:`~dswire.errors.Failed`."""
+        flags = (*native_flags(), f"-DELEMENT={ELEMENTS[dtype]}")
+        path = build(dtype, Path(__file__).with_name("library.cpp"), flags)
         #: another one for other sources, compilers or processors
         self.name = path.stem
-        try:
-            self._c = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise EngineFailed(f"{path} cannot be loaded: {error}", remedy=f"remove {path}") from error
+        self._c = load(path)
         self._c.ds_open.argtypes, self._c.ds_open.restype = (POINTER(CModel), c_int32), c_void_p
         self._c.ds_forward.argtypes = (c_void_p, POINTER(CBatch), POINTER(CPool))
         self._c.ds_draw.argtypes = (c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p)
@@ -107,5 +108,5 @@ class Session:
 
 @cache
 def library(dtype: str) -> Library:
-    """The kernels for ``dtype``, loaded once a process. Raises :class:`EngineFailed`."""
+    """The kernels for ``dtype``, loaded once a process. Raises :class:`~dswire.errors.Failed`."""
     return Library(dtype)

@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsengine.lock import exclusive
 from dsengine.native.packed_file import SUFFIX, Mapped, Writer, read_index
 from dsengine.native.packing import FileShelf, OwnShelf, Packed, Shelf
-from dsengine.store import home
+from dshost.home import home
+from dshost.lock import exclusive
 from dswire.errors import Failed
 
 _log = logging.getLogger(__name__)

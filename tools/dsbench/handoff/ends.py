@@ -19,9 +19,10 @@ import msgspec
 import uvloop
 
 from dsdecode.transports import Transports
+from dskv.copying import SMALL_NBYTES, copier
 from dskv.handle import KvHandle, KvKey
 from dskv.layout import KvLayout
-from dskv.memory import SMALL_NBYTES, RankPools
+from dskv.memory import RankPools
 from dskv.receive import Receiver
 from dskv.segment import Segment, SegmentCache
 from dstopology.resolved import Topology
@@ -174,6 +175,7 @@ class Reader(End):
         instance = topology.instance("decode-0")
         super().__init__(topology.relay_of(instance.node).local, instance.name, pool, keys)
         self._node = instance.node
+        copier()
         self._collective = communicators() if topology.collective else None
         self._transports = Transports(topology, self.mapped, self._collective)
         #: read before the relay's word

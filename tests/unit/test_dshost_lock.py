@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dsengine.lock import exclusive
+from dshost.lock import exclusive
 from dswire.errors import Failed
 
 
@@ -43,7 +43,7 @@ def test_wait_has_an_end(tmp_path: Path) -> None:
 
 def test_a_killed_holder_leaves_nothing(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from dsengine.lock import exclusive\n"
+        "import sys; from pathlib import Path; from dshost.lock import exclusive\n"
         "with exclusive(Path(sys.argv[1]), wait_s=60):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )
