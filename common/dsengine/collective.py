@@ -29,8 +29,8 @@ from dskv.receive import Receiver
 from dstopology.resolved import Instance, Topology
 from dswire.errors import TransferFailed
 
-#: blocks that a reader has asked for
-_AHEAD = 4
+#: that a reader has asked for, and at least two blocks: no block is sent before it was
+_AHEAD_NBYTES = 8 << 20
 #: a tag under which nothing is ever sent
 _NEVER = 1
 #: ranks in a communicator
@@ -72,7 +72,8 @@ class _Pair:
 
     def receive(self, count: int, nbytes: int) -> Iterator[Tensor]:
         """The next ``count`` that are sent, each of ``nbytes``; each is good until the next."""
-        here = torch.empty(min(count, _AHEAD), nbytes, dtype=torch.uint8, device=self.device)
+        ahead = max(2, _AHEAD_NBYTES // nbytes)
+        here = torch.empty(min(count, ahead), nbytes, dtype=torch.uint8, device=self.device)
         asked: deque[Any] = deque()
         for at in range(count):
             # the owner need not wait to be told that somebody wants it

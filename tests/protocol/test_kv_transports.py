@@ -11,7 +11,7 @@ import pytest
 
 from dskv.handle import KvHandle
 from dswire.codec import encode
-from dswire.errors import KvCorrupt
+from dswire.errors import KvCorrupt, TransferFailed
 from dswire.messages import PROTOCOL, kv
 from dswire.sockets import ConnectedSocket
 from support.handles import LAYOUT, offered_by_ranks, ranks
@@ -220,6 +220,25 @@ async def test_a_restarted_relay_of_the_owner_serves_again(world: World) -> None
     await world.prefill.hello()
     if len(world.relays) == 1:
         await world.decode.hello()
+    await hand_off(world, "r2/0")
+
+
+async def test_a_relay_that_goes_after_its_word_leaves_all_or_nothing(world: World) -> None:
+    """Whoever was granted the KV gets it whole or is told that it does not come, and the relay serves on."""
+    handle = world.prefill.offer("r1/0", BLOCKS)
+    world.decode.send(kv.KvPull(handle))
+    grant = await world.decode.expect(kv.KvGrant, key=handle.key)
+    name = world.topology.relay_of("n0").name
+    await world.end_relay(name)
+    try:
+        await world.decode.fetch(handle, grant, OWN)
+    except TransferFailed:
+        assert grant.ticket is not None
+        assert not grant.ticket.meeting, "what instances send each other needs no relay any more"
+    else:
+        world.assert_arrived(BLOCKS, OWN)
+    await world.start_relay(name)
+    await settle(world)
     await hand_off(world, "r2/0")
 
 

@@ -173,8 +173,13 @@ class Decode(Endpoint):
         word: Any = await self.expect(*answers, key=handle.key)
         if isinstance(word, kv.KvFailed):
             raise from_info(word.error)
+        await self.fetch(handle, word, blocks)
+
+    async def fetch(self, handle: KvHandle, grant: kv.KvGrant, blocks: Sequence[int]) -> None:
+        """What the relay has granted, verified. Raises what went wrong."""
         receiver = Receiver(handle, self.pools, blocks)
-        await asyncio.to_thread(self.transports.of(handle, word.ticket).bring, receiver)
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.to_thread(self.transports.of(handle, grant.ticket).bring, receiver)
         receiver.verify()
 
     def close(self) -> None:
