@@ -10,6 +10,11 @@ from rich.console import Console
 WIDE = 1000
 
 
+def counted(number: int, noun: str) -> str:
+    """So many of something: 1 device, 2 devices."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def output() -> Console:
     """Numbers are not coloured of themselves."""
     return Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)

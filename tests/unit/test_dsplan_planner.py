@@ -14,7 +14,7 @@ from dsctl.plan import command
 from dsplan import branches, pareto, report, startable
 from dsplan.confirm import agreed, checked, confirm, confirmations, simulated
 from dsplan.devices import find_device
-from dsplan.errors import PlanInput, ProfileMismatch, UnreachableSlo
+from dsplan.errors import DoesNotFit, PlanInput, ProfileMismatch, UnreachableSlo
 from dsplan.given import read
 from dsplan.goodput import Goodput, Slo, make_workload
 from dsplan.linear import distserve_latency
@@ -24,7 +24,7 @@ from dsplan.planner import BUDGETS, Planner
 from dsplan.profile import Profile, ProfileLatency, Subject
 from dsplan.question import Hardware, Question
 from dsplan.queueing import serve
-from dsplan.reasons import verdict
+from dsplan.reasons import reasons, verdict
 from dsplan.roofline import RooflineLatency
 from dsplan.search import Mixed, Parallel, algorithm1, algorithm2, best_of, pairs_of, pruned, unbounded
 from dsplan.shapes import find_model
@@ -188,6 +188,7 @@ def test_two_kinds_of_devices_each_have_their_phase(tmp_path: Path) -> None:
     asked = dataclasses.replace(asked, prices=prices, workload=make_workload("humaneval", 1000))
     plan = Planner(asked).run()
     (split,) = plan.placements
+    assert plan.system(dataclasses.replace(split.spec, mode="colocated", kind=0)).endswith(", on h100")
     assert split.spec.algorithm == "high"
     assert split.price == split.spec.prefill.devices * 4.0 + split.spec.decode.devices * 2.0
     cost = split.cost(100.0)
@@ -282,6 +283,38 @@ def test_a_network_that_is_too_slow_for_kv_is_named() -> None:
         Planner(asked).run()
 
 
+def test_a_wanted_rate_takes_what_the_cluster_holds_before_what_is_better_and_larger(plan: Plan) -> None:
+    planner = Planner(question(rate=4.0))
+    small = plan.chosen
+    one = Group(Parallel(2, 1), 3)
+    large = dataclasses.replace(small, spec=Spec("high", one, one), goodput=Goodput(99.0, 99.0, 99.0))
+    placements = sorted([large, small], key=planner._order, reverse=True)
+    assert placements == [small, large]
+    planner._warn(placements)
+    assert planner.notes[-1] == (
+        f"{large.spec} would serve 8.25 a device, but takes 12 devices, and the cluster has 3"
+    )
+    told = dataclasses.replace(plan, placements=placements)
+    assert "no other mode was found" in verdict(told)
+    planner._warn([large])
+    assert planner.notes[-1] == "takes 12 devices, the cluster has 3"
+
+
+def test_one_device_is_too_few_for_two_phases() -> None:
+    with pytest.raises(DoesNotFit, match="one device cannot hold"):
+        Planner(question(devices_per_node=1)).run()
+
+
+def test_a_topology_of_ones_own_has_a_sentence_and_says_of_which_model_it_is(plan: Plan, tmp_path: Path) -> None:
+    planner, path = Planner(question()), tmp_path / "mine.yaml"
+    path.write_text(text(plan).replace("path: OPT-13B", "path: other"))
+    yours = planner.measured(read(path, planner))
+    assert planner.notes[-1].endswith("names the model other; it is compared as if it were of OPT-13B")
+    assert reasons(plan, yours)[-1].endswith("a device: as good as the choice.")
+    worse = dataclasses.replace(yours, goodput=Goodput(yours.goodput.rate / 2, 0.0, 1.0))
+    assert reasons(plan, worse)[-1].endswith("a device: 50% less than the choice.")
+
+
 def test_a_wanted_rate_is_met_by_enough_replicas() -> None:
     plan = Planner(question(devices_per_node=8, algorithm="high", rate=12.0)).run()
     assert plan.chosen.goodput.rate >= 12.0 * 0.97
@@ -358,6 +391,7 @@ def test_the_command_writes_json_a_topology_and_a_report(tmp_path: Path) -> None
         (["--price", "h100=2"], "names h100, which is not planned for"),
         (["--network", "0.0001"], "0.0001 Gbit/s is absurd"),
         (["--compare", "/nowhere.yaml"], "cannot be read"),
+        (["--stack", "nothing"], "there is no stack nothing"),
         (["--device", "h900"], "device h900 is not known"),
         (["--workload", "/nowhere.csv"], "/nowhere.csv"),
     ],

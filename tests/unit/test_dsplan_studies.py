@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from dsctl.study import APPLICATIONS as NAMES
 from dsctl.study import command
-from dsplan.errors import DoesNotFit, PlanInput
+from dsplan.errors import DoesNotFit, PlanInput, UnreachableSlo
 from dsplan.studies import affinity, applications, interference, large, parallelism
 from dsplan.studies.base import Setting, crossing
+from dswire.errors import BadInput
 
 SMALL = "fixed:400,30"
 
@@ -42,6 +44,12 @@ def test_systems_of_the_interference_study_have_equal_devices() -> None:
     assert len(found.sentences) == 6
     with pytest.raises(DoesNotFit, match="two instances"):
         interference.run(Setting("OPT-13B", devices_per_node=1))
+
+
+@pytest.mark.parametrize("study", [interference, affinity, large])
+def test_objectives_out_of_reach_are_an_error_and_no_finding(study: Any) -> None:
+    with pytest.raises(UnreachableSlo, match="a TTFT of 1 ms cannot be had"):
+        study.run(Setting("OPT-13B", workload=SMALL, ttft_s=0.001, devices_per_node=2))
 
 
 def test_a_fast_network_serves_phases_that_lie_anywhere_better(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,4 +90,4 @@ def test_the_command_draws_and_writes(tmp_path: Path) -> None:
         assert len(list(csv.DictReader(file))) == len(told["rows"])
     assert "<svg" in plot.read_text()
     wrong = CliRunner().invoke(command, ["parallelism", "--plot", str(tmp_path / "p.doc")])
-    assert isinstance(wrong.exception, PlanInput)
+    assert isinstance(wrong.exception, BadInput)

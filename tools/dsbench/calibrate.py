@@ -12,7 +12,7 @@ from dsbench import compared, host
 from dsbench.calibration import Calibration, Plan
 from dsbench.compared import Compared
 from dsbench.objectives import objective_options, objectives
-from dsctl.options import workload_option
+from dsctl.options import PLOTS, NewFile, workload_option
 from dsctl.profile import profile_of, wanted_by
 from dsobserve.terminal import output
 from dsplan.profiling import MOST_TOKENS, Effort
@@ -60,7 +60,7 @@ from dswire.errors import BadInput
 @click.option("--profile", type=click.Path(path_type=Path), help="Of `dsctl profile`; what it lacks is measured.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw it (.png, .svg, .pdf).")
+@click.option("--plot", type=NewFile("plot", *PLOTS), help="Draw it (.png, .svg, .pdf).")
 def command(
     files: tuple[Path, ...],
     workload: str,

@@ -22,7 +22,7 @@ from dsbench.served import Served, data, serve_figures, show, write_log
 from dsbench.started import started
 from dsclient import AsyncClient
 from dsctl.asking import Target, find_target, target_options
-from dsctl.options import arrival_options, workload_option
+from dsctl.options import NewFile, arrival_options, workload_option
 from dsobserve.terminal import output
 from dssim.records import Record
 from dssim.tracefile import rows_of
@@ -57,7 +57,7 @@ class Measurement:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of arrivals and lengths.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="JSON lines with key prompt: texts to send.")
 @click.option("--request-timeout", type=float, default=300.0, show_default=True, help="Seconds of one request.")
-@click.option("--log", type=click.Path(path_type=Path), help="Write a JSON line for each request.")
+@click.option("--log", type=NewFile("log"), help="Write a JSON line for each request.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     file: Path | None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dsctl.options import arrival_options, workload_option
+from dsctl.options import NewFile, arrival_options, workload_option, wrote
 
 if TYPE_CHECKING:
     from dsplan.confirm import Confirmation
@@ -69,8 +69,8 @@ CHECKED_REQUESTS = 400
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--check/--no-check", default=True, show_default=True, help="Simulate the choice and the runner-up.")
 @click.option("--compare", type=click.Path(path_type=Path), metavar="T.yaml", help="Hold a topology against it.")
-@click.option("--write", type=click.Path(path_type=Path), metavar="T.yaml", help="Write the topology.")
-@click.option("--report", type=click.Path(path_type=Path), metavar="R.html", help="Write a report with plots.")
+@click.option("--write", type=NewFile("topology"), metavar="T.yaml", help="Write the topology.")
+@click.option("--report", type=NewFile("report"), metavar="R.html", help="Write a report with plots.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     seed: int,
@@ -181,6 +181,7 @@ def _latency(wanted: dict[str, object], device: Device) -> Latency:
     from dsplan.shapes import find_model
 
     shape, kind, per_node = find_model(str(wanted["model"])), str(wanted["latency"]), wanted["devices_per_node"]
+    stack = find_stack(str(wanted["stack"]))
     if isinstance(wanted["profile"], Path):
         return _profile(wanted["profile"], shape.name)
     if kind in ("distserve", "vllm"):
@@ -188,7 +189,7 @@ def _latency(wanted: dict[str, object], device: Device) -> Latency:
     if kind == "auto" and profiled(shape.name, device.name):
         return distserve_latency(shape.name, device.name)
     assert isinstance(per_node, int)
-    return RooflineLatency(shape, device, find_stack(str(wanted["stack"])), per_node)
+    return RooflineLatency(shape, device, stack, per_node)
 
 
 def _profile(path: Path, model: str) -> Latency:
@@ -280,3 +281,4 @@ def _save(content: str, path: Path, what: str) -> None:
         path.write_text(content, encoding="utf-8")
     except OSError as error:
         raise PlanInput(f"the {what} cannot be written to {path}: {error.strerror}") from error
+    wrote(path)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dsctl.options import NewFile
 from dsctl.topology import FILE_HELP
 from dsobserve.terminal import output
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
     from dsplan.profile import Profile, Subject
     from dsplan.profiling import Effort
+
+#: of activations and KV, as in a topology
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +41,14 @@ class Wanted:
 @click.command()
 @click.option("-f", "--file", type=click.Path(path_type=Path), help=FILE_HELP)
 @click.option("--model", help="As model.path in a topology, instead of one.")
-@click.option("--dtype", default="bfloat16", show_default=True, help="With --model.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="With --model.")
 @click.option("--quantization", type=click.Choice(["int8"]), help="Of the weights; with --model.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of a rank; with --model.")
 @click.option(
     "--tp", type=click.IntRange(1), multiple=True, help="Ranks of an instance; default the topology's, or 1."
 )
 @click.option("--max-model-len", type=click.IntRange(16), default=2048, show_default=True, help="With --model.")
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="The file; default profile-MODEL-DTYPE-THREADSt.json."
-)
+@click.option("-o", "--out", type=NewFile("profile"), help="The file; default profile-MODEL-DTYPE-THREADSt.json.")
 @click.option("--again", is_flag=True, help="Measure everything anew instead of going on with the file.")
 @click.option("--point-seconds", type=click.FloatRange(0.001), default=0.5, show_default=True, help="Of one point.")
 @click.option(

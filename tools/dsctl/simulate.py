@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dsctl.options import arrival_options, workload_option
+from dsctl.options import PLOTS, NewFile, arrival_options, workload_option, wrote
 from dsctl.topology import file_option
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ _SLO = re.compile(r"(ttft|tpot):([0-9]+(?:\.[0-9]+)?)")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--plot",
-    type=click.Path(path_type=Path),
+    type=NewFile("plot", *PLOTS),
     help="Write distributions and timelines, or with --rates the curves over them (.png, .svg, .pdf).",
 )
-@click.option("--trace", type=click.Path(path_type=Path), help="Write a trace for Perfetto or chrome://tracing.")
+@click.option("--trace", type=NewFile("trace"), help="Write a trace for Perfetto or chrome://tracing.")
 def command(
     file: Path | None,
     workload: str,
@@ -104,6 +104,7 @@ def command(
         runs = _sweep(simulator, wishes, objectives)
         if plot is not None:
             plots.save_rates(runs, objectives, plot)
+            wrote(plot)
         _show_rates(runs, objectives, as_json)
         return
     arrivals = make(Wish(workload, rate, requests, arrival, cv, seed))
@@ -113,6 +114,7 @@ def command(
     _write_trace(run, trace)
     if plot is not None:
         plots.save(run, objectives, plot)
+        wrote(plot)
     _show(run, objectives, topology, as_json)
 
 
@@ -202,6 +204,7 @@ def _write_trace(run: Run, path: Path | None) -> None:
         path.write_text(json.dumps(chrome(run)))
     except OSError as error:
         raise BadInput(f"the trace cannot be written to {path}: {error.strerror}") from error
+    wrote(path)
 
 
 def _show(run: Run, slo: Slo, topology: Topology, as_json: bool) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dsctl.options import PLOTS, NewFile, wrote
+
 if TYPE_CHECKING:
     from dsplan.studies.base import Setting, Study
 
@@ -28,26 +30,27 @@ def command() -> None:
 
 
 def _options(
-    model: str, nodes: int, per_node: int, slo: str
+    model: str, nodes: int, per_node: int, slo: str | None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """What every study takes, with its defaults."""
+    """What every study takes, with its defaults; one that judges no requests takes no objectives."""
     options = [
         click.option("--model", default=model, show_default=True, help="A known model or a config.json."),
         click.option("--device", default="a100-80g", show_default=True),
         click.option("--nodes", type=click.IntRange(1, 64), default=nodes, show_default=True),
         click.option("--devices-per-node", type=click.IntRange(1, 64), default=per_node, show_default=True),
         click.option("--workload", default="sharegpt", show_default=True),
-        click.option("--slo", default=slo, show_default=True, metavar="ttft:MS,tpot:MS"),
         *_outputs(),
     ]
+    if slo is not None:
+        options.append(click.option("--slo", default=slo, show_default=True, metavar="ttft:MS,tpot:MS"))
     return _all(options)
 
 
 def _outputs() -> list[Any]:
     return [
         click.option("--seed", type=int, default=0, show_default=True),
-        click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw it (.png, .svg, .pdf)."),
-        click.option("--csv", "table", type=click.Path(path_type=Path), metavar="FILE", help="Write the data."),
+        click.option("--plot", type=NewFile("plot", *PLOTS), metavar="FILE", help="Draw it (.png, .svg, .pdf)."),
+        click.option("--csv", "table", type=NewFile("table"), metavar="FILE", help="Write the data."),
         click.option("--json", "as_json", is_flag=True, help="Print the data as JSON."),
     ]
 
@@ -71,7 +74,7 @@ def interference(**given: Any) -> None:
 
 
 @command.command("parallelism")
-@_options("Llama-3-8B", 1, 8, "ttft:250,tpot:100")
+@_options("Llama-3-8B", 1, 8, None)
 def parallelism(**given: Any) -> None:
     """TP against PP: prefill by arrival rate, with the crossing, and decode."""
     from dsplan.studies.parallelism import run
@@ -125,11 +128,12 @@ def _run(run: Callable[[Setting], Study], given: dict[str, Any]) -> None:
     outputs = {name: given.pop(name) for name in ("plot", "table", "as_json")}
     if outputs["plot"] is not None:
         drawing.check()
-    slo = parse_slo(given.pop("slo"), resolved.Slo(1.0, 1.0, 0.9))
+    slo = parse_slo(given.pop("slo", None), resolved.Slo(0.25, 0.1, 0.9))
     with progress(quiet=outputs["as_json"]) as tell:
         study = run(Setting(**given, ttft_s=slo.ttft_s, tpot_s=slo.tpot_s, progress=tell))
     if outputs["plot"] is not None and study.panels:
         drawing.save(study.panels, outputs["plot"])
+        wrote(outputs["plot"])
     if outputs["table"] is not None:
         _write(study.rows, outputs["table"])
     _show(study, as_json=outputs["as_json"])
@@ -144,7 +148,8 @@ def _write(rows: list[dict[str, Any]], path: Path) -> None:
             writer.writeheader()
             writer.writerows(rows)
     except OSError as error:
-        raise PlanInput(f"the data cannot be written to {path}: {error.strerror}") from error
+        raise PlanInput(f"the table cannot be written to {path}: {error.strerror}") from error
+    wrote(path)
 
 
 def _show(study: Study, *, as_json: bool) -> None:

@@ -10,6 +10,7 @@ from dsplan.placement import Group, Spec
 from dsplan.planner import Planner
 from dsplan.search import Parallel
 from dstopology.load import load
+from dstopology.modelfacts import model_name
 from dstopology.resolved import Instance, Topology
 
 
@@ -33,6 +34,9 @@ def read(path: Path, planner: Planner) -> Spec:
     """The system of a file. Raises :class:`TopologyError`, and :class:`PlanInput` for one that cannot be judged."""
     topology = load(path)
     spec = spec_of(topology)
+    planned, named = planner.question.shape.name, model_name(topology.model.path)
+    if planned.lower() not in named.lower():
+        planner.notes.append(f"{path} names the model {named}; it is compared as if it were of {planned}")
     for group, allowed in ((spec.prefill, planner.allowed[0]), (spec.decode, planner.allowed[-1])):
         if group.replicas and group.parallel not in allowed:
             raise PlanInput(

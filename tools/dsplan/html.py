@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from dsobserve.terminal import counted
 from dsplan import drawing, pareto
 from dsplan.drawing import Panel
 from dsplan.goodput import experience
@@ -41,13 +42,13 @@ def page(planner: Planner, plan: Plan, runs: Sequence[Confirmation], compared: P
     question = plan.question
     names = " and ".join(dict.fromkeys(kind.device.name for kind in question.kinds))
     title = f"{question.shape.name} on {names}, {question.workload.name}"
-    told = reasons(plan)
+    told = reasons(plan, compared)
     sources = "; ".join(dict.fromkeys(kind.latency.source for kind in question.kinds))
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>TTFT {question.slo.ttft_s * 1e3:g} ms and TPOT {question.slo.tpot_s * 1e3:g} ms, both for "
         f"{question.slo.attainment:.0%} of the requests; "
-        f"{question.nodes} x {question.devices_per_node} devices.</p>",
+        f"{counted(question.nodes, 'node')} of {counted(question.devices_per_node, 'device')}.</p>",
         f'<p class="verdict">{escape(told[0])}</p>',
         _list(told[1:] + [confirmed(run) for run in runs]),
         "<h2>Systems</h2>",
@@ -86,13 +87,13 @@ def _numeric(cell: str) -> bool:
 
 def _systems(plan: Plan, compared: Placement | None) -> str:
     priced = any(one.price for one in plan.placements)
-    head = ["mode", "system", "devices", "requests/s", "a device", "95 %"] + ["cost of 1M tokens"] * priced
+    head = ["mode", "system", "devices", "requests/s", "a device", "95%"] + ["cost of 1M tokens"] * priced
     rows = []
     for one in [*plan.placements, *([compared] if compared else [])]:
         rate, cost = one.per_device, one.cost(plan.question.workload.mean_output)
         cells = [
             "yours: " + one.spec.mode if one is compared else one.spec.mode,
-            f"{one.spec}",
+            plan.system(one.spec),
             f"{one.spec.devices}",
             f"{one.goodput.rate:.3g}",
             f"{rate.rate:.3g}",
@@ -148,13 +149,13 @@ def _front(planner: Planner, plan: Plan) -> str:
     good = sorted((one for one in each if one.best), key=lambda one: one.measures[::-1])
     lines: dict[str, list[tuple[float, float]]] = {}
     for one in good:
-        lines.setdefault(f"{one.spec.devices} devices", []).append((one.ttft_s * 1e3, one.tpot_s * 1e3))
+        lines.setdefault(counted(one.spec.devices, "device"), []).append((one.ttft_s * 1e3, one.tpot_s * 1e3))
     head = ("system", "devices", "TTFT p90 ms", "TPOT p90 ms", "both objectives")
     rows = [
         (
             one.spec == plan.chosen.spec,
             (
-                f"{one.spec}",
+                plan.system(one.spec),
                 f"{one.spec.devices}",
                 f"{one.ttft_s * 1e3:.4g}",
                 f"{one.tpot_s * 1e3:.3g}",

@@ -108,3 +108,9 @@ class Plan:
     strict: Goodput = NONE
     #: the best system that the servers can start, where that is not the choice
     startable: Placement | None = None
+
+    def system(self, spec: Spec) -> str:
+        """A system in words; where there are two kinds of devices, with the one that both phases are on."""
+        kinds = self.question.kinds
+        named = spec.mode == "colocated" and len(kinds) > 1
+        return f"{spec}, on {kinds[spec.kind].device.name}" if named else str(spec)

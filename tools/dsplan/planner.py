@@ -103,9 +103,9 @@ class Planner:
         low = next((part.low for part in parts if part.low), None)
         if not placements:
             self._explain()
-        placements = _distinct(sorted(placements, key=_order, reverse=True), question)
+        placements = _distinct(sorted(placements, key=self._order, reverse=True), question)
         chosen = placements[0]
-        self._warn(chosen)
+        self._warn(placements)
         strict = self.oracles.goodput(chosen.spec, attainment=0.99, interval=False)
         mixed = tuple(one for part in parts for one in part.mixed)
         seconds = time.perf_counter() - began
@@ -163,9 +163,26 @@ class Planner:
             remedy="allow more devices, or relax the objectives; one instance of each phase is the least",
         )
 
-    def _warn(self, chosen: Placement) -> None:
-        if self.question.rate is not None and chosen.spec.devices > self.question.devices:
-            self.notes.append(f"takes {chosen.spec.devices} devices, the cluster has {self.question.devices}")
+    def _order(self, one: Placement) -> tuple[bool, float, int, bool]:
+        """What the cluster holds comes first, then by worth; of equals the simplest mode, then the one whose KV
+        stays in nodes."""
+        simple = ("conditional", "disaggregated", "colocated").index(one.spec.mode)
+        worth = float(f"{one.worth:.{DIGITS}g}")
+        return self.question.has_room(one.spec), worth, simple, one.spec.algorithm == "low"
+
+    def _warn(self, placements: list[Placement]) -> None:
+        """Of what a wanted rate takes beyond the cluster."""
+        question, chosen = self.question, placements[0]
+        if not question.has_room(chosen.spec):
+            self.notes.append(f"takes {chosen.spec.devices} devices, the cluster has {question.devices}")
+            return
+        large = [one for one in placements if one.worth > chosen.worth and not question.has_room(one.spec)]
+        if large:
+            best = max(large, key=lambda one: one.worth)
+            self.notes.append(
+                f"{best.spec} would serve {best.per_device.rate:.3g} a device, but takes {best.spec.devices} "
+                f"devices, and the cluster has {question.devices}"
+            )
 
     # the paper's algorithms
 
@@ -358,9 +375,3 @@ def _distinct(placements: list[Placement], question: Question) -> list[Placement
         return placements
     found = {replace(one.spec, algorithm=""): one for one in reversed(placements)}
     return list(reversed(found.values()))
-
-
-def _order(one: Placement) -> tuple[float, int, bool]:
-    """By worth; of equals the simplest mode, then the one whose KV stays in nodes."""
-    simple = ("conditional", "disaggregated", "colocated").index(one.spec.mode)
-    return float(f"{one.worth:.{DIGITS}g}"), simple, one.spec.algorithm == "low"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from dsplan.devices import Device
 from dsplan.errors import PlanInput
 from dsplan.goodput import Slo, Workload
 from dsplan.latency import Latency
 from dsplan.shapes import ModelShape
+
+if TYPE_CHECKING:
+    from dsplan.placement import Spec
 
 #: ways to share the two phases among instances
 MODES = ("disaggregated", "colocated", "conditional")
@@ -68,6 +72,12 @@ class Question:
     def devices(self) -> int:
         """Of the cluster."""
         return self.each * len(self.kinds)
+
+    def has_room(self, spec: Spec) -> bool:
+        """Whether the cluster holds a system; one for a wanted rate may need more than there is."""
+        prefill, decode = spec.prefill.devices, spec.decode.devices
+        apart = len(self.kinds) > 1 and spec.mode != "colocated"
+        return max(prefill, decode) <= self.each if apart else prefill + decode <= self.each
 
     def price(self, prefill_devices: int, decode_devices: int) -> float | None:
         """Of so many devices an hour; None where a price is not known."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from dsplan.errors import UnreachableSlo
+from dsobserve.terminal import counted
+from dsplan.errors import DoesNotFit, UnreachableSlo
 from dsplan.search import Parallel
 
 if TYPE_CHECKING:
@@ -44,14 +45,20 @@ def bounded(question: Question, allowed: Sequence[Parallel]) -> None:
             )
 
 
-def explain(question: Question) -> None:
-    """Raise :class:`UnreachableSlo` for a question whose objectives can be met, each by itself."""
+def explain(question: Question) -> NoReturn:
+    """Raise :class:`UnreachableSlo` for a question whose objectives can be met, each by itself; :class:`DoesNotFit`
+    for one whose phases have no device each."""
     slo, share = question.slo, f"{question.slo.attainment:.0%} of {question.workload.name}"
+    if question.devices < 2 and "colocated" not in question.modes:
+        raise DoesNotFit(
+            "one device cannot hold an instance of prefill and one of decode",
+            remedy="give more --nodes or --devices-per-node, or plan for --mode colocated",
+        )
     if question.nodes > 1 and question.algorithm == "high" and "colocated" not in question.modes:
         _explain_network(question)
     raise UnreachableSlo(
         f"TTFT {slo.ttft_s * 1e3:g} ms and TPOT {slo.tpot_s * 1e3:g} ms can each be met for {share}, but no "
-        f"placement on {question.devices} devices meets both for the same requests",
+        f"placement on {counted(question.devices, 'device')} meets both for the same requests",
         remedy="relax either objective or the attainment, or allow more devices",
     )
 

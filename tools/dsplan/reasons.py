@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dsobserve.terminal import counted
 from dsplan.placement import Placement, Plan
 
 #: relative difference of goodputs that their precision does not tell apart
@@ -18,7 +19,9 @@ def verdict(plan: Plan) -> str:
     """Whether to disaggregate, and by how much the best system that does it the other way is behind."""
     chosen = plan.chosen
     together = chosen.spec.mode == "colocated"
-    rival = next((one for one in plan.placements if (one.spec.mode == "colocated") is not together), None)
+    room = plan.question.has_room
+    rivals = [one for one in plan.placements if room(one.spec) or not room(chosen.spec)]
+    rival = next((one for one in rivals if (one.spec.mode == "colocated") is not together), None)
     advice = {
         "disaggregated": "Disaggregate",
         "colocated": "Do not disaggregate: read prompts and decode on the same instances",
@@ -45,15 +48,24 @@ def apart(plan: Plan, rival: Placement) -> bool:
     return chosen.goodput.low * scale[0] > rival.goodput.high * scale[1]
 
 
-def reasons(plan: Plan) -> list[str]:
-    """Sentences for people, the verdict first."""
-    words = [verdict(plan), _placement(plan.chosen), _bound(plan)]
+def reasons(plan: Plan, compared: Placement | None = None) -> list[str]:
+    """Sentences for people, the verdict first; the last one is of a system of their own."""
+    words = [verdict(plan), _placement(plan), _bound(plan)]
     if plan.strict.rate:
         share = plan.strict.rate / plan.chosen.spec.devices
-        words.append(f"For 99 % instead of {plan.question.slo.attainment:.0%} it serves {share:.3g} a device.")
+        words.append(f"For 99% instead of {plan.question.slo.attainment:.0%} it serves {share:.3g} a device.")
     else:
-        words.append("There is no rate at which 99 % of the requests meet both objectives.")
-    return words + _algorithms(plan)
+        words.append("There is no rate at which 99% of the requests meet both objectives.")
+    return words + _algorithms(plan) + ([] if compared is None else [_yours(plan, compared)])
+
+
+def _yours(plan: Plan, compared: Placement) -> str:
+    """A system of somebody's own beside the choice."""
+    told = f"Yours, {plan.system(compared.spec)}, serves {compared.per_device.rate:.3g} a device"
+    margin = compared.worth / plan.chosen.worth - 1
+    if abs(margin) < EQUAL:
+        return f"{told}: as good as the choice."
+    return f"{told}: {abs(margin):.0%} {'more' if margin > 0 else 'less'} than the choice."
 
 
 def _algorithms(plan: Plan) -> list[str]:
@@ -68,12 +80,12 @@ def _algorithms(plan: Plan) -> list[str]:
     return [f"Of the disaggregated placements that of algorithm {first} is {margin:.0%} ahead of that of {second}."]
 
 
-def _placement(one: Placement) -> str:
-    spec = one.spec
+def _placement(plan: Plan) -> str:
+    spec = plan.chosen.spec
     if spec.mode == "colocated":
-        return f"{spec} on {spec.devices} devices; no KV moves."
+        return f"{plan.system(spec)}: {counted(spec.devices, 'device')}, and no KV moves."
     near = "KV stays inside the node" if spec.algorithm == "low" else "KV may cross the network"
-    return f"{spec}, on {spec.devices} devices: {near}."
+    return f"{spec}: {counted(spec.devices, 'device')}, and {near}."
 
 
 def _bound(plan: Plan) -> str:
@@ -89,18 +101,18 @@ def _bound(plan: Plan) -> str:
         return _prefill_bound(plan)
     if beyond.transfer_misses * 2 > beyond.tpot_misses:
         return (
-            "What bites first is the link: 10 % above the goodput most of the requests that miss TPOT would meet "
+            "What bites first is the link: 10% above the goodput most of the requests that miss TPOT would meet "
             "it if the KV transfer took no time."
         )
     if beyond.kv_waits * 20 > beyond.count:
         return (
-            f"What bites first is KV memory: 10 % above the goodput {beyond.kv_waits} of {beyond.count} requests "
+            f"What bites first is KV memory: 10% above the goodput {beyond.kv_waits} of {beyond.count} requests "
             "wait for blocks in decode."
         )
     if chosen.spec.mode == "colocated":
-        return "What bites first is TPOT: 10 % above the goodput steps with prompts in them take longer than it."
+        return "What bites first is TPOT: 10% above the goodput steps with prompts in them take longer than it."
     return (
-        "What bites first is memory bandwidth in decode: 10 % above the goodput steps over weights and KV take "
+        "What bites first is memory bandwidth in decode: 10% above the goodput steps over weights and KV take "
         "longer than the TPOT objective, while the pool has room."
     )
 
@@ -114,7 +126,7 @@ def _prefill_bound(plan: Plan) -> str:
     instance = hardware.latency.instance(parallel.tp, parallel.pp)
     alone_s = instance.stages * instance.prefill_stage_s(mean, mean * mean, 1)
     return (
-        f"What bites first is compute in prefill: 10 % above the goodput {beyond.ttft_misses} of {beyond.count} "
+        f"What bites first is compute in prefill: 10% above the goodput {beyond.ttft_misses} of {beyond.count} "
         f"requests miss TTFT and {beyond.tpot_misses} miss TPOT; the mean prompt of {mean} tokens alone takes "
         f"{alone_s * 1e3:.0f} of {question.slo.ttft_s * 1e3:g} ms, the rest is queueing."
     )

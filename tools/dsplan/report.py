@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from dsobserve.terminal import counted
 from dsplan.placement import Group, Placement, Plan
 from dsplan.planner import ORACLE
 from dsplan.reasons import reasons, verdict
@@ -50,7 +51,7 @@ def data(
         "startable": None if plan.startable is None else _placement(plan, plan.startable),
         "compared": None if compared is None else _placement(plan, compared),
         "placements": [_placement(plan, one) for one in plan.placements],
-        "reasons": reasons(plan),
+        "reasons": reasons(plan, compared),
         "notes": plan.notes,
         "search_seconds": plan.search_s,
         "candidates": [_candidate(kind, one) for kind, one in every(plan)],
@@ -121,7 +122,7 @@ def show(plan: Plan, confirmations: Sequence[Confirmation] = (), compared: Place
         table.add_row(kind, _words(one.what), str(one.what.devices), f"{one.rate:.3g}", f"{one.per_device:.3g}")
     console.print(table)
     console.print(_systems(plan, compared))
-    for number, sentence in enumerate(reasons(plan)):
+    for number, sentence in enumerate(reasons(plan, compared)):
         console.print(sentence, style="bold" if number == 0 else None)
     for run in confirmations:
         console.print(confirmed(run))
@@ -136,7 +137,7 @@ def confirmed(run: Confirmation) -> str:
     return (
         f"Simulated with the servers' own schedulers, mode {run.mode}: {run.attainment:.1%} of {run.requests} "
         f"requests meet both objectives at {run.rate:.3g} requests/s "
-        f"(95 % interval {run.low:.1%} to {run.high:.1%})."
+        f"(95% interval {run.low:.1%} to {run.high:.1%})."
     )
 
 
@@ -144,14 +145,14 @@ def _systems(plan: Plan, compared: Placement | None) -> Any:
     from rich.table import Table
 
     priced = any(one.price for one in plan.placements)
-    columns = ["mode", "system", "devices", "requests/s", "per device", "95 %"] + ["cost/1M tokens"] * priced
+    columns = ["mode", "system", "devices", "requests/s", "per device", "95%"] + ["cost/1M tokens"] * priced
     table = Table(*columns, title="systems")
     rows = [(one, one is plan.chosen, one.spec.mode) for one in plan.placements]
     if compared is not None:
         rows.append((compared, False, "yours"))
     for one, chosen, name in rows:
         rate, cost = one.per_device, one.cost(plan.question.workload.mean_output)
-        row = [name, str(one.spec), str(one.spec.devices), f"{one.goodput.rate:.3g}", f"{rate.rate:.3g}"]
+        row = [name, plan.system(one.spec), str(one.spec.devices), f"{one.goodput.rate:.3g}", f"{rate.rate:.3g}"]
         row.append(f"{rate.low:.3g} to {rate.high:.3g}")
         if priced:
             row.append("" if cost is None else f"{cost:.3g}")
@@ -161,5 +162,5 @@ def _systems(plan: Plan, compared: Placement | None) -> Any:
 
 def _words(what: Parallel | Pair | Mixed) -> str:
     if isinstance(what, Pair):
-        return f"prefill {what.whole_prefill}, decode {what.whole_decode}, {what.stages} node(s)"
+        return f"prefill {what.whole_prefill}, decode {what.whole_decode}, {counted(what.stages, 'node')}"
     return str(what)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dsobserve.terminal import counted
 from dsplan.errors import PlanInput
 from dsplan.placement import Plan, Spec
 from dsplan.planner import Planner, Progress, silent
@@ -53,6 +54,6 @@ def tell(plan: Plan, progress: Progress = silent, processes: int = 1) -> None:
     plan.startable = one
     plan.notes.append(
         f"the choice has instances over several nodes, which the servers cannot start; the best that they can is "
-        f"{one.spec} on {one.spec.devices} devices, {one.per_device.rate:.3g} requests/s a device, "
+        f"{one.spec} on {counted(one.spec.devices, 'device')}, {one.per_device.rate:.3g} requests/s a device, "
         f"{1 - one.worth / plan.chosen.worth:.0%} less: --startable plans for that"
     )

@@ -8,7 +8,7 @@ from typing import Any
 from dsplan.drawing import Panel
 from dsplan.errors import DoesNotFit, UnreachableSlo
 from dsplan.planner import Planner
-from dsplan.studies.base import Setting, Study, crossing
+from dsplan.studies.base import Setting, Study, crossing, refuse
 
 #: Gbit/s between nodes, of each device
 LINKS = (10, 25, 50, 100, 200, 400, 800)
@@ -39,6 +39,8 @@ def run(setting: Setting) -> Study:
                     "goodput_per_device": chosen.per_device.rate,
                 }
             )
+    if not rows:
+        refuse(setting.question(modes=("disaggregated",)))
     lines = {ALGORITHMS[name]: sorted(curve.items()) for name, curve in curves.items() if curve}
     panel = Panel(f"{setting}", "Gbit/s between nodes", "goodput for each device, requests/s", lines)
     return Study("high against low affinity", [_sentence(curves)], rows, [panel])

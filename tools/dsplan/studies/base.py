@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
+from dsplan import reach
 from dsplan.devices import Device, find_device
 from dsplan.drawing import Panel
 from dsplan.goodput import Slo, make_workload
 from dsplan.latency import Latency
 from dsplan.linear import distserve_latency, profiled
-from dsplan.planner import Progress, silent
+from dsplan.planner import Planner, Progress, silent
 from dsplan.question import Question
 from dsplan.roofline import STACKS, RooflineLatency
 from dsplan.shapes import ModelShape, find_model
@@ -94,6 +95,13 @@ def held(ratio: float) -> str:
     if abs(ratio - 1) < EQUAL:
         return "does not hold, both are equally good"
     return "holds" if ratio > 1 else "does not hold"
+
+
+def refuse(question: Question) -> NoReturn:
+    """Raise what is wrong with a question to which no system is an answer: :class:`UnreachableSlo` or
+    :class:`DoesNotFit`."""
+    reach.bounded(question, sorted(Planner(question).allowed[0]))
+    reach.explain(question)
 
 
 def crossing(first: dict[float, float], second: dict[float, float]) -> float | None:

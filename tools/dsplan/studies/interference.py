@@ -15,7 +15,7 @@ from dsplan.oracles import Oracles
 from dsplan.placement import WHOLE, Group, Spec
 from dsplan.planner import Planner
 from dsplan.question import Question
-from dsplan.studies.base import Setting, Study, held
+from dsplan.studies.base import Setting, Study, held, refuse
 
 #: tokens of a step, chunks of prompts included
 CHUNK = 512
@@ -72,12 +72,14 @@ def run(setting: Setting) -> Study:
     oracles, each = Oracles(question), systems(question)
     goodputs = {name: oracles.goodput(spec) for name, spec in each.items()}
     most = max(one.rate for one in goodputs.values())
+    if most == 0.0:
+        refuse(question)
     rows: list[dict[str, Any]] = []
     lines: dict[str, list[tuple[float, Experience]]] = {}
     for name, spec in each.items():
         setting.progress(name, len(lines), len(each))
         units, lines[name] = oracles.units(spec), []
-        for share in SHARES if most else ():
+        for share in SHARES:
             seen = experience(question.workload, most * share, question.slo, units)
             rate = most * share / question.devices
             lines[name].append((rate, seen))
@@ -121,9 +123,8 @@ def _sentences(question: Question, oracles: Oracles, each: dict[str, Spec]) -> l
         "device, though neither serves a request without the other."
     )
     for name, rate in (("whole prompts", whole), ("chunks", chunks)):
-        ratio = apart / rate if rate else float("inf")
-        told.append(
-            f"That disaggregation serves more at equal resources, against colocation with {name}: {held(ratio)}, "
-            f"{ratio:.2f} times its goodput."
+        found = (
+            f"{held(apart / rate)}, {apart / rate:.2f} times its goodput" if rate else "holds, that serves nothing"
         )
+        told.append(f"That disaggregation serves more at equal resources, against colocation with {name}: {found}.")
     return told

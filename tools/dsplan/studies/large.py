@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from dsobserve.terminal import counted
 from dsplan.drawing import Panel
 from dsplan.errors import DoesNotFit, UnreachableSlo
 from dsplan.memory import memory
 from dsplan.placement import Placement
 from dsplan.planner import Planner
-from dsplan.studies.base import Setting, Study
+from dsplan.studies.base import Setting, Study, refuse
 
 ALGORITHMS = {"low": "stages side by side", "high": "phases anywhere"}
 
@@ -32,6 +33,8 @@ def run(setting: Setting) -> Study:
             continue
         mean = sum(prompt for _, prompt, _ in asked.workload.requests) / len(asked.workload.requests)
         rows.append(_row(setting, algorithm, found[algorithm], mean))
+    if not rows:
+        refuse(setting.question(modes=("disaggregated",)))
     bars = {"goodput": [(float(n), row["goodput_per_device"]) for n, row in enumerate(rows)]}
     sent = {"KV": [(float(n), row["kv_gbit_per_s_between_nodes"]) for n, row in enumerate(rows)]}
     names = tuple(ALGORITHMS[row["algorithm"]] for row in rows)
@@ -65,8 +68,8 @@ def _sentences(setting: Setting, alone: int, found: dict[str, Placement], rows: 
         return [*told, "No placement with prefill and decode stages side by side meets the objectives."]
     low = found["low"]
     told.append(
-        f"Side by side: {low.spec}, each over {low.spec.stages} node(s), {low.per_device.rate:.3g} requests/s a "
-        "device, no KV between nodes."
+        f"Side by side: {low.spec}, each over {counted(low.spec.stages, 'node')}, {low.per_device.rate:.3g} "
+        "requests/s a device, no KV between nodes."
     )
     if "high" not in found:
         return [*told, "With the phases anywhere no placement meets the objectives: the paper's point holds."]
