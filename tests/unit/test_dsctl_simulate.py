@@ -22,6 +22,9 @@ from support.topologies import Desk
 SLO = Slo(ttft_s=0.25, tpot_s=0.06, attainment=0.9)
 WISH = Wish("humaneval", 4.0, 20, "poisson", 1.0, 0)
 
+#: a JSON file of something else
+LENGTHS = Path(plot.__file__).with_name("lengths.json")
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -81,9 +84,26 @@ def test_people_get_a_verdict_and_tables(run: Run) -> None:
     assert "met" in run(*workload, "--slo", "ttft:1000,tpot:100")[1]
 
 
-def test_failed_requests_are_told(run: Run) -> None:
+def test_figures_say_whose_times_they_are_and_in_the_ledgers_words(run: Run) -> None:
+    _, out, _ = run("--workload", "fixed:64,8", "--rate", "2", "--requests", "1")
+    assert "times of steps: opt-13b-a100, published by DistServe; for those of tiny on this machine" in out
+    assert "prefill: step " in out
+    assert "decode: all further steps " in out
+    # one request tells nothing of how far its times are from others
+    assert "?" not in out
+    assert "(from" not in out
+    _, out, _ = run("--workload", "humaneval", "--rate", "2", "--requests", "20")
+    assert "(from " in out.splitlines()[2]
+    _, out, _ = run("--workload", "fixed:64,8", "--rates", "1,2", "--requests", "2")
+    assert "up to 2 requests/s, the highest rate that was tried" in out
+
+
+def test_failed_requests_are_told_and_have_no_times(run: Run) -> None:
     _, out, _ = run("--workload", "fixed:4000,8", "--rate", "2", "--requests", "3")
     assert "3 requests failed: prompt_too_long" in out
+    assert "TPOT  " not in out
+    _, out, _ = run("--workload", "fixed:4000,8", "--rate", "2", "--requests", "1")
+    assert "1 request failed: prompt_too_long" in out
 
 
 def test_a_file_with_arrivals_is_replayed_and_traced(run: Run, tmp_path: Path) -> None:
@@ -104,6 +124,7 @@ def test_a_file_with_arrivals_is_replayed_and_traced(run: Run, tmp_path: Path) -
         (["--rate", "0"], "rate of 0"),
         (["--rate", "1", "--slo", "ttft=3"], "--slo"),
         (["--rate", "1", "--profile", "none.json"], "none.json cannot be read"),
+        (["--rate", "1", "--profile", str(LENGTHS)], "is no profile"),
         (["--workload", "none.csv"], "none.csv cannot be read"),
         (["--rates", "1:2"], "rates '1:2'"),
         (["--rates", "3:2:1"], "not understood"),

@@ -60,7 +60,7 @@ def test_a_profile_without_transfers_has_the_usual_ones(tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ("[]", "not list"),
-        ("{}", "no times for tp 2, only for tp none"),
+        ("{}", "is no profile: it has no times"),
         ('{"tp": {"1": {}}}', "only for tp 1"),
         ('{"tp": {"2": []}}', "tp 2"),
         ('{"tp": {"2": {"prefill": {"base_ms": 1}}}}', "'decode'"),

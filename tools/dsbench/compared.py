@@ -229,7 +229,7 @@ def save(rows: Sequence[Compared], path: Path) -> None:
 
     Raises :class:`StartFailed` without matplotlib and :class:`BadInput` when the file cannot be written.
     """
-    from dssim.plot import check
+    from dssim.plot import COLOURS, check
     from dswire.errors import BadInput
 
     check()
@@ -240,7 +240,7 @@ def save(rows: Sequence[Compared], path: Path) -> None:
     for place, system in enumerate(dict.fromkeys(row.system for row in rows)):
         for side, style in (("predicted", "--"), ("measured", "-")):
             mine = [(row.rate, getattr(row, side)) for row in rows if row.system == system]
-            _lines(axes, mine, f"{system}, {side}", f"C{place}", style)
+            _lines(axes, mine, f"{system}, {side}", COLOURS[place % len(COLOURS)], style)
     for one, label in zip(axes, ("share within both objectives", "TTFT (ms)", "TPOT (ms)"), strict=True):
         one.set(xlabel="requests/s", ylabel=label)
         one.set_ylim(bottom=0)

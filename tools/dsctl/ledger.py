@@ -36,6 +36,11 @@ def stages(ledger: Ledger) -> dict[str, float]:
     return {name: getattr(ledger, name) for name in fields if name.endswith("_s") and name not in _NO_STAGES}
 
 
+def label(name: str) -> str:
+    """What people call a stage, by the name of its field."""
+    return _LABELS.get(name, name)
+
+
 def table(completion: Completion) -> Table:
     """The ledger with its sums, and the same two times as this client measured them."""
     ledger = completion.ledger
@@ -51,7 +56,7 @@ def table(completion: Completion) -> Table:
         share = seconds / total_s
         colour = "cyan" if name in _TTFT else "magenta"
         bar = f"[{colour}]{'█' * round(share * _BAR)}[/]"
-        shown.add_row(_LABELS.get(name, name), f"{seconds * 1e3:.1f}", f"{share:.0%}", bar)
+        shown.add_row(label(name), f"{seconds * 1e3:.1f}", f"{share:.0%}", bar)
         if name == _TTFT[-1]:
             shown.add_row("[bold]first token (TTFT)[/]", f"[bold]{ledger.ttft_s * 1e3:.1f}[/]", "", "")
     shown.add_row("[bold]total[/]", f"[bold]{ledger.total_s * 1e3:.1f}[/]", "", "")

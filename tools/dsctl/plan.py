@@ -103,11 +103,10 @@ def command(
     from dsplan.branches import cores
     from dsplan.goodput import make_workload
     from dsplan.planner import Planner
+    from dssim import plot
 
     if report is not None:
-        from dsplan.html import check as drawable
-
-        drawable()
+        plot.check()
     requests = make_workload(workload, seed=seed, arrival=arrival, cv=cv)
     question = _question(wanted, requests, _slo(slo, attainment))
     with progress(quiet=as_json) as tell:

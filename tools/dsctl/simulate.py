@@ -97,15 +97,16 @@ def command(
     if rates is not None and (rate is not None or trace is not None):
         raise BadInput("--rates goes with neither --rate nor --trace", remedy="leave one of them out")
     topology = load(find(file))
+    title = f"{topology.path.name}, {workload}"
     objectives = parse_slo(slo, topology.slo)
     simulator = _Simulator(topology, profile, failure.parse(failures, topology), seed)
     if rates is not None:
         wishes = [Wish(workload, one, requests, arrival, cv, seed) for one in sweep.parse(rates)]
         runs = _sweep(simulator, wishes, objectives)
         if plot is not None:
-            plots.save_rates(runs, objectives, plot)
+            plots.save_rates(runs, objectives, plot, title)
             wrote(plot)
-        _show_rates(runs, objectives, as_json)
+        _show_rates(runs, objectives, simulator.about, as_json)
         return
     arrivals = make(Wish(workload, rate, requests, arrival, cv, seed))
     with _progress(len(arrivals)) as advance:
@@ -113,9 +114,9 @@ def command(
         run = simulator.run(arrivals, advance, inside=inside, keep_steps=trace is not None)
     _write_trace(run, trace)
     if plot is not None:
-        plots.save(run, objectives, plot)
+        plots.save(run, objectives, plot, title if rate is None else f"{title}, {rate:g} requests/s")
         wrote(plot)
-    _show(run, objectives, topology, as_json)
+    _show(run, objectives, topology, simulator.about, as_json)
 
 
 def parse_slo(text: str | None, default: Slo) -> Slo:
@@ -138,6 +139,7 @@ class _Simulator:
 
     def __init__(self, topology: Topology, profile: str, failures: tuple[Failure, ...], seed: int) -> None:
         from dsplan.profile import check_topology
+        from dssim.times import about
 
         check_topology(Path(profile), topology)
         self._topology = topology
@@ -145,6 +147,8 @@ class _Simulator:
         self._failures = failures
         #: of chance in the times of steps, where the profile tells of any
         self._seed = seed
+        #: whose times of steps these are
+        self.about = about(profile, topology.model.name)
 
     def run(
         self,
@@ -207,21 +211,21 @@ def _write_trace(run: Run, path: Path | None) -> None:
     wrote(path)
 
 
-def _show(run: Run, slo: Slo, topology: Topology, as_json: bool) -> None:
+def _show(run: Run, slo: Slo, topology: Topology, about: str, as_json: bool) -> None:
     from dsctl import simulated
     from dssim.statistics import summarize
 
     summary = summarize(run.records, slo, run.simulated_s)
     if as_json:
-        click.echo(json.dumps(simulated.data(run, summary, slo), indent=2))
+        click.echo(json.dumps({"times": about} | simulated.data(run, summary, slo), indent=2))
     else:
-        simulated.show(run, summary, slo, len(topology.instances))
+        simulated.show(run, summary, slo, len(topology.instances), about)
 
 
-def _show_rates(runs: list[AtRate], slo: Slo, as_json: bool) -> None:
+def _show_rates(runs: list[AtRate], slo: Slo, about: str, as_json: bool) -> None:
     from dsctl import simulated
 
     if as_json:
-        click.echo(json.dumps(simulated.data_rates(runs, slo), indent=2))
+        click.echo(json.dumps({"times": about} | simulated.data_rates(runs, slo), indent=2))
     else:
-        simulated.show_rates(runs, slo)
+        simulated.show_rates(runs, slo, about)

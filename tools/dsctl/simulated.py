@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dsobserve.terminal import counted
+
 if TYPE_CHECKING:
     from dssim.rates import AtRate
     from dssim.records import Run
@@ -74,10 +76,8 @@ def _retried(run: Run) -> int:
     return sum(one.ledger.retries > 0 for one in run.records if one.ledger is not None)
 
 
-def show(run: Run, summary: Summary, slo: Slo, instances: int) -> None:
-    """Print the tables."""
-    from rich.table import Table
-
+def show(run: Run, summary: Summary, slo: Slo, instances: int, about: str) -> None:
+    """Print the tables. ``about``: whose times of steps these are."""
     from dsobserve.terminal import output
 
     console = output()
@@ -89,6 +89,20 @@ def show(run: Run, summary: Summary, slo: Slo, instances: int) -> None:
         f"({summary.tpot_attainment.value:.1%}); wanted {slo.attainment:.0%}: {verdict}",
         soft_wrap=True,
     )
+    if summary.finished:
+        _show_times(console, run, summary)
+    _errors(console, run, summary)
+    rates = f"{summary.requests_per_s:.2f} requests/s, {summary.tokens_per_s:.0f} tokens/s on {instances} instances"
+    speed = summary.requests / run.wall_s if run.wall_s else 0.0
+    took = f"simulated {run.simulated_s:.1f} s in {run.wall_s:.1f} s ({speed:.0f} requests/s)"
+    console.print(f"{rates}; [dim]{took}[/]", soft_wrap=True)
+    console.print(f"[dim]times of steps: {about}[/]", soft_wrap=True)
+
+
+def _show_times(console: Any, run: Run, summary: Summary) -> None:
+    """Of the requests that finished."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for heading in ("ms", *(f"p{percent}" for percent in summary.total_s)):
         table.add_column(heading, justify="left" if heading == "ms" else "right", no_wrap=True)
@@ -97,15 +111,10 @@ def show(run: Run, summary: Summary, slo: Slo, instances: int) -> None:
     console.print(table)
     console.print("mean stages (ms): " + _stages(summary), soft_wrap=True)
     console.print("busy: " + ", ".join(f"{name} {share:.0%}" for name, share in _busy(run).items()), soft_wrap=True)
-    _errors(console, run, summary)
-    rates = f"{summary.requests_per_s:.2f} requests/s, {summary.tokens_per_s:.0f} tokens/s on {instances} instances"
-    speed = summary.requests / run.wall_s if run.wall_s else 0.0
-    took = f"simulated {run.simulated_s:.1f} s in {run.wall_s:.1f} s ({speed:.0f} requests/s)"
-    console.print(f"{rates}; [dim]{took}[/]", soft_wrap=True)
 
 
-def show_rates(runs: Sequence[AtRate], slo: Slo) -> None:
-    """Print a line for each rate."""
+def show_rates(runs: Sequence[AtRate], slo: Slo, about: str) -> None:
+    """Print a line for each rate. ``about``: whose times of steps these are."""
     from rich.table import Table
 
     from dsobserve.terminal import output
@@ -130,32 +139,41 @@ def show_rates(runs: Sequence[AtRate], slo: Slo) -> None:
             f"{one.rate:g}", f"[{colour}]{share.value:.1%}[/]", interval, *times, f"{busiest[0]} {busiest[1]:.0%}"
         )
     console.print(table)
+    most = goodput(runs, slo.attainment)
     console.print(
         f"at least {slo.attainment:.0%} of requests have TTFT within {slo.ttft_s * 1e3:g} ms and TPOT within "
-        f"{slo.tpot_s * 1e3:g} ms up to [bold]{goodput(runs, slo.attainment):.3g}[/] requests/s",
+        f"{slo.tpot_s * 1e3:g} ms up to [bold]{most:.3g}[/] requests/s"
+        + (", the highest rate that was tried" if most == runs[-1].rate else ""),
         soft_wrap=True,
     )
+    console.print(f"[dim]times of steps: {about}[/]", soft_wrap=True)
 
 
 def _errors(console: Any, run: Run, summary: Summary) -> None:
     for code, count in summary.errors.items():
-        console.print(f"[red]{count} requests failed: {code}[/]")
+        console.print(f"[red]{counted(count, 'request')} failed: {code}[/]")
     for thing, count in run.held.items():
         console.print(f"[red]a defect: {count} {thing} were never given back[/]")
     if run.seen.failures:
         died = ", ".join(
             f"{name} {'back' if up else 'died'} at {at_s - run.begun_s:g} s" for at_s, name, up in run.seen.failures
         )
-        console.print(f"[yellow]{died}; {_retried(run)} requests finished by another attempt[/]", soft_wrap=True)
+        console.print(
+            f"[yellow]{died}; {counted(_retried(run), 'request')} finished by another attempt[/]", soft_wrap=True
+        )
     if run.seen.preemptions:
-        console.print(f"[yellow]{run.seen.preemptions} sequences gave way for want of KV blocks[/]")
+        console.print(f"[yellow]{counted(run.seen.preemptions, 'sequence')} gave way for want of KV blocks[/]")
 
 
 def _cell(one: Estimate) -> str:
-    ends = [f"{end * 1e3:.1f}" if math.isfinite(end) else "?" for end in (one.low, one.high)]
-    return f"{one.value * 1e3:.1f} ({ends[0]} to {ends[1]})"
+    """A time with its interval; few requests do not tell how far that reaches."""
+    low, high = (f"{end * 1e3:.1f}" if math.isfinite(end) else "" for end in (one.low, one.high))
+    interval = f" ({low} to {high})" if low and high else f" (from {low})" if low else ""
+    return f"{one.value * 1e3:.1f}{interval}"
 
 
 def _stages(summary: Summary) -> str:
-    shown = {name.removesuffix("_s").replace("_", " "): value * 1e3 for name, value in summary.stages_s.items()}
+    from dsctl.ledger import label
+
+    shown = {label(name): value * 1e3 for name, value in summary.stages_s.items()}
     return ", ".join(f"{name} {value:.1f}" for name, value in shown.items() if value >= 0.05)

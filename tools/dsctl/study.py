@@ -123,11 +123,12 @@ def _run(run: Callable[[Setting], Study], given: dict[str, Any]) -> None:
     from dsctl.simulate import parse_slo
     from dsplan import drawing
     from dsplan.studies.base import Setting
+    from dssim import plot
     from dstopology import resolved
 
     outputs = {name: given.pop(name) for name in ("plot", "table", "as_json")}
     if outputs["plot"] is not None:
-        drawing.check()
+        plot.check()
     slo = parse_slo(given.pop("slo", None), resolved.Slo(0.25, 0.1, 0.9))
     with progress(quiet=outputs["as_json"]) as tell:
         study = run(Setting(**given, ttft_s=slo.ttft_s, tpot_s=slo.tpot_s, progress=tell))

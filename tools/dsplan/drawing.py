@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dsplan.errors import PlanInput
-from dswire.errors import StartFailed
+from dssim.plot import COLOURS, GREY
 
-#: colours that people with any colour vision tell apart (Okabe and Ito)
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 #: file types that :func:`save` writes
 TYPES = (".png", ".svg", ".pdf")
 
@@ -36,17 +34,6 @@ class Panel:
     scatter: bool = False
     #: range of y; None for as large as needed
     top: float | None = None
-
-
-def check() -> None:
-    """Raise :class:`StartFailed` when matplotlib is not there: best before a long search, not after it."""
-    try:
-        import matplotlib as _  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise StartFailed(
-            "plots need the package matplotlib, which is not installed",
-            remedy="install it with `pip install 'distserve[plan]'`",
-        ) from error
 
 
 def figure(panels: Sequence[Panel]) -> Any:
@@ -76,7 +63,7 @@ def _draw(axes: Any, panel: Panel) -> None:
         else:
             axes.plot(xs, ys, label=name, color=colour, marker=".")
     for name, y in panel.marks.items():
-        axes.axhline(y, linestyle="--", linewidth=1, color="#777777")
+        axes.axhline(y, linestyle="--", linewidth=1, color=GREY)
         axes.annotate(name, (1, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     if panel.bars:
         middle = 0.4 - 0.4 / len(panel.lines)

@@ -30,11 +30,6 @@ text-align: left } td.n { text-align: right; font-variant-numeric: tabular-nums 
 _NUMBER = ' class="n"'
 
 
-def check() -> None:
-    """Raise :class:`StartFailed` where plots cannot be drawn."""
-    drawing.check()
-
-
 def page(planner: Planner, plan: Plan, runs: Sequence[Confirmation], compared: Placement | None) -> str:
     """The whole page."""
     from dsplan.report import confirmed

@@ -169,13 +169,22 @@ def linear_times(profile: str, tp: int) -> LinearTimes:
     """
     document = _read(profile)
     fits = document.get("tp")
-    if not isinstance(fits, dict) or str(tp) not in fits:
-        known = ", ".join(fits) if isinstance(fits, dict) else "none"
+    if not isinstance(fits, dict) or not fits:
+        raise BadInput(f"{profile} is no profile: it has no times", remedy="make one with `dsctl profile`")
+    if str(tp) not in fits:
+        known = ", ".join(fits)
         raise BadInput(
             f"profile {profile} has no times for tp {tp}, only for tp {known}",
             remedy="change tp in the topology, or add the coefficients to a profile of your own",
         )
     return times_of(profile, tp, fits[str(tp)])
+
+
+def about(profile: str, model: str) -> str:
+    """Whose times a profile has, for people who simulate ``model``."""
+    if profile in SHIPPED:
+        return f"{profile}, published by DistServe; for those of {model} on this machine: dsctl profile"
+    return profile
 
 
 def transfer_times(profile: str) -> FlatTransfer:
