@@ -15,7 +15,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from dsengine.store import resolve
 from dsengine.text import Text
 from dsrouter.config import RouterConfig
-from dsrouter.events import Stopping, Tokenize, Tokenized
+from dsrouter.events import Note, Stopping, Tokenize, Tokenized
 from dsrouter.state import CLIENT, RouterState
 from dsrouter.writer import ChoiceWriter
 from dstopology.resolved import Topology
@@ -61,6 +61,10 @@ class RouterActor(Actor):
                 self.soon(self._tokenize(submit))
             case Tokenize(submit):
                 self.spawn(asyncio.to_thread(self._tokenize, submit), "tokenize")
+            case Note(event, about, warning):
+                # ids of requests are their clients' words
+                told = {name: value if value.isprintable() else ascii(value) for name, value in about.items()}
+                (log.warning if warning else log.info)(event, **told)
             case _:
                 super().perform(action)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dswire.errors import ErrorInfo
@@ -15,6 +16,16 @@ class Tokenize:
     """Turn the text of a request into tokens; ends with :class:`Tokenized`."""
 
     submit: Submit
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Write a line into the log, for whoever runs the system: workers that come and go, requests that it failed."""
+
+    event: str
+    #: what is told with it, by name
+    about: Mapping[str, str]
+    warning: bool = False
 
 
 # events

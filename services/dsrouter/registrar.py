@@ -11,6 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from dsrouter.config import RouterConfig
+from dsrouter.events import Note
 from dsrouter.flow import Flow
 from dsrouter.workers import PROBE_S, Worker, Workers
 from dswire.messages import worker
@@ -27,6 +28,7 @@ class Registrar:
         flow: Flow,
         timers: Timers[tuple[str, str]],
         send: Callable[[str, msgspec.Struct], None],
+        note: Callable[[Note], None],
     ) -> None:
         """``timers``: ("claim", name) is set here, and :meth:`probed` is to be called when it is due."""
         self._config = config
@@ -34,6 +36,7 @@ class Registrar:
         self._flow = flow
         self._timers = timers
         self._send = send
+        self._note = note
 
     def known(self, now: float, peer: str, message: msgspec.Struct) -> Worker | None:
         """The live worker that a message came from; one that is not known is asked for its hello."""
@@ -68,7 +71,7 @@ class Registrar:
         """A worker answers a ping."""
         if report.sent is not None and report.sent != known.received:
             # a connection that broke and healed took messages with it, and nobody can tell which
-            self.lose(now, known)
+            self.lose(now, known, "messages on the way got lost")
             self._send(known.peer, worker.HelloWanted())
             return
         known.load, known.load_at = report.load, now
@@ -78,8 +81,16 @@ class Registrar:
             self._timers.cancel(("claim", hello.name))
             self._send(peer, worker.WorkerRefused(self._workers.duplicate(hello).info()))
 
-    def lose(self, now: float, lost: Worker) -> None:
-        """A worker is dead or gone."""
+    def left(self, now: float, gone: Worker) -> None:
+        """A worker has said goodbye."""
+        self._gone(now, gone, Note("worker left", {"worker": gone.hello.name}))
+
+    def lose(self, now: float, lost: Worker, why: str) -> None:
+        """A worker is dead, as far as can be told."""
+        self._gone(now, lost, Note("worker lost", {"worker": lost.hello.name, "why": why}, warning=True))
+
+    def _gone(self, now: float, lost: Worker, note: Note) -> None:
+        self._note(note)
         self._workers.leave(now, lost)
         self._timers.cancel(("claim", lost.hello.name))
         self._flow.worker_lost(now, lost)
@@ -90,23 +101,24 @@ class Registrar:
         """Nothing can be sent to a connection."""
         lost = self._workers.at(peer)
         if lost is not None:
-            self.lose(now, lost)
+            self.lose(now, lost, "nothing can be sent to it")
 
     def probed(self, now: float, name: str) -> None:
         """The holder of a name did not answer in time: it is dead, and the claimant takes over."""
         holder = self._workers.get(name)
         if holder is not None:
-            self.lose(now, holder)
+            self.lose(now, holder, "it did not answer when another process came with its name")
 
     def ping(self, now: float) -> None:
         """Ping every worker; those that were silent for too long are lost."""
         for one in self._workers:
             if now - one.heard_at > self._config.worker_lease_s:
-                self.lose(now, one)
+                self.lose(now, one, f"silent for {now - one.heard_at:.1f} s")
             else:
                 self._send(one.peer, worker.RouterPing(one.sent))
 
     def _welcome(self, now: float, peer: str, hello: worker.WorkerHello) -> None:
         self._workers.join(now, peer, hello)
+        self._note(Note("worker joined", {"worker": hello.name, "node": hello.node}))
         config = self._config
         self._send(peer, worker.WorkerWelcome(config.name, config.incarnation, config.worker_lease_s))

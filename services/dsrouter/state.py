@@ -15,7 +15,7 @@ import msgspec
 from dsrouter.checks import check_submit, check_tokens
 from dsrouter.clients import Client, Clients
 from dsrouter.config import RouterConfig
-from dsrouter.events import Stopping, Tokenize, Tokenized
+from dsrouter.events import Note, Stopping, Tokenize, Tokenized
 from dsrouter.flow import Flow
 from dsrouter.ledger import Account
 from dsrouter.registrar import Registrar
@@ -26,6 +26,7 @@ from dswire.errors import (
     DeadlineExceeded,
     DsError,
     DuplicateRequest,
+    Failed,
     Overloaded,
     RouterLost,
     UnknownRequest,
@@ -37,7 +38,7 @@ from dswire.machine import PeerLost, Received, Send, Tick
 from dswire.messages import PROTOCOL, client, worker
 from dswire.timers import Timers
 
-Action: TypeAlias = Send | Tokenize
+Action: TypeAlias = Send | Tokenize | Note
 Event: TypeAlias = Received | Tick | PeerLost | Tokenized | Stopping
 
 #: how often workers are pinged and leases looked at, in seconds
@@ -66,8 +67,8 @@ class RouterState:
         self._timers.set(("ping", ""), now)
         if config.keep_extend_s:
             self._timers.set(("keep", ""), now + config.keep_extend_s)
-        self._registrar = Registrar(config, self.workers, self.flow, self._timers, self.send)
         self._out: list[Action] = []
+        self._registrar = Registrar(config, self.workers, self.flow, self._timers, self.send, self._note)
 
     # the machine's interface
 
@@ -269,10 +270,17 @@ class RouterState:
 
     def fail(self, request: Request, error: DsError, now: float) -> None:
         """A request ends with an error; whatever of it is under way is dropped."""
+        if isinstance(error, Failed) and not isinstance(error, RouterLost):
+            self._note(
+                Note("request failed", {"request": request.id, "code": error.code, "why": error.message}, True)
+            )
         for choice in request.choices:
             if choice.life.phase is not Phase.DONE:
                 self.flow.stop(choice, now, f"failed: {error.code}")
         self._end(request, error.code, client.Failed(request.id, len(request.events), error.info()), now)
+
+    def _note(self, note: Note) -> None:
+        self._out.append(note)
 
     def _end(self, request: Request, how: str, event: msgspec.Struct, now: float) -> None:
         assert request.live, f"request {request.id} ends twice: {request.ended}, {how}"
@@ -303,7 +311,7 @@ class RouterState:
             case worker.WorkerReport():
                 self._registrar.report(now, known, message)
             case worker.WorkerBye():
-                self._registrar.lose(now, known)
+                self._registrar.left(now, known)
             case worker.PrefillDone():
                 self.flow.prefilled(now, message)
             case worker.KvSealed(handle=handle):
@@ -329,7 +337,7 @@ class RouterState:
             case "deadline":
                 request = self.requests[name]
                 waited_s = now - request.arrived
-                self.fail(request, DeadlineExceeded(f"request {name} was not done after {waited_s:.1f} s"), now)
+                self.fail(request, DeadlineExceeded(f"request {name} was not done after {waited_s:.3g} s"), now)
             case "forget":
                 self._forget(name)
 

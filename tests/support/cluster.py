@@ -21,16 +21,10 @@ from dswire.errors import ErrorInfo
 from dswire.machine import Tick
 from dswire.messages import worker
 from support.handles import LAYOUT
+from support.holdings import held_by
+from support.instances import DecodeProcess, InstanceProcess, PrefillProcess
 from support.kv_memory import KvMemory
-from support.processes import (
-    DecodeProcess,
-    InstanceProcess,
-    Pace,
-    PrefillProcess,
-    Process,
-    RelayProcess,
-    RouterProcess,
-)
+from support.processes import Pace, Process, RelayProcess, RouterProcess
 from support.raw_client import RawClient
 from support.script import EOS, VOCAB, Script, ScriptWriter
 from support.virtual_clock import VirtualClock
@@ -368,7 +362,7 @@ class Cluster:
         """Whatever a process still keeps for some request: name of the thing -> how many, zeros left out."""
         found: dict[str, int] = {}
         for name, process in self.processes.items():
-            for thing, count in _held(process.machine).items():
+            for thing, count in held_by(process.machine).items():
                 if count:
                     found[f"{name}: {thing}"] = count
         for name, process in self.processes.items():
@@ -380,23 +374,3 @@ class Cluster:
     def corrupt(self) -> list[str]:
         """Hand-offs whose checksum was wrong."""
         return [line for line in self.trace if " corrupt " in line]
-
-
-def _held(machine: object) -> dict[str, int]:
-    match machine:
-        case RouterState():
-            live = sum(request.live for request in machine.requests.values())
-            registered = sum(len(one.sequences) for one in machine.workers)
-            return {"requests": live, "choices": len(machine.flow.choices), "registered": registered}
-        case PrefillState() | DecodeState():
-            return {"blocks": machine.pool.held, "sequences": len(machine.sequences)}
-        case RelayState():
-            outgoing, incoming, ledger = machine.outgoing, machine.incoming, machine.ledger
-            return {
-                "handles": len(ledger.handles),
-                "early": len(ledger.early),
-                "outgoing": len(outgoing.transfers) + len(outgoing.asked),
-                "incoming": len(incoming.transfers),
-                "kept": len(machine.keeper.kept),
-            }
-    return {}

@@ -96,3 +96,9 @@ class Desk:
         handle = KvHandle(key, peer, "n0", LAYOUT, 6, (0, 1), shards(LAYOUT, 1, 1, ["/pool"]), 16, 99)
         self.say(peer, worker.KvSealed(handle))
         return handle
+
+
+def only(works: list[worker.PrefillWork]) -> worker.PrefillWork:
+    """The one piece of work that was told."""
+    (work,) = works
+    return work

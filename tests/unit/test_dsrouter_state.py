@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from dskv.handle import KvKey
-from dsrouter.events import Stopping, Tokenize, Tokenized
+from dsrouter.events import Note, Stopping, Tokenize, Tokenized
 from dswire.errors import ErrorInfo, InvalidRequest
 from dswire.machine import PeerLost, Send, Tick
 from dswire.messages import PROTOCOL, client, worker
 from dswire.messages.client import Sampling, Submit
-from support.router_desk import CLIENT, FOUR, ROLES, Desk
+from support.router_desk import CLIENT, FOUR, ROLES, Desk, only
 
 
 @pytest.fixture
 def desk() -> Desk:
     return Desk().join("prefill-0", "decode-0")
-
-
-def only(works: list[worker.PrefillWork]) -> worker.PrefillWork:
-    (work,) = works
-    return work
 
 
 # the way of a request
@@ -278,6 +272,22 @@ def test_what_cannot_be_tried_again_fails_at_once(desk: Desk) -> None:
     error = ErrorInfo("engine_failed", "no such kernel")
     desk.say("prefill-0", worker.SequenceFailed(key, error))
     assert desk.told(CLIENT, client.Failed) == [client.Failed("r", 1, error)]
+    about = {"request": "r", "code": "engine_failed", "why": "no such kernel"}
+    assert desk.did(Note) == [Note("request failed", about, warning=True)]
+
+
+def test_ends_that_are_nobodys_fault_are_no_news(desk: Desk) -> None:
+    desk.submit(tokens=65)
+    assert desk.told(CLIENT, client.Failed)
+    assert desk.did(Note) == []
+    desk.submit("s")
+    desk.say(CLIENT, client.Cancel("s"))
+    assert desk.told(CLIENT, client.Failed)
+    assert desk.did(Note) == []
+    desk.submit("t")
+    desk.feed(Stopping(desk.now))
+    assert desk.told(CLIENT, client.Failed)
+    assert desk.did(Note) == []
 
 
 def test_preemption_costs_no_attempt() -> None:
@@ -303,57 +313,6 @@ def test_tokens_out_of_turn_are_not_taken(desk: Desk) -> None:
 
 
 # messages that got lost
-
-
-def test_a_report_that_counts_more_than_came_costs_the_worker_its_place(desk: Desk) -> None:
-    desk.submit()
-    desk.say("prefill-0", worker.WorkerReport(worker.Load(), sent=0))
-    assert desk.state.workers.get("prefill-0") is not None
-    desk.say("prefill-0", worker.WorkerReport(worker.Load(), sent=2))
-    assert desk.told("prefill-0", worker.HelloWanted) == [worker.HelloWanted()]
-    assert desk.state.workers.get("prefill-0") is None
-    desk.join("prefill-0")
-    assert only(desk.told("prefill-0", worker.PrefillWork)).key.epoch == 1
-
-
-def test_pings_count_what_was_sent(desk: Desk) -> None:
-    desk.submit()
-    desk.now = 1.0
-    desk.feed(Tick(desk.now))
-    assert desk.told("prefill-0", worker.RouterPing) == [worker.RouterPing(1)]
-    assert desk.told("decode-0", worker.RouterPing) == [worker.RouterPing(0)]
-
-
-def test_a_relay_counts_nothing(desk: Desk) -> None:
-    desk.say("prefill-0", worker.WorkerReport(worker.Load(running=1)))
-    status = {one.name: one for one in desk.state.workers.status(desk.now)}
-    assert status["prefill-0"].running == 1
-
-
-# comings and goings
-
-
-def test_a_worker_that_says_hello_again_has_forgotten_everything(desk: Desk) -> None:
-    desk.submit()
-    key = only(desk.told("prefill-0", worker.PrefillWork)).key
-    desk.join("prefill-0")
-    assert desk.told("prefill-0", worker.Abort) == [worker.Abort(key)]
-    assert only(desk.told("prefill-0", worker.PrefillWork)).key != key
-
-
-def test_messages_of_strangers_are_answered_with_a_wanted_hello(desk: Desk) -> None:
-    key = KvKey("r/0", 0)
-    for message in (worker.PrefillDone(key, 1, 0.0, 0.0), worker.WorkerReport(worker.Load()), worker.WorkerBye()):
-        assert desk.say("stranger", message) == [Send("stranger", worker.HelloWanted())]
-
-
-def test_a_worker_that_cannot_be_reached_is_lost(desk: Desk) -> None:
-    desk.submit()
-    desk.feed(PeerLost(desk.now, "prefill-0"))
-    assert desk.state.workers.get("prefill-0") is None
-    desk.feed(PeerLost(desk.now, "prefill-0"))
-    desk.join("prefill-1")
-    assert len(desk.told("prefill-1", worker.PrefillWork)) == 1
 
 
 def test_a_client_that_cannot_be_reached_is_sent_nothing_until_it_is_heard(desk: Desk) -> None:

@@ -18,6 +18,7 @@ import msgspec
 
 import dsprefill.events as prefill
 from dsrelay.events import CloseStream, Complain, OpenStream
+from dsrouter.events import Note
 from dssched.instance import InstanceState
 from dssched.steps import ForgetSequence, Made, RunStep, StartSequence, Stepped
 from dssim.kernel import Kernel
@@ -194,6 +195,11 @@ class RouterProcess(Process):
         while self.untold:
             self.untold.popitem()[1]()
         super().feed(event)
+
+    def perform(self, action: Any) -> None:
+        """Nobody reads a log here."""
+        if not isinstance(action, Note):
+            super().perform(action)
 
     def count(self, peer: str, message: StepDone, came_at: float) -> None:
         """Tokens have come that end nothing: the machine only counts them, and looks at nothing else."""
