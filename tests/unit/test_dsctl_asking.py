@@ -18,7 +18,7 @@ import pytest
 from dsclient import DEFAULT_ADDRESS, Choice, Completion, Ledger, Usage
 from dsctl.__main__ import run
 from dsctl.asking import find_target, printable
-from dsctl.ledger import stages, table
+from dsctl.ledger import print_ledger, stages, table
 from dswire.errors import InvalidRequest, Overloaded, TopologyError
 from dswire.messages.client import Cancel, ChatMessage, ClientBye, Submit
 from support.scripted_router import ScriptedRouter, events, failed
@@ -184,8 +184,9 @@ async def test_chat_survives_ctrl_c_and_errors(router: ScriptedRouter) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "one of PROMPT and --ids is needed"),
-        (["Hi", "--ids", "1"], "one of PROMPT and --ids is needed"),
+        ([], "there is neither PROMPT nor --ids"),
+        (["Hi", "--ids", "1"], "PROMPT and --ids exclude each other"),
+        (["Hi", "--address", "127.0.0.1:5555"], "write tcp://HOST:PORT"),
         (["--ids", "1,two"], "not token ids"),
         (["Hi", "--system", "x"], "--system goes with --chat"),
         (["Hi", "--address", "tcp://a:1", "-f", "t.yaml"], "exclude each other"),
@@ -196,6 +197,13 @@ def test_arguments_that_do_not_go_together(
 ) -> None:
     assert run(["generate", *arguments]) == InvalidRequest.exit_code
     assert told in capsys.readouterr().err
+
+
+async def test_a_prompt_that_is_no_text_is_told_by_its_place() -> None:
+    async with dsctl("generate", "-", "--address", "tcp://127.0.0.1:1") as process:
+        out, err = await process.communicate(b"caf\xe9 au lait")
+        assert (process.returncode, out) == (InvalidRequest.exit_code, b"")
+        assert b"standard input is no UTF-8 text: invalid continuation byte at byte 3" in err
 
 
 def test_nobody_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,6 +240,13 @@ def test_the_ledger_has_a_row_for_every_stage() -> None:
     assert sum(stages(ledger).values()) == ledger.total_s
     # TTFT, total and the client's own times are rows too; what lost attempts cost is told only when there were some
     assert table(completion).row_count == len(stages(ledger)) - 2 + 3
+
+
+def test_the_ledger_of_several_answers_says_whose_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    one = Choice("a", (1,), (), "stop")
+    for choices in ((one,), (one, one)):
+        print_ledger(Completion("r", choices, Usage(1, 1), Ledger(total_s=0.5), 0.26, 0.51))
+        assert ("of the answer that ended last" in capsys.readouterr().err) == (len(choices) > 1)
 
 
 def test_commands_import_nothing_heavy() -> None:

@@ -98,7 +98,13 @@ def test_off_a_terminal_each_change_is_one_line() -> None:
     lines = out.getvalue().splitlines()
     assert lines[:3] == ["decode-0: starting", "decode-0: loading model", "decode-0: down"]
     assert lines[3].endswith(" decode-0 killed by SIGKILL; starts again in 0.5 s")
-    assert lines[4:] == ["decode-0: loading model (restart 1)", "ready in 2.5 s: tiny at tcp://127.0.0.1:5555"]
+    assert lines[4:] == [
+        "decode-0: loading model (restart 1)",
+        "decode-0: ready (restart 1)",
+        "ready in 2.5 s: tiny at tcp://127.0.0.1:5555",
+    ]
+    board.show(msgspec.structs.replace(record(process("decode-0", "down", restarts=1)), ready_s=2.5))
+    assert len(out.getvalue().splitlines()) == len(lines)
 
 
 def test_on_a_terminal_the_table_ends_with_the_last_state() -> None:

@@ -63,6 +63,8 @@ def find_target(file: Path | None, address: str | None, keys: Path | None) -> Ta
         raise InvalidRequest("--file and --address exclude each other", remedy="give one of the two")
     given = load_any(keys) if keys is not None else None
     if address is not None:
+        if not address.startswith(("tcp://", "ipc://")):
+            raise InvalidRequest(f"--address {address!r} is none", remedy="write tcp://HOST:PORT or ipc:///PATH")
         return Target(address, given)
     try:
         path = find(file)

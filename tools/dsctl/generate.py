@@ -71,7 +71,8 @@ def command(
 def _prompt(prompt: str | None, ids: str | None, *, chat: bool, system: str | None) -> dict[str, Any]:
     """The arguments that say what to answer."""
     if (prompt is None) == (ids is None):
-        raise InvalidRequest("one of PROMPT and --ids is needed", remedy="see `dsctl generate --help`")
+        wrong = "there is neither PROMPT nor --ids" if ids is None else "PROMPT and --ids exclude each other"
+        raise InvalidRequest(wrong, remedy="give one of the two; `dsctl generate --help` tells more")
     if system is not None and not chat:
         raise InvalidRequest("--system goes with --chat only", remedy="add --chat")
     if ids is not None:
@@ -79,11 +80,20 @@ def _prompt(prompt: str | None, ids: str | None, *, chat: bool, system: str | No
             return {"prompt_ids": [int(token) for token in ids.split(",")]}
         except ValueError as error:
             raise InvalidRequest(f"--ids {ids!r}: not token ids separated by commas") from error
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _stdin() if prompt == "-" else prompt
     if not chat:
         return {"prompt": text}
     turns = [] if system is None else [{"role": "system", "content": system}]
     return {"messages": [*turns, {"role": "user", "content": text}]}
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"standard input is no UTF-8 text: {error.reason} at byte {error.start}", remedy="convert it to UTF-8"
+        ) from error
 
 
 async def _run(target: Target, timeout_s: float, fields: dict[str, Any], *, live: bool) -> Completion:

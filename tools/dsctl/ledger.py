@@ -79,3 +79,5 @@ def print_ledger(completion: Completion) -> None:
     console.print()
     console.print(table(completion))
     console.print(f"[dim]{usage.prompt_tokens} prompt tokens, {usage.completion_tokens} made[/]")
+    if len(completion.choices) > 1:
+        console.print("[dim]the stages are those of the answer that ended last[/]")

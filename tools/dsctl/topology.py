@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,6 +104,7 @@ def validate(files: tuple[Path, ...], file: Path | None) -> None:
 
     The exit status is 0 when every file is valid, 2 otherwise.
     """
+    from dstopology import modelfacts
     from dstopology.load import check_servable, find, load
     from dswire.errors import TopologyError
 
@@ -115,6 +117,9 @@ def validate(files: tuple[Path, ...], file: Path | None) -> None:
             continue
         counts = f"{len(topology.role('prefill'))} prefill, {len(topology.role('decode'))} decode"
         click.echo(f"{path}: valid ({counts}, nodes {', '.join(node.name for node in topology.nodes)})")
+        if modelfacts.read(topology.model.path, os.environ) is None:
+            told = f"  model {topology.model.name} is not on this host: what depends on it was not checked"
+            click.echo(told, err=True)
         try:
             check_servable(topology)
         except TopologyError as error:

@@ -21,7 +21,8 @@ def lines(path: Path) -> Iterator[Row]:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as text:
             yield from csv.DictReader(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise PlanInput(f"{path} cannot be read: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise PlanInput(f"{path} cannot be read: {why}") from error
 
 
 def gemms(directory: Path, device: str) -> Iterator[tuple[float, float, float, float]]:

@@ -45,8 +45,9 @@ class Board:
         """Show the present state."""
         if record.stopping and not (self._record and self._record.stopping):
             self._console.print("stopping: router, then prefill and decode, then relays", style="dim")
+        starting = self._record is None or self._record.ready_s is None
         self._record = record
-        if not self._console.is_terminal:
+        if starting and not self._console.is_terminal:
             self._print_changes(record)
 
     def note(self, note: Note) -> None:
@@ -74,8 +75,6 @@ class Board:
             self._live = None
 
     def _print_changes(self, record: RunRecord) -> None:
-        if record.ready_s is not None:
-            return
         for process in record.processes:
             line = state_text(process)
             if self._lines.get(process.name) != line:
