@@ -121,7 +121,7 @@ class Flow:
             sequence = self._local[0]
             most = self._config.threshold_tokens if conditional else inf
             unread = self._unread(*self.choices[sequence])
-            target = self.workers.choose("decode", self._limits["decode"], unread, most)
+            target = self.workers.choose("decode", self._limits["decode"], unread, most, shares=False)
             if target is None and not conditional:
                 break
             self._local.popleft()
@@ -345,7 +345,8 @@ class Flow:
                 if request is None or choice is None:
                     continue
                 if now - max(since, choice.life.since) >= INSTANCE_WAIT_S:
-                    error = NoInstance(f"no {role} instance was up for {INSTANCE_WAIT_S:.0f} s")
+                    what = f"relay beside a {role}" if self.workers.role(role) else role
+                    error = NoInstance(f"no {what} instance was up for {INSTANCE_WAIT_S:.0f} s")
                     self._sink.fail(request, error, now)
 
     # ends

@@ -78,6 +78,8 @@ class Workers:
         self._names: dict[str, str] = {}
         #: when each known name was last lost, for the status
         self.lost: dict[str, float] = {}
+        #: nodes whose relay was lost: no KV comes out of them nor gets in until it is back
+        self._cut_off: set[str] = set()
         self._chosen = 0
 
     def __iter__(self) -> Iterator[Worker]:
@@ -127,6 +129,8 @@ class Workers:
         capacity = hello.capacity
         if capacity is not None and capacity.keeps:
             worker.kept = PrefixIndex(capacity.blocks, capacity.layout.block_size)
+        if hello.role == "relay":
+            self._cut_off.discard(hello.node)
         self._up[hello.name] = worker
         self._names[peer] = hello.name
         self.lost.pop(hello.name, None)
@@ -136,21 +140,34 @@ class Workers:
         """Forget a worker that is dead or gone."""
         del self._up[worker.hello.name]
         del self._names[worker.peer]
+        if worker.hello.role == "relay":
+            self._cut_off.add(worker.hello.node)
         self.lost[worker.hello.name] = now
 
     def duplicate(self, hello: WorkerHello) -> DuplicateName:
         """The refusal of a second process under a live name."""
         return DuplicateName(f"a live {hello.role} worker is already named {hello.name!r}")
 
+    def sharing(self, role: str) -> list[Worker]:
+        """The live workers of a role that can hand KV over or be handed some: those whose relay is not lost."""
+        return [worker for worker in self.role(role) if worker.hello.node not in self._cut_off]
+
     def choose(
-        self, role: str, max_sequences: int, added: Callable[[Worker], int] = lambda worker: 0, most: float = inf
+        self,
+        role: str,
+        max_sequences: int,
+        added: Callable[[Worker], int] = lambda worker: 0,
+        most: float = inf,
+        *,
+        shares: bool = True,
     ) -> Worker | None:
         """The worker that gets the next sequence (``dssched.dispatch``), if any has room.
 
         ``added``: tokens that it would have to read, or that sending KV there is worth. ``most``: only one that
-        would have fewer than that to read, and has fewer than that to read now.
+        would have fewer than that to read, and has fewer than that to read now. ``shares``: it hands KV over.
         """
-        open_to = [(one, added(one)) for one in self.role(role) if len(one.sequences) < max_sequences]
+        able = self.sharing(role) if shares else self.role(role)
+        open_to = [(one, added(one)) for one in able if len(one.sequences) < max_sequences]
         if most < inf:
             open_to = [(one, new) for one, new in open_to if new < most and sum(one.reading.values()) < most]
         name = pick(Candidate(one.tokens + new, one.last_used, one.hello.name) for one, new in open_to)
@@ -166,10 +183,12 @@ class Workers:
         return min((one.blocks * one.layout.block_size for one in capacities), default=None)
 
     def down_since(self, role: str, started: float) -> float | None:
-        """Since when no worker of the role is up (``started`` when none ever was); None while one is."""
-        if self.role(role):
+        """Since when no worker of the role is up, its relay included (``started`` when none ever was); None while
+        one is."""
+        if self.sharing(role):
             return None
-        return max((at for name, at in self.lost.items() if self._expected[name] == role), default=started)
+        needed = (role, "relay")
+        return max((at for name, at in self.lost.items() if self._expected[name] in needed), default=started)
 
     def status(self, now: float) -> tuple[WorkerStatus, ...]:
         """Every worker of the topology, in its order."""

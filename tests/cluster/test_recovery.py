@@ -7,6 +7,7 @@ import pytest
 import dsprefill.state
 from dskv.handle import KvKey
 from dsrouter.events import Tokenize
+from dsrouter.flow import INSTANCE_WAIT_S
 from dswire.errors import ErrorInfo
 from dswire.machine import Received
 from dswire.messages import client, worker
@@ -97,6 +98,36 @@ def test_cancel_while_the_relay_is_away_for_good() -> None:
     cluster.client().cancel(TARGET)
     cluster.run(LEASE_S + 1)
     assert heard.end == "cancelled"
+    assert cluster.held() == {}
+
+
+def test_requests_that_come_while_the_relay_is_away_wait_for_it() -> None:
+    cluster = Cluster()
+    cluster.run(1)
+    cluster.kill("relay-n0")
+    cluster.run(1)
+    heard = [cluster.client().submit(f"r{number}", 20, max_tokens=5) for number in range(3)]
+    # far longer than prefill would keep KV that nobody comes for, as often as a request is tried
+    cluster.run(25)
+    assert not any(one.end for one in heard)
+    assert cluster.prefill().pool.held == 0
+    cluster.start("relay-n0")
+    for one in heard:
+        finish(cluster, one)
+        assert one.finished.ledger.retries == 0
+
+
+def test_requests_fail_when_the_relay_does_not_come_back() -> None:
+    cluster = Cluster()
+    cluster.run(1)
+    cluster.kill("relay-n0")
+    cluster.run(1)
+    heard = cluster.client().submit(TARGET, 20, max_tokens=5)
+    cluster.run(INSTANCE_WAIT_S + 2)
+    assert heard.end == "no_instance"
+    error = heard.events[-1]
+    assert isinstance(error, client.Failed)
+    assert error.error.message == "no relay beside a prefill instance was up for 30 s"
     assert cluster.held() == {}
 
 

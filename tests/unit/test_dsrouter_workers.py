@@ -59,6 +59,18 @@ def test_the_least_loaded_is_chosen_and_ties_go_round(workers: Workers) -> None:
     assert workers.choose("prefill", 10) is None
 
 
+def test_whose_relay_is_lost_hands_nothing_over_until_it_is_back(workers: Workers) -> None:
+    relay = workers.get("relay-n0")
+    assert relay is not None
+    workers.leave(12.0, relay)
+    assert workers.choose("decode", 10) is None
+    assert workers.choose("decode", 10, shares=False) is not None
+    assert workers.down_since("decode", 1.0) == 12.0
+    workers.join(13.0, "relay-n0/2", hello("relay-n0"))
+    assert workers.choose("decode", 10) is not None
+    assert workers.down_since("decode", 1.0) is None
+
+
 def test_the_smallest_pool_bounds_a_request(workers: Workers) -> None:
     assert workers.room() == 8 * LAYOUT.block_size
     workers.join(11.0, "prefill-0/1", hello("prefill-0", 5))
