@@ -16,26 +16,35 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+import structlog
+
 from dsengine.collective import Collective
 from dsengine.config import EngineConfig
+from dsengine.gpu_copies import GpuCopies
+from dsengine.ipc import unreachable
 from dsengine.model import load_shape
 from dsengine.runner import Engine, StepItem
 from dsengine.sampler import Sampled
 from dsengine.store import resolve
 from dskv.copying import SMALL_NBYTES, copier
-from dskv.handle import KvKey
+from dskv.handle import KvHandle, KvKey
 from dskv.layout import KvLayout
 from dskv.memory import RankPools
 from dskv.pages import MirrorPages
+from dskv.receive import Receiver
 from dskv.segment import SegmentCache
 from dskv.shards import KvShard, copies, shards
+from dskv.transport import Transport
 from dstopology.resolved import Instance, Topology
 from dstopology.wiring import model_identity
-from dswire.errors import DsError, ErrorInfo, OutOfMemory
+from dswire.errors import DsError, ErrorInfo, OutOfMemory, StartFailed, TransferFailed
 from dswire.messages.client import Sampling
+from dswire.messages.kv import PoolInfo
 from dswire.messages.worker import Capacity, Logprobs, ModelIdentity
 
 T = TypeVar("T")
+log = structlog.get_logger()
 
 #: of the prompt that an instance reads before it serves
 WARM_UP_TOKENS = 24
@@ -47,9 +56,16 @@ class RunningInstance:
     """Engine, pool and the two threads."""
 
     def __init__(
-        self, engine: Engine, model: ModelIdentity, instance: Instance, collective: Collective | None = None
+        self,
+        engine: Engine,
+        model: ModelIdentity,
+        instance: Instance,
+        collective: Collective | None = None,
+        gpu: GpuCopies | None = None,
     ) -> None:
         self.engine = engine
+        #: KV straight from other GPUs; there is nothing then that others map
+        self.gpu = gpu
         #: to other instances, where the topology has KV take communicators
         self.collective = collective
         self.model = model
@@ -79,6 +95,7 @@ class RunningInstance:
         shape = load_shape(model_dir)
         layout = KvLayout(shape.layers, shape.kv_heads, shape.head_dim, instance.block_size, topology.model.dtype)
         blocks = instance.kv_blocks or _blocks(instance, layout)
+        by_gpu = _by_gpu(topology)
         configs = [
             EngineConfig(
                 model_dir=model_dir,
@@ -86,7 +103,7 @@ class RunningInstance:
                 device="cpu" if device.startswith("cpu") else device,
                 block_size=instance.block_size,
                 num_blocks=blocks,
-                segment=segment,
+                segment=None if by_gpu else segment,
                 threads=instance.threads,
                 max_model_len=topology.model.max_model_len,
                 quantization=topology.model.quantization,
@@ -100,13 +117,17 @@ class RunningInstance:
 
             engine = RankedEngine(instance.name, configs, instance.tp, instance.pp)
         collective = Collective.of(topology, instance, engine.pool.device)
-        return cls(engine, model_identity(topology, model_dir), instance, collective)
+        gpu = GpuCopies(engine.pool.blocks, engine.layout) if by_gpu else None
+        return cls(engine, model_identity(topology, model_dir), instance, collective, gpu)
 
     @property
     def shards(self) -> tuple[KvShard, ...]:
-        """The pools of all ranks or their mirrors, as others of the host map them."""
+        """The pools of all ranks or their mirrors, as others of the host map them, or open the one of a GPU."""
         segments = list(map(str, rank_segments(self._instance)))
-        return shards(self.engine.layout, self._instance.tp, self._instance.pp, segments)
+        every = shards(self.engine.layout, self._instance.tp, self._instance.pp, segments)
+        if self.gpu is None:
+            return every
+        return tuple(msgspec.structs.replace(one, gpu=self.gpu.shared) for one in every)
 
     @cached_property
     def pools(self) -> RankPools:
@@ -121,6 +142,11 @@ class RunningInstance:
     def mirrored(self) -> bool:
         """Whether others map mirrors of the pools."""
         return self.engine.pool.mirror is not None
+
+    @property
+    def sealing(self) -> bool:
+        """Whether KV has to be sealed even where nobody wants a checksum: what is not in the host's memory."""
+        return self.mirrored or self.gpu is not None
 
     @property
     def capacity(self) -> Capacity:
@@ -184,6 +210,8 @@ class RunningInstance:
 
         Blocks; raises why it cannot be.
         """
+        if self.gpu is not None:
+            return self.gpu.seal(blocks, summed=summed)
         if self._pages is not None:
             self._pages.hold(key, blocks)
             try:
@@ -198,18 +226,34 @@ class RunningInstance:
         if self._pages is not None:
             self._copies.submit(self._pages.let_go, key)
 
-    @contextlib.contextmanager
-    def arriving(self, key: KvKey, blocks: tuple[int, ...]) -> Iterator[RankPools]:
-        """Where to write what is to be in ``blocks`` after the context; for a thread that may wait.
+    def read_rate(self, owner: str, pool: PoolInfo) -> float:
+        """Bytes per second out of the pool of another GPU. Blocks; raises :class:`TransferFailed`."""
+        if self.gpu is None:
+            raise TransferFailed("this instance does not read from GPUs", remedy="start all with the same topology")
+        return self.gpu.read_rate(owner, pool)
+
+    def bring(self, transport: Transport, handle: KvHandle, blocks: tuple[int, ...], *, summed: bool) -> None:
+        """Have the KV of ``handle`` in ``blocks``, verified where it is ``summed``; for a thread that may wait.
 
         Raises why it cannot be.
         """
+        if self.gpu is not None:
+            self.gpu.fetch(handle, blocks, summed=summed)
+            return
+        with self._arriving(handle.key, blocks[: self.engine.layout.blocks_for(handle.tokens)]):
+            receiver = Receiver(handle, self.pools, blocks, summed=summed)
+            transport.bring(receiver)
+            receiver.verify()
+
+    @contextlib.contextmanager
+    def _arriving(self, key: KvKey, blocks: tuple[int, ...]) -> Iterator[None]:
+        """What is written to the pools that others map is in ``blocks`` after the context."""
         if self._pages is None:
-            yield self.pools
+            yield
             return
         self._pages.hold(key, blocks)
         try:
-            yield self.pools
+            yield
             self.engine.mirror(blocks, "in")
         finally:
             self._pages.let_go(key)
@@ -217,7 +261,7 @@ class RunningInstance:
     def copy(self, nbytes: int, run: Callable[[], T]) -> asyncio.Future[T]:
         """Begin at once: in the copy thread, or here where ``nbytes`` are few and no copy is before them."""
         loop = asyncio.get_running_loop()
-        if nbytes <= SMALL_NBYTES and not self._copying and not self.mirrored:
+        if nbytes <= SMALL_NBYTES and not self._copying and not self.sealing:
             made: asyncio.Future[T] = loop.create_future()
             made.set_result(run())
             return made
@@ -238,10 +282,28 @@ class RunningInstance:
         self._steps.shutdown(wait=not lost)
         self._copies.shutdown()
         self._mapped.close()
+        if self.gpu is not None:
+            self.gpu.close()
         if lost:
             self.engine.abandon()
         else:
             self.engine.close()
+
+
+def _by_gpu(topology: Topology) -> bool:
+    """Whether KV goes from GPU to GPU here, which the processes of all instances find alike.
+
+    Raises :class:`StartFailed` where it has to and cannot.
+    """
+    if not topology.between_gpus:
+        return False
+    reason = unreachable([one.devices[0] for one in topology.instances])
+    if reason is None:
+        return True
+    if topology.force_transport is not None:
+        raise StartFailed(f"cuda_ipc is forced, and {reason}", remedy="leave force_transport out")
+    log.warning("KV goes by way of the host's memory", why=reason)
+    return False
 
 
 def _ended(

@@ -10,14 +10,14 @@ the method returns.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from threading import Lock
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from dsengine.side_stream import SideStream
 from dskv.segment import Segment
 
 #: from the pool to the mirror, or from there to the pool
@@ -36,10 +36,7 @@ class Mirror:
         rows = min(max(_BOUNCE_NBYTES // segment.slot_nbytes, 1), len(blocks))
         gpu = blocks.device.type == "cuda"
         self._bounce = torch.empty((rows, blocks.shape[1]), dtype=blocks.dtype, pin_memory=gpu)
-        self._stream: Any = None
-        if gpu:
-            # torch declares no types for it
-            self._stream = torch.cuda.Stream(blocks.device)  # type: ignore[no-untyped-call]
+        self._stream = SideStream(blocks.device)
         self._lock = Lock()
 
     def copy(self, blocks: Sequence[int], way: MirrorWay) -> None:
@@ -51,7 +48,7 @@ class Mirror:
 
     def _out(self, blocks: Sequence[int]) -> None:
         for part in self._parts(blocks):
-            with self._in_stream():
+            with self._stream.behind_steps():
                 for row, block in zip(self._bounce, part, strict=False):
                     row.copy_(self._blocks[block], non_blocking=True)
             for row, block in zip(self._bounce, part, strict=False):
@@ -61,7 +58,7 @@ class Mirror:
         for part in self._parts(blocks):
             for row, block in zip(self._bounce, part, strict=False):
                 row.copy_(self._file[block])
-            with self._in_stream():
+            with self._stream.behind_steps():
                 for row, block in zip(self._bounce, part, strict=False):
                     self._blocks[block].copy_(row, non_blocking=True)
 
@@ -75,14 +72,3 @@ class Mirror:
         with self._lock:
             for at in range(0, len(blocks), len(self._bounce)):
                 yield blocks[at : at + len(self._bounce)]
-
-    @contextlib.contextmanager
-    def _in_stream(self) -> Iterator[None]:
-        """Beside the steps, but behind those that were launched, and to its end."""
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.default_stream(self._blocks.device))
-        with torch.cuda.stream(self._stream):
-            yield
-        self._stream.synchronize()

@@ -65,6 +65,11 @@ class KvPool:
         self._rows = [rows[layer * step * layout.block_size :] for layer in range(layout.layers)]
 
     @property
+    def blocks(self) -> Tensor:
+        """All of it, ``[num_blocks, elements of a block]``."""
+        return self._blocks
+
+    @property
     def base(self) -> int:
         """The address of block 0."""
         return self._blocks.data_ptr()

@@ -17,6 +17,21 @@ from dskv.layout import KvLayout
 from dswire.errors import UnsupportedModel
 
 
+class GpuMemory(msgspec.Struct, frozen=True, array_like=True):
+    """A pool in a GPU's memory, as CUDA IPC has other processes of the host open it (``dsengine.ipc``)."""
+
+    #: of the GPU: processes may number them differently
+    uuid: str
+    #: what torch tells of a shared storage
+    handle: bytes
+    nbytes: int
+    offset: int
+    counter: bytes
+    counter_offset: int
+    event: bytes
+    event_needed: bool
+
+
 class KvShard(msgspec.Struct, frozen=True, array_like=True):
     """The pool of one rank. Layers and heads are half-open ranges of the whole model's."""
 
@@ -26,6 +41,8 @@ class KvShard(msgspec.Struct, frozen=True, array_like=True):
     end_layer: int
     first_head: int
     end_head: int
+    #: where there is no such file: the pool itself
+    gpu: GpuMemory | None = None
 
     def layout(self, whole: KvLayout) -> KvLayout:
         """How a block lies in this shard, ``whole`` being the layout over all layers and heads."""

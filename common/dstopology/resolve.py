@@ -9,12 +9,13 @@ from math import lcm
 from pathlib import Path
 from typing import cast
 
-from dstopology import fit, modelfacts
+from dstopology import fit, gpus, modelfacts
 from dstopology.modelfacts import ModelFacts
 from dstopology.network import Ends, Network, same_machine
 from dstopology.placement import Placed, WorkerRole, place, resolve_nodes
 from dstopology.problems import Key, Problems
 from dstopology.resolved import (
+    LOCAL,
     Gateway,
     Instance,
     Model,
@@ -73,6 +74,7 @@ class Resolver:
         model = self._model(groups, nodes, instances, relays)
         security = self._security(network)
         part_tokens = self._part_tokens(instances, relays)
+        between_gpus = self._between_gpus(instances, relays)
         self.problems.raise_any()
         return Topology(
             path=self.path,
@@ -91,6 +93,7 @@ class Resolver:
             gateway=gateway,
             security=security,
             part_tokens=part_tokens,
+            between_gpus=between_gpus,
         )
 
     def _slo(self) -> Slo:
@@ -267,7 +270,18 @@ class Resolver:
             reason = f"KV goes from node {crossing[0]}, and tcp is not among the transports"
             self.problems.add(("relay", "transports"), reason, "add tcp, or use one node")
         self._check_communicators(instances)
-        return bool(crossing) or forced not in (None, "shm") or "shm" not in allowed
+        return bool(crossing) or forced not in (None, *LOCAL) or "shm" not in allowed
+
+    def _between_gpus(self, instances: Sequence[Instance], relays: Sequence[Relay]) -> bool:
+        """Whether KV goes by CUDA IPC; tells why it cannot where it has to."""
+        allowed, forced = self.file.relay.transports, self.file.force_transport
+        if not relays or forced not in (None, "cuda_ipc") or "cuda_ipc" not in allowed:
+            return False
+        found = gpus.obstacle(instances, relays)
+        if found is not None and forced is not None:
+            reason, remedy = found
+            self.problems.add(("force_transport",), f"cuda_ipc goes between GPUs of one host: {reason}", remedy)
+        return found is None
 
     def _check_communicators(self, instances: Sequence[Instance]) -> None:
         """Tell of instances that cannot send by gloo, which is for CPUs, or nccl, which is for GPUs."""

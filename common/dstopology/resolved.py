@@ -16,7 +16,9 @@ from dstopology.endpoints import Tcp
 from dswire.errors import TopologyError
 
 Role = Literal["router", "prefill", "decode", "relay", "gateway"]
-Transport = Literal["shm", "tcp", "gloo", "nccl"]
+#: ways that the relays only keep the books of
+LOCAL = ("shm", "cuda_ipc")
+Transport = Literal["shm", "tcp", "gloo", "nccl", "cuda_ipc"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +192,8 @@ class Topology:
     #: prompts that are read in several steps hand over their KV in parts, which end at multiples of so many tokens;
     #: 0: in one piece
     part_tokens: int
+    #: whether KV goes from GPU to GPU of the one node that has instances, as far as this file tells
+    between_gpus: bool
 
     def _entries(self) -> Iterator[tuple[str, Role, str]]:
         """Name, role and node of every process, in starting order."""
@@ -259,8 +263,11 @@ class Topology:
     def transport(self, owner_node: str, puller_node: str) -> Transport:
         """How KV goes from ``owner_node`` to ``puller_node``.
 
-        Shared memory on one node, unless another way is forced or that is not among its relay's transports.
+        Shared memory on one node, or CUDA IPC between GPUs, unless another way is forced or that is not among its
+        relay's transports.
         """
+        if self.between_gpus:
+            return "cuda_ipc"
         if self.force_transport is not None:
             return self.force_transport
         same = owner_node == puller_node
@@ -276,7 +283,7 @@ class Topology:
             return ()
         reachable = (relay.node for relay in self.relays if relay.data_connect is not None)
         owners = (other for other in reachable if "prefill" in self.roles_on(other))
-        return tuple(other for other in owners if self.transport(other, node) != "shm")
+        return tuple(other for other in owners if self.transport(other, node) not in LOCAL)
 
     @property
     def collective(self) -> bool:

@@ -47,7 +47,7 @@ ENDPOINT = Text(
     "an address such as tcp://127.0.0.1:5555 or ipc:///path", rf"tcp://({HOST.pattern}|\*):{PORT}|ipc://.+"
 )
 HOST_PORT = Text("an address such as 127.0.0.1:8000", rf"({HOST.pattern}|\*):{PORT}")
-TRANSPORT = Choice(("shm", "tcp", "gloo", "nccl"))
+TRANSPORT = Choice(("shm", "cuda_ipc", "tcp", "gloo", "nccl"))
 OVERLAP = Choice(("auto", "on", "off"))
 CURVE = Choice(("auto", "on", "off"))
 
@@ -213,9 +213,9 @@ class RelaySection:
     lease_s: float = key(SECONDS, "how long an offered KV handle waits to be pulled", 30.0)
     transfer_timeout_s: float = key(SECONDS, "longest time in which nothing of a transfer moves", 10.0)
     transports: tuple[str, ...] = key(
-        Many(TRANSPORT, "a list of shm, tcp, gloo and nccl"),
-        "allowed ways for KV: shm within a node, tcp between nodes; gloo and nccl where they are forced",
-        ("shm", "tcp", "gloo", "nccl"),
+        Many(TRANSPORT, "a list of shm, cuda_ipc, tcp, gloo and nccl"),
+        "allowed ways for KV: shm, and between GPUs cuda_ipc, within a node; tcp; gloo and nccl where forced",
+        ("shm", "cuda_ipc", "tcp", "gloo", "nccl"),
     )
     verify: bool = key(Flag(), "sum all KV where it is made and where it arrives, and compare", True)
     port: int = key(
@@ -287,7 +287,10 @@ class File:
         Either((CURVE, Mapping(SecuritySection))), "encryption, or just the value of curve", SecuritySection()
     )
     force_transport: str | None = key(
-        TRANSPORT, "send all KV this way: tcp works on one machine too, gloo between CPUs, nccl between GPUs", None
+        TRANSPORT,
+        "send all KV this way: tcp works on one machine too, cuda_ipc between GPUs of one, gloo between CPUs, "
+        "nccl between GPUs",
+        None,
     )
 
 

@@ -8,13 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dsdecode.config import DecodeConfig
-from dsdecode.events import CopyDirect, CopyEnded, CopyStream, CutStream
+from dsdecode.events import CopyDirect, CopyEnded, CopyStream, CutStream, PoolTried, TryPool
 from dsdecode.state import DecodeState
 from dsdecode.transports import Transports
 from dsengine.instance import RunningInstance
 from dsengine.instance_actor import InstanceActor, routes, settings
 from dskv.handle import KvHandle, KvKey
-from dskv.receive import Receiver
 from dskv.transport import Transport
 from dstopology.resolved import Topology
 from dswire.actor import Route
@@ -57,8 +56,18 @@ class DecodeActor(InstanceActor):
             case CutStream(key):
                 if key in self._coming:
                     self._coming[key].cut()
+            case TryPool():
+                self.spawn(self._try(action), "trial")
             case _:
                 super().perform(action)
+
+    async def _try(self, action: TryPool) -> PoolTried:
+        loop = asyncio.get_running_loop()
+        try:
+            rate = await loop.run_in_executor(self._readers, self._running.read_rate, action.owner, action.pool)
+        except DsError as error:
+            return PoolTried(self.now(), action.owner, 0.0, error.info())
+        return PoolTried(self.now(), action.owner, rate)
 
     def _copy_direct(self, action: CopyDirect) -> asyncio.Future[ErrorInfo | None]:
         handle = action.handle
@@ -83,12 +92,9 @@ class DecodeActor(InstanceActor):
 
     def _bring(self, transport: Transport, handle: KvHandle, blocks: tuple[int, ...]) -> ErrorInfo | None:
         """All the KV, verified, in a thread that may wait for it; what went wrong."""
-        welcome, layout = self.machine.links.welcome, self._running.capacity.layout
+        welcome = self.machine.links.welcome
         try:
-            with self._running.arriving(handle.key, blocks[: layout.blocks_for(handle.tokens)]) as pools:
-                receiver = Receiver(handle, pools, blocks, summed=welcome is None or welcome.verify)
-                transport.bring(receiver)
-                receiver.verify()
+            self._running.bring(transport, handle, blocks, summed=welcome is None or welcome.verify)
         except DsError as error:
             return error.info()
         return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dskv.handle import KvHandle, KvKey
 from dswire.errors import ErrorInfo
-from dswire.messages.kv import Ticket
+from dswire.messages.kv import PoolInfo, Ticket
 
 # actions
 
@@ -35,6 +35,14 @@ class CutStream:
     key: KvKey
 
 
+@dataclass(frozen=True, slots=True)
+class TryPool:
+    """Read some of an owner's pool; ends with :class:`PoolTried`."""
+
+    owner: str
+    pool: PoolInfo
+
+
 # events
 
 
@@ -44,4 +52,14 @@ class CopyEnded:
 
     now: float
     key: KvKey
+    error: ErrorInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PoolTried:
+    """How fast an owner's pool can be read, or why it cannot."""
+
+    now: float
+    owner: str
+    bytes_per_s: float
     error: ErrorInfo | None = None

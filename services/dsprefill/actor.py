@@ -57,7 +57,7 @@ class PrefillActor(InstanceActor):
         for run in step.runs:
             # what goes in parts is sealed in parts
             whole = not (run.start and self.machine.config.part_tokens)
-            worth = self._running.mirrored or (self._verifies and self._nbytes(run.blocks) > SMALL_NBYTES)
+            worth = self._running.sealing or (self._verifies and self._nbytes(run.blocks) > SMALL_NBYTES)
             if run.draws and whole and worth:
                 begun = self._running.seal_soon(run.key, run.blocks, summed=self._verifies)
                 self._sealing[run.key] = run.blocks, begun
@@ -67,7 +67,7 @@ class PrefillActor(InstanceActor):
         try:
             if begun is not None and blocks == action.blocks:
                 checksum = await asyncio.wrap_future(begun)
-            elif self._verifies or self._running.mirrored:
+            elif self._verifies or self._running.sealing:
                 seal = partial(self._running.seal, action.key, action.blocks, summed=self._verifies)
                 checksum = await self._running.copy(self._nbytes(action.blocks), seal)
         except DsError as error:

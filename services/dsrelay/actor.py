@@ -40,7 +40,7 @@ from dsrelay.events import (
 )
 from dsrelay.state import RelayState
 from dsrelay.streams import PROOF_NBYTES, Streams, read_proof
-from dstopology.resolved import Topology
+from dstopology.resolved import LOCAL, Topology
 from dstopology.wiring import router_route, system_keys
 from dswire.actor import Actor, Route
 from dswire.errors import DsError, ProtocolError, from_info
@@ -184,7 +184,7 @@ def configure(topology: Topology, name: str) -> RelayConfig:
         lease_s=relay.lease_s,
         transfer_timeout_s=relay.transfer_timeout_s,
         sources=topology.sources_of(relay.node),
-        direct="decode" in topology.roles_on(relay.node) and topology.transport(relay.node, relay.node) == "shm",
+        direct="decode" in topology.roles_on(relay.node) and topology.transport(relay.node, relay.node) in LOCAL,
         collective=topology.collective,
         # communicators are made when they are needed, by the instances
         prove=not topology.collective,

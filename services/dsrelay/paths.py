@@ -1,13 +1,13 @@
 """By which way KV comes to this node from each of its sources, proved with a small transfer before it is needed.
 
-A source is an owner of this node, whose pool is mapped and read, or the relay of another node (our own too, where
-KV that stays on the node goes by TCP), which is asked for a ticket for some bytes. A path that cannot be used is
-told with the reason. Pure.
+A source is an owner of this node, whose pool is mapped and read (by the readers, if it is a GPU's), or the relay of
+another node (our own too, where KV that stays on the node goes by TCP), which is asked for a ticket for some bytes.
+A path that cannot be used is told with the reason. Pure.
 """
 
 from __future__ import annotations
 
-from dsrelay.events import RELAY, Action, PathKnown, ProvePool, ProveStream
+from dsrelay.events import RELAY, WORKER, Action, PathKnown, ProvePool, ProveStream
 from dswire.errors import ErrorInfo
 from dswire.machine import Send
 from dswire.messages import kv
@@ -20,6 +20,9 @@ class Paths:
         self.known: dict[str, kv.PathInfo] = {}
         #: sources that were asked for a ticket
         self._asked: set[str] = set()
+        #: owners whose pools only readers can open, and the readers, in the order in which they came
+        self._gpus: dict[str, kv.PoolInfo] = {}
+        self._readers: dict[str, None] = {}
         self._out = out
 
     # other relays
@@ -48,12 +51,32 @@ class Paths:
         self._asked.discard(source)
         self._tell(kv.PathInfo(source, "tcp", reason=error.message))
 
-    # owners of this node
+    # owners and readers of this node
 
     def map(self, owner: str, pool: kv.PoolInfo) -> None:
-        """An owner has said where its pool is."""
-        self.known[owner] = kv.PathInfo(owner, "shm")
-        self._out.append(ProvePool(owner, pool))
+        """An owner has said where its pool is. One on a GPU is read by the readers, who alone can open it."""
+        if all(shard.gpu is None for shard in pool.shards):
+            self.known[owner] = kv.PathInfo(owner, "shm")
+            self._out.append(ProvePool(owner, pool))
+            return
+        self.known[owner] = kv.PathInfo(owner, "cuda_ipc")
+        self._gpus[owner] = pool
+        for reader in self._readers:
+            self._out.append(Send(reader, kv.KvTry(owner, pool)))
+
+    def welcome(self, reader: str) -> None:
+        """A reader has said hello."""
+        self._readers[reader] = None
+        for owner, pool in self._gpus.items():
+            self._out.append(Send(reader, kv.KvTry(owner, pool)))
+
+    def tried(self, tried: kv.KvTried) -> None:
+        """A reader has read from an owner's GPU, or cannot; one who cannot is what is told of all."""
+        known = self.known.get(tried.owner)
+        if tried.owner not in self._gpus or known is None or known.reason:
+            return
+        reason = tried.error.message if tried.error is not None else ""
+        self._tell(kv.PathInfo(tried.owner, "cuda_ipc", None if reason else tried.bytes_per_s, reason))
 
     def mapped(self, owner: str, bytes_per_s: float, error: ErrorInfo | None) -> None:
         """Its pool was read, or cannot be."""
@@ -64,9 +87,12 @@ class Paths:
         else:
             self._tell(kv.PathInfo(owner, "shm", reason=error.message))
 
-    def forget(self, owner: str) -> None:
-        """The owner is gone."""
+    def forget(self, peer: str) -> None:
+        """A worker of this node is gone."""
+        owner = peer.removeprefix(WORKER)
         self.known.pop(owner, None)
+        self._gpus.pop(owner, None)
+        self._readers.pop(peer, None)
 
     def _tell(self, path: kv.PathInfo) -> None:
         self.known[path.source] = path

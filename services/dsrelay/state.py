@@ -181,6 +181,8 @@ class RelayState:
             case kv.KvPulled(key=key, error=error):
                 if not self.incoming.ended(now, peer, key, error):
                     self.ledger.ended(now, peer, key, "pulled" if error is None else "lost")
+            case kv.KvTried():
+                self.paths.tried(message)
             case kv.KvAgain(key=key):
                 self._again(now, peer, key)
             case kv.KvAbort(key=key):
@@ -284,14 +286,18 @@ class RelayState:
         config = self.config
         welcome = kv.KvWelcome(config.name, config.incarnation, config.lease_s, config.verify, config.direct)
         self._out.append(Send(peer, welcome))
-        if hello.pool is not None and config.direct and config.prove:
+        if not config.direct or not config.prove:
+            return
+        if hello.pool is not None:
             self.paths.map(peer.removeprefix(WORKER), hello.pool)
+        else:
+            self.paths.welcome(peer)
 
     def _worker_lost(self, now: float, peer: str) -> None:
         if self.workers.leave(peer):
             self._reader_lost(now, peer)
             self.ledger.owner_lost(now, peer.removeprefix(WORKER))
-            self.paths.forget(peer.removeprefix(WORKER))
+            self.paths.forget(peer)
 
     def _reader_lost(self, now: float, peer: str) -> None:
         self.incoming.reader_lost(now, peer)

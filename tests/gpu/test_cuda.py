@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 
+import msgspec
 import pytest
 import torch
 
+from dsclient import Client
 from dsengine import mirror
+from dsengine.gpu_copies import GpuCopies
 from dsengine.pool import KvPool
 from dsengine.ranks import RankedEngine
 from dsengine.runner import Engine
 from dskv.layout import KvLayout
+from dskv.shards import GpuMemory
+from dswire.errors import KvCorrupt
+from dswire.messages.kv import PoolInfo
 from support import handover
+from support.handles import LAYOUT, make_handle
 from support.rank_threads import ThreadedEngine
+from support.system import running_system
 from support.tiny_families import FAMILIES, make_family
 from support.tiny_llama import Reference, engine_config, generate, make_model, prompt_of
 from support.tokenizers_here import byte_level, save
@@ -108,3 +120,57 @@ def test_ranks_of_a_gpu_each(tmp_path: Path, tp: int, pp: int) -> None:
     engine = RankedEngine("gpu", [dataclasses.replace(here, device=f"cuda:{rank}") for rank in range(2)], tp, pp)
     assert generate(engine, PROMPTS, COUNT) == want
     engine.close()
+
+
+OWNER = """
+import sys, msgspec, torch
+from dsengine.gpu_copies import GpuCopies
+from support.handles import LAYOUT
+numbers = torch.randn(16, LAYOUT.block_nbytes // 2, generator=torch.Generator().manual_seed(5))
+blocks = numbers.to(torch.float16).to(sys.argv[1])
+copies = GpuCopies(blocks, LAYOUT)
+sys.stdout.buffer.write(msgspec.json.encode((copies.shared, copies.seal(range(1, 6), summed=True))) + b"\\n")
+sys.stdout.buffer.flush()
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("device", [f"cuda:{index}" for index in range(min(GPUS, 2))])
+def test_another_process_opens_a_pool_and_sees_what_changes(device: str) -> None:
+    command = [sys.executable, "-c", OWNER, device]
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, env=os.environ | path) as owner:
+        assert owner.stdout is not None
+        memory, checksum = msgspec.json.decode(owner.stdout.readline(), type=tuple[GpuMemory, int])
+        shards = (msgspec.structs.replace(make_handle().shards[0], gpu=memory),)
+        handle = make_handle(blocks=range(1, 6), segment_blocks=16, checksum=checksum)
+        handle = msgspec.structs.replace(handle, shards=shards)
+        mine = torch.zeros(16, LAYOUT.block_nbytes // 2, dtype=torch.float16, device="cuda:0")
+        copies = GpuCopies(mine, LAYOUT)
+        assert copies.read_rate("prefill-0", PoolInfo(LAYOUT, shards, 16)) > 0.0
+        copies.fetch(handle, range(9, 14), summed=True)
+        numbers = torch.randn(mine.shape, generator=torch.Generator().manual_seed(5)).to(torch.float16)
+        assert torch.equal(mine[9:14].cpu(), numbers[1:6])
+        with pytest.raises(KvCorrupt):
+            copies.fetch(msgspec.structs.replace(handle, blocks=(1, 2, 3, 5, 4)), range(9, 14), summed=True)
+        copies.close()
+        owner.communicate()
+
+
+TOPOLOGY = """
+model: {path: smollm2-135m-instruct, dtype: float32, max_model_len: 1024}
+nodes: [{name: g, devices: [cuda:0, cuda:1]}]
+router: {node: g, frontend: "tcp://127.0.0.1:{port}"}
+kv: {memory: 1GiB}
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(GPUS < 2, reason="there are not two GPUs here")
+def test_a_whole_system_hands_kv_from_gpu_to_gpu() -> None:
+    made = []
+    for text in (TOPOLOGY, TOPOLOGY + "force_transport: shm\n"):
+        with running_system(text) as system, Client(system.address) as client:
+            answers = (client.generate(prompt_ids=one, temperature=0.0, max_tokens=COUNT) for one in PROMPTS)
+            made.append([one.choices[0].token_ids for one in answers])
+    assert made[0] == made[1]

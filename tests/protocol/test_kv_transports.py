@@ -61,6 +61,7 @@ async def test_the_bytes_arrive_and_the_blocks_come_back(world: World) -> None:
     await hand_off(world, "r2/0")
 
 
+@pytest.mark.parametrize("transport", [one for one in TRANSPORTS if one != "cuda_ipc"], indirect=True)
 @pytest.mark.parametrize(
     ("theirs", "ours"), [((2, 1, 4), (1, 2, 2)), ((1, 2, 2), (2, 1, 4)), ((1, 1, 4), (2, 2, 4))]
 )
@@ -199,7 +200,8 @@ async def test_an_owner_that_vanishes_fails_the_pull(world: World, tmp_path: Pat
     world.prefill.close()
     failed = await world.decode.expect(kv.KvFailed, key=handle.key)
     assert failed.error.code == "transfer_failed"
-    again = Prefill(world.owners_relay.local, "prefill-0", "n0", tmp_path, incarnation="2")
+    address, gpus = world.owners_relay.local, world.prefill.gpus
+    again = Prefill(address, "prefill-0", "n0", tmp_path, incarnation="2", gpus=gpus)
     world.prefill = again
     await again.hello()
     await world.decode.hello()

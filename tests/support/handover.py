@@ -9,7 +9,6 @@ from dsengine.instance import RunningInstance
 from dsengine.runner import StepItem
 from dsengine.sampler import Sampled
 from dskv.handle import KvHandle, KvKey
-from dskv.receive import Receiver
 from dskv.segment import SegmentCache
 from dskv.transport import SharedMemory
 from dstopology.resolved import Topology
@@ -31,10 +30,7 @@ async def generate(owner: RunningInstance, reader: RunningInstance, prompt: Sequ
     handle, first = await offered(owner, prompt)
     blocks = tuple(range(5, 5 + layout.blocks_for(len(prompt) + count)))
     mapped = SegmentCache()
-    with reader.arriving(KEY, blocks[: layout.blocks_for(len(prompt))]) as pools:
-        receiver = Receiver(handle, pools, blocks)
-        SharedMemory(handle, mapped).bring(receiver)
-        receiver.verify()
+    reader.bring(SharedMemory(handle, mapped), handle, blocks, summed=True)
     mapped.close()
     owner.withdraw(KEY)
     made = [first]

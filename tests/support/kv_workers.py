@@ -22,6 +22,7 @@ from dswire.errors import DsError, KvCorrupt, from_info
 from dswire.membership import HELLO_RETRY_S
 from dswire.messages import PROTOCOL, kv, worker
 from dswire.sockets import BoundSocket, ConnectedSocket
+from support.gpu_memory import SharedMemory
 from support.handles import LAYOUT, make_pool, offered
 
 MessageT = TypeVar("MessageT", bound=msgspec.Struct)
@@ -91,10 +92,21 @@ class Endpoint:
 class Prefill(Endpoint):
     """Owns a pool, offers handles over it, and sends what it is asked for."""
 
-    def __init__(self, endpoint: str, name: str, node: str, directory: Path, *, incarnation: str = "1") -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        name: str,
+        node: str,
+        directory: Path,
+        *,
+        incarnation: str = "1",
+        gpus: SharedMemory | None = None,
+    ) -> None:
         super().__init__(endpoint, name, incarnation)
         self.node = node
         self.pool = make_pool(directory / f"{name}.kv", 64)
+        self.gpus = gpus
+        self._gpu = gpus.copies(LAYOUT, self.pool) if gpus is not None else None
         #: where the KV of each handle lies
         self._offered: dict[KvKey, tuple[KvHandle, RankPools]] = {}
         #: to whom each was sent last
@@ -104,6 +116,10 @@ class Prefill(Endpoint):
     def offer(self, sequence: str, blocks: Sequence[int]) -> KvHandle:
         """Offer some blocks."""
         handle = offered(self.pool, sequence, blocks, owner=self.name, node=self.node)
+        if self._gpu is not None:
+            shard = msgspec.structs.replace(handle.shards[0], gpu=self._gpu.shared)
+            checksum = self._gpu.seal(blocks, summed=True)
+            handle = msgspec.structs.replace(handle, shards=(shard,), checksum=checksum)
         self.offer_from(RankPools.of(LAYOUT, self.pool), handle)
         return handle
 
@@ -139,7 +155,7 @@ class Prefill(Endpoint):
 class Decode(Endpoint):
     """Pulls handles into a pool of its own."""
 
-    def __init__(self, topology: Topology, name: str, directory: Path) -> None:
+    def __init__(self, topology: Topology, name: str, directory: Path, gpus: SharedMemory | None = None) -> None:
         super().__init__(topology.relay_of(topology.instance(name).node).local, name)
         self.topology = topology
         self.pool = Segment.create(directory / f"{name}.kv", 256, LAYOUT.block_nbytes)
@@ -147,6 +163,7 @@ class Decode(Endpoint):
         self._collective = Collective(torch.device("cpu"), "127.0.0.1", PATIENCE_S)
         self._mapped = SegmentCache()
         self.transports = Transports(topology, self._mapped, self._collective)
+        self._gpu = gpus.copies(LAYOUT, self.pool) if gpus is not None else None
 
     async def pull(
         self, handle: KvHandle, blocks: Sequence[int], *, doubt: Callable[[], None] = lambda: None
@@ -177,6 +194,9 @@ class Decode(Endpoint):
 
     async def fetch(self, handle: KvHandle, grant: kv.KvGrant, blocks: Sequence[int]) -> None:
         """What the relay has granted, verified. Raises what went wrong."""
+        if self._gpu is not None:
+            self._gpu.fetch(handle, blocks, summed=True)
+            return
         receiver = Receiver(handle, self.pools, blocks)
         async with asyncio.timeout(PATIENCE_S):
             await asyncio.to_thread(self.transports.of(handle, grant.ticket).bring, receiver)

@@ -15,10 +15,12 @@ from dstopology.endpoints import free_ports
 from dstopology.load import load
 from dstopology.resolved import Relay, Topology
 from dswire.errors import DsError, PortInUse
+from support.gpu_memory import SharedMemory
 from support.kv_workers import PATIENCE_S, Decode, Prefill, ScriptedRouter
 
-#: how KV gets from prefill to decode: same host; by a relay's stream here, and there; by communicators
-TRANSPORTS = ("shm", "tcp-self", "tcp-pair", "gloo-self", "gloo-pair")
+#: how KV gets from prefill to decode: same host; by a relay's stream here, and there; by communicators; from GPU to
+#: GPU, which are CPUs here
+TRANSPORTS = ("shm", "tcp-self", "tcp-pair", "gloo-self", "gloo-pair", "cuda_ipc")
 
 LEASE_S = 3
 RELAY = f"{{lease_s: {LEASE_S}, transfer_timeout_s: 4, port: PORT}}"
@@ -160,6 +162,8 @@ class World:
 def topology_for(transport: str, directory: Path) -> Topology:
     """A topology that takes that transport, on free ports."""
     text = (TWO_NODES if transport.endswith("pair") else ONE_NODE).replace("RELAY", RELAY)
+    if transport == "cuda_ipc":
+        text = text.replace("cpu:", "cuda:")
     if transport in ("tcp-self", "gloo-self", "gloo-pair"):
         text += f"force_transport: {transport[:-5]}\n"
     first = free_ports(6)
@@ -182,9 +186,11 @@ async def running(transport: str, directory: Path) -> AsyncIterator[World]:
             await world.start_relay(relay.name)
             stack.push_async_callback(world.end_relay, relay.name)
         owner = topology.instance("prefill-0")
-        world.prefill = Prefill(topology.relay_of(owner.node).local, "prefill-0", owner.node, directory)
+        gpus = SharedMemory() if topology.between_gpus else None
+        assert (gpus is not None) == (transport == "cuda_ipc")
+        world.prefill = Prefill(topology.relay_of(owner.node).local, "prefill-0", owner.node, directory, gpus=gpus)
         stack.callback(lambda: world.prefill.close())
-        world.decode = Decode(topology, "decode-0", directory)
+        world.decode = Decode(topology, "decode-0", directory, gpus)
         stack.callback(world.decode.close)
         await world.prefill.hello()
         await world.decode.hello()

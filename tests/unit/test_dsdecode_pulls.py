@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dsdecode.config import MAX_PULLS
-from dsdecode.events import CopyDirect, CopyEnded, CopyStream, CutStream
+from dsdecode.events import CopyDirect, CopyEnded, CopyStream, CutStream, PoolTried, TryPool
 from dsdecode.sequence import Phase
 from dskv.handle import KvKey
 from dssched.steps import RunStep, StartSequence
@@ -14,7 +14,7 @@ from dswire.machine import Received, Send, Tick
 from dswire.messages import kv, worker
 from dswire.messages.client import Sampling
 from support.decode_desk import Desk
-from support.handles import LAYOUT
+from support.handles import LAYOUT, make_handle
 from support.instance_desk import LEASE_S
 from support.relay_desk import TICKET
 
@@ -229,3 +229,14 @@ def test_nothing_is_copied_early_that_no_checksum_would_prove(near: Desk) -> Non
     near.say("relay", kv.KvWelcome("relay-n1", "3", LEASE_S, verify=False, direct=True))
     near.work("r", 8)
     assert near.did(CopyDirect) == []
+
+
+def test_the_pool_of_a_gpu_is_tried_for_the_relay() -> None:
+    desk = Desk().joined()
+    pool = kv.PoolInfo(LAYOUT, make_handle().shards, 16)
+    assert desk.say("relay", kv.KvTry("prefill-0", pool)) == [TryPool("prefill-0", pool)]
+    told = kv.KvTried("prefill-0", 2e9)
+    assert desk.feed(PoolTried(desk.now, "prefill-0", 2e9)) == [Send("relay", told)]
+    error = TransferFailed("its owner is gone").info()
+    told = kv.KvTried("prefill-0", error=error)
+    assert desk.feed(PoolTried(desk.now, "prefill-0", 0.0, error)) == [Send("relay", told)]

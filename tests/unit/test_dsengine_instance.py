@@ -11,17 +11,23 @@ from threading import get_ident
 from typing import NoReturn
 
 import pytest
+import torch
+from structlog.testing import capture_logs
+from torch import Tensor
 
-from dsengine.instance import WARM_UP_TOKENS, RunningInstance
+from dsengine.gpu_copies import GpuCopies
+from dsengine.instance import WARM_UP_TOKENS, RunningInstance, _by_gpu
 from dsengine.runner import Engine
 from dskv.handle import KvKey
+from dskv.layout import KvLayout
 from dsprefill.actor import build
 from dsprefill.events import Seal
 from dssched.steps import ForgetSequence, Run, RunStep, StartSequence
 from dstopology.resolved import Topology
-from dswire.errors import OutOfMemory, TransferFailed
+from dswire.errors import OutOfMemory, StartFailed, TransferFailed
 from dswire.messages.client import Sampling
 from support import handover
+from support.gpu_memory import SharedMemory
 from support.tiny_llama import engine_config, generate, make_model, prompt_of
 from support.tokenizers_here import byte_level
 from support.topologies import Desk
@@ -89,6 +95,40 @@ async def test_kv_of_a_pool_that_cannot_be_mapped_is_handed_over(
         assert [await handover.generate(both[0], both[1], prompt, 9)] == generate(here, [prompt], 9)
     for running in both:
         running.close()
+
+
+async def test_kv_goes_from_gpu_to_gpu(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, both = SharedMemory(), []
+
+    def copies(blocks: Tensor, layout: KvLayout) -> GpuCopies:
+        return GpuCopies(blocks, layout, memory.share, memory.opened)
+
+    monkeypatch.setattr("dsengine.instance._by_gpu", lambda _: True)
+    monkeypatch.setattr("dsengine.instance.GpuCopies", copies)
+    topology = topology_of(tmp_path, model_dir, 12, 128)
+    for name in ("prefill-0", "decode-0"):
+        both.append(await handover.load(topology, name))
+        assert not topology.instance(name).segment.exists()
+    here = Engine(engine_config(model_dir))
+    for prompt in (prompt_of(70), prompt_of(5)):
+        assert [await handover.generate(both[0], both[1], prompt, 9)] == generate(here, [prompt], 9)
+    assert memory.openings == 1
+    for running in both:
+        running.close()
+
+
+def test_gpus_that_do_not_reach_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = "model: m\nnodes: [{name: g, devices: [cuda:0, cuda:1]}]\n"
+    desk = Desk(tmp_path)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: True)
+    assert _by_gpu(desk.load(gpus))
+    assert not _by_gpu(desk.load(gpus + "force_transport: shm\n"))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: one < other)
+    with capture_logs() as logs:
+        assert not _by_gpu(desk.load(gpus))
+    assert [log["why"] for log in logs] == ["cuda:1 cannot read the memory of cuda:0"]
+    with pytest.raises(StartFailed, match="cuda:1 cannot read the memory of cuda:0"):
+        _by_gpu(desk.load(gpus + "force_transport: cuda_ipc\n"))
 
 
 async def test_what_finds_no_room_in_a_mirror_can_be_shown_later(

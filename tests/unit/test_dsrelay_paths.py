@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
+
+from dskv.shards import GpuMemory
 from dsrelay.events import OpenProof, PathKnown, PoolProved, ProvePool, ProveStream, StreamProved
 from dswire.errors import TransferFailed
 from dswire.messages import PROTOCOL, kv, worker
@@ -26,8 +29,8 @@ def paths(desk: Desk) -> list[kv.PathInfo]:
     return list(listing.paths)
 
 
-def hello(desk: Desk) -> None:
-    desk.say("worker:prefill-0", kv.KvHello(PROTOCOL, "prefill-0", "1", POOL))
+def hello(desk: Desk, pool: kv.PoolInfo = POOL) -> None:
+    desk.say("worker:prefill-0", kv.KvHello(PROTOCOL, "prefill-0", "1", pool))
 
 
 def test_another_relay_is_asked_for_a_ticket_and_its_bytes_are_read() -> None:
@@ -87,3 +90,52 @@ def test_nothing_is_tried_where_nobody_asks_for_it() -> None:
     hello(desk)
     assert not [action for action in desk.actions if isinstance(action, ProvePool)]
     assert paths(desk) == []
+
+
+def gpu_pool(handle: bytes = b"1") -> kv.PoolInfo:
+    gpu = GpuMemory("GPU-1", handle, 1, 0, b"", 0, b"", False)
+    return msgspec.structs.replace(POOL, shards=tuple(msgspec.structs.replace(one, gpu=gpu) for one in POOL.shards))
+
+
+def greet(desk: Desk, name: str) -> None:
+    desk.say(f"worker:{name}", kv.KvHello(PROTOCOL, name, "1"))
+
+
+def test_the_pool_of_a_gpu_is_read_by_the_readers() -> None:
+    desk = proving()
+    greet(desk, "decode-0")
+    hello(desk, gpu_pool())
+    assert not [action for action in desk.actions if isinstance(action, ProvePool)]
+    assert desk.sent("worker:decode-0", kv.KvTry) == [kv.KvTry("prefill-0", gpu_pool())]
+    assert kv.PathInfo("prefill-0", "cuda_ipc") in paths(desk)
+    # whoever comes later tries what is there
+    greet(desk, "decode-1")
+    assert desk.sent("worker:decode-1", kv.KvTry) == [kv.KvTry("prefill-0", gpu_pool())]
+    known = kv.PathInfo("prefill-0", "cuda_ipc", 2e9)
+    assert desk.say("worker:decode-0", kv.KvTried("prefill-0", 2e9)) == [PathKnown(known)]
+    assert known in paths(desk)
+
+
+def test_one_reader_that_cannot_open_a_gpus_pool_is_told() -> None:
+    desk = proving()
+    hello(desk, gpu_pool())
+    greet(desk, "decode-0")
+    greet(desk, "decode-1")
+    told = kv.PathInfo("prefill-0", "cuda_ipc", reason=GONE.message)
+    assert desk.say("worker:decode-0", kv.KvTried("prefill-0", error=GONE)) == [PathKnown(told)]
+    assert desk.say("worker:decode-1", kv.KvTried("prefill-0", 2e9)) == []
+    assert told in paths(desk)
+    # its next life is another matter
+    desk.lose("worker:prefill-0")
+    assert told not in paths(desk)
+    assert desk.say("worker:decode-0", kv.KvTried("prefill-0", 1e9)) == [], "it is gone"
+    hello(desk, gpu_pool(b"2"))
+    assert desk.sent("worker:decode-1", kv.KvTry)[-1].pool == gpu_pool(b"2")
+
+
+def test_a_reader_that_is_gone_tries_nothing() -> None:
+    desk = proving()
+    greet(desk, "decode-0")
+    desk.lose("worker:decode-0")
+    hello(desk, gpu_pool())
+    assert desk.sent("worker:decode-0", kv.KvTry) == []

@@ -78,6 +78,7 @@ def test_the_schema_names_its_draft_and_is_plain_json() -> None:
     assert SCHEMA["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert json.loads(json.dumps(SCHEMA))["$defs"]["RelaySection"]["properties"]["transports"]["default"] == [
         "shm",
+        "cuda_ipc",
         "tcp",
         "gloo",
         "nccl",

@@ -12,7 +12,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from dstopology.fit import shown
-from dstopology.resolved import Instance, Node, Relay, Topology, Transport
+from dstopology.resolved import LOCAL, Instance, Node, Relay, Topology, Transport
 from dswire.messages.client import StatusReport, WorkerStatus
 from dswire.messages.kv import PathInfo
 
@@ -35,7 +35,7 @@ class Live:
     def path(self, topology: Topology, one: Handoff) -> str:
         """How fast KV was found to go that way, or what is wrong with it; "" when nothing is known."""
         node = topology.instance(one.puller).node
-        source = one.owner if one.transport == "shm" else topology.instance(one.owner).node
+        source = one.owner if one.transport in LOCAL else topology.instance(one.owner).node
         path = self.paths.get((source, node))
         if path is None:
             return ""
@@ -137,7 +137,7 @@ def _handoff_lines(topology: Topology, pairs: list[Handoff], live: Live) -> Iter
     for one in pairs:
         where = "between nodes" if one.crosses_nodes else "within the node"
         kinds[one.transport, where] = kinds.get((one.transport, where), 0) + 1
-        by = f"through {' and '.join(dict.fromkeys(one.relays))}" if one.transport != "shm" else ""
+        by = f"through {' and '.join(dict.fromkeys(one.relays))}" if one.transport not in LOCAL else ""
         if len(pairs) <= MAX_PAIRS:
             known = live.path(topology, one)
             yield _line(f"{one.owner} → {one.puller}", one.transport, where, by, known, style="")
@@ -267,9 +267,9 @@ def _boxes(topology: Topology, node: Node) -> Iterator[str]:
 
 
 def _edges(one: Handoff) -> Iterator[str]:
-    """Shared memory goes straight; TCP goes from relay to relay."""
-    if one.transport == "shm":
-        yield f'{one.owner} ==>|"KV, shm"| {one.puller}'
+    """Within a host straight; TCP goes from relay to relay."""
+    if one.transport in LOCAL:
+        yield f'{one.owner} ==>|"KV, {one.transport}"| {one.puller}'
         return
     first, last = one.relays
     yield f'{one.owner} ==>|"KV"| {first}'

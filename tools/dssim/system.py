@@ -27,7 +27,7 @@ from dssim.prompts import VOCABULARY
 from dssim.records import Observations, Record, Run
 from dssim.times import StepTimes, TransferTimes
 from dssim.workload import Arrival
-from dstopology.resolved import Instance, Topology
+from dstopology.resolved import LOCAL, Instance, Topology
 from dswire.messages import worker
 
 #: longest simulated time for all processes to find each other, and for all to be given back after the last end
@@ -218,7 +218,7 @@ class System:
             transfer_timeout_s=relay.transfer_timeout_s,
             sources=self.topology.sources_of(relay.node),
             verify=relay.verify,
-            direct=self.topology.transport(relay.node, relay.node) == "shm",
+            direct=self.topology.transport(relay.node, relay.node) in LOCAL,
         )
         return RelayProcess(name, relay.node, RelayState(config), self.kernel, self._transfers)
 

@@ -85,6 +85,14 @@ class KvSending(msgspec.Struct, frozen=True, tag=True):
     error: ErrorInfo | None = None
 
 
+class KvTried(msgspec.Struct, frozen=True, tag=True):
+    """Decode: answer to :class:`KvTry`: how fast it was, or why it cannot be."""
+
+    owner: str
+    bytes_per_s: float = 0.0
+    error: ErrorInfo | None = None
+
+
 class KvPull(msgspec.Struct, frozen=True, tag=True):
     """Decode: blocks are reserved, bring the KV."""
 
@@ -194,7 +202,7 @@ class PathInfo(msgspec.Struct, frozen=True):
 
     #: an owner of the node, or the node of another relay
     source: str
-    #: "shm" or "tcp"
+    #: "shm", "cuda_ipc" or "tcp"
     transport: str
     #: as a small transfer at start-up had it; None while none has come to its end
     bytes_per_s: float | None = None
@@ -222,6 +230,13 @@ class KvSend(msgspec.Struct, frozen=True, tag=True):
     reader: str
     #: of the fetch
     number: int
+
+
+class KvTry(msgspec.Struct, frozen=True, tag=True):
+    """Decode: read some of this pool, which only those who have a GPU can open."""
+
+    owner: str
+    pool: PoolInfo
 
 
 class KvGrant(msgspec.Struct, frozen=True, tag=True):
@@ -305,6 +320,7 @@ FromKvWorker: TypeAlias = (
     | KvWithdraw
     | KvHeld
     | KvSending
+    | KvTried
     | KvPull
     | KvPulled
     | KvAgain
@@ -313,7 +329,17 @@ FromKvWorker: TypeAlias = (
     | KvList
 )
 ToKvWorker: TypeAlias = (
-    KvWelcome | KvRefused | HelloWanted | KvPing | KvRelease | KvCancelled | KvListing | KvSend | KvGrant | KvFailed
+    KvWelcome
+    | KvRefused
+    | HelloWanted
+    | KvPing
+    | KvRelease
+    | KvCancelled
+    | KvListing
+    | KvSend
+    | KvTry
+    | KvGrant
+    | KvFailed
 )
 FromFetcher: TypeAlias = RelayHello | KvFetch | KvFetched | KvExtend | KvList | KvProbe
 ToFetcher: TypeAlias = HelloWanted | KvFetchGranted | KvProof | KvFetchFailed | KvListing

@@ -27,7 +27,7 @@ from dssim.records import Observations, Record, Run
 from dssim.system import System
 from dssim.times import FlatTransfer, Linear, LinearTimes, StepTimes, SummedTimes, Sums, TransferTimes
 from dssim.workload import Arrival
-from dstopology.resolved import Instance, Topology
+from dstopology.resolved import LOCAL, Instance, Topology
 from dswire.messages.client import Ledger
 
 _ENDLESS = 2**62
@@ -122,7 +122,7 @@ def _reached(topology: Topology) -> Iterator[bool]:
     """For each pair of nodes, whether KV can go from the one to the other."""
     for owner, reader in product(topology.role("prefill"), topology.role("decode")):
         relay = topology.relay_of(owner.node)
-        yield topology.transport(owner.node, reader.node) == "shm" or relay.data_connect is not None
+        yield topology.transport(owner.node, reader.node) in LOCAL or relay.data_connect is not None
 
 
 def _blocks(instance: Instance, layout: KvLayout) -> int:
@@ -146,7 +146,7 @@ def _settings(
         block_size=layout.block_size,
         block_nbytes=layout.block_nbytes,
         early=any(one.verify for one in topology.relays),
-        direct=_within(topology) == {"shm"},
+        direct=_within(topology) <= set(LOCAL),
         begun_s=begun_s,
         client_s=transfers.message_s(False),
         relay_s=transfers.message_s(True),
