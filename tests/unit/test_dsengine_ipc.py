@@ -53,5 +53,5 @@ def test_a_pool_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ipc, "uuid_of", lambda device: f"GPU-{device.index}")
     monkeypatch.setattr(reductions, "rebuild_cuda_tensor", refuse)
     memory = GpuMemory("GPU-0", b"", 1, 0, b"", 0, b"", False)
-    with pytest.raises(TransferFailed, match="cannot be opened: CUDA error: invalid device context$"):
+    with pytest.raises(TransferFailed, match=r"cannot be opened: CUDA error: invalid device context$"):
         ipc.opened(memory, (1, 1), torch.float16)
