@@ -66,22 +66,36 @@ Cached<E> cached(const Pool& pool, const int32_t* table, const Shape& shape, int
 }
 
 #ifdef __AVX512F__
-// Words 4 * quarter to 4 * quarter + 3 of 16 rows, turned over: to[i] has word i of each row. Four rows come side by
-// side by loads alone, which are cheaper than moves between the lanes of vectors.
-inline void turn(const char* const* rows, int quarter, __m512i* to) {
-  auto load = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + quarter * 16)); };
-  __m512i r[4];
+// Eight words of 16 rows, on their way to being turned over: `column` has the rest of it. Two rows come side by side by
+// loads alone, which are cheaper than moves between the lanes of vectors; four would take more loads than that saves.
+inline void turn(const char* const* rows, __m512i* to) {
+  auto load = [&](int row) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[row])); };
+#pragma GCC unroll 2
+  for (int eight = 0; eight < 2; ++eight) {
+    __m512i r[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_castsi128_si512(load(i));
-    r[i] = _mm512_mask_broadcast_i32x4(r[i], 0x00f0, load(i + 4));
-    r[i] = _mm512_mask_broadcast_i32x4(r[i], 0x0f00, load(i + 8));
-    r[i] = _mm512_mask_broadcast_i32x4(r[i], 0xf000, load(i + 12));
+    for (int i = 0; i < 4; ++i)
+      r[i] = _mm512_inserti64x4(_mm512_castsi256_si512(load(eight * 8 + i)), load(eight * 8 + i + 4), 1);
+    __m512i a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
+    __m512i c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
+    to[0] = _mm512_unpacklo_epi64(a, c), to[1] = _mm512_unpackhi_epi64(a, c);
+    to[2] = _mm512_unpacklo_epi64(b, d), to[3] = _mm512_unpackhi_epi64(b, d);
+    to += 4;
   }
-  __m512i a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
-  __m512i c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
-  to[0] = _mm512_unpacklo_epi64(a, c), to[1] = _mm512_unpackhi_epi64(a, c);
-  to[2] = _mm512_unpacklo_epi64(b, d), to[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+// Word `word` of those eight, of each row.
+template <int WORD>
+inline __m512i column(const __m512i* turned) {
+  constexpr int LANES_OF_BOTH = WORD < 4 ? 0x88 : 0xdd;
+  return _mm512_shuffle_i32x4(turned[WORD % 4], turned[WORD % 4 + 4], LANES_OF_BOTH);
+}
+
+// each.operator()<WORD>() for those eight in order.
+template <int WORD = 0, class Each>
+inline void each_word(Each each) {
+  each.template operator()<WORD>();
+  if constexpr (WORD < 7) each_word<WORD + 1>(each);
 }
 #endif
 
@@ -112,15 +126,15 @@ inline void pack_keys(const typename E::weight* const* rows, int head_dim, typen
   int dim = 0;
 #ifdef __AVX512F__
   if constexpr (sizeof(typename E::weight) * E::STEP == 4) {
-    constexpr int WIDE = LANES * E::STEP;
+    constexpr int WIDE = LANES / 2 * E::STEP;
     for (; dim + WIDE <= head_dim; dim += WIDE) {
       const char* at[LANES];
       for (int i = 0; i < LANES; ++i) at[i] = reinterpret_cast<const char*>(rows[i] + dim);
-      for (int quarter = 0; quarter < 4; ++quarter) {
-        __m512i words[4];
-        turn(at, quarter, words);
-        for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + (dim + (quarter * 4 + i) * E::STEP) * PANEL, words[i]);
-      }
+      __m512i turned[8];
+      turn(at, turned);
+      each_word([&]<int WORD>() {
+        _mm512_storeu_si512(to + (dim + WORD * E::STEP) * PANEL, column<WORD>(turned));
+      });
     }
   }
 #endif
@@ -214,14 +228,36 @@ inline float mask_row(float* line, const Queries& queries, const Shape& shape, i
   return largest(top);
 }
 
-// Probabilities of a row, to `p`; their sum.
+// Probabilities of a row, to `p` in the order of turns; their sum. What is stored is not read again here: a load of
+// several stores at once has to wait for them.
 template <class E>
 inline float weigh_row(const float* line, float scale, float base, int count, typename E::active* p) {
   vf added{};
-  for (int at = 0; at < count; at += LANES) {
+  auto weigh = [&](int at) {
     vf weight = exp2(load(line + at) * scale - base);
     added += weight;
-    E::activate(p + at, weight);
+    return weight;
+  };
+  if constexpr (sizeof(typename E::active) == sizeof(uint16_t)) {
+    if (count == TILE) {
+      vq numbers[TILE / (2 * LANES)];
+#pragma GCC unroll 4
+      for (int i = 0; i < TILE / (2 * LANES); ++i) {
+        const vf low = weigh(2 * i * LANES);
+        numbers[i] = E::activated(low, weigh((2 * i + 1) * LANES));
+      }
+      turn_tile(numbers);
+      std::memcpy(p, numbers, sizeof numbers);
+      return sum(added);
+    }
+  }
+  const int runs = count / LANES;
+  for (int run = 0; run < runs; ++run) {
+    typename E::active parts[LANES / PART][PART];
+    E::activate(parts[0], weigh(run * LANES));
+#pragma GCC unroll 4
+    for (int part = 0; part < LANES / PART; ++part)
+      std::memcpy(p + (part * runs + run) * PART, parts[part], sizeof parts[0]);
   }
   return sum(added);
 }
@@ -252,7 +288,6 @@ void soften(Scratch<E>& scratch, const Queries& queries, const Shape& shape, int
       float* out = state.out + (begin + row) * width;
       for (size_t i = 0; i < width; i += LANES) store(out + i, load(out + i) * factors[row]);
     }
-    for (int row = 0; row < rows; ++row) take_turns(scratch.p.data() + (begin + row) * TILE, count);
   }
 }
 

@@ -50,10 +50,10 @@ inline void load_panel(const typename E::weight* at, Wide* w) {
     for (int v = 0; v < PANEL_VECTORS; ++v) w[v] = E::load_weights(at + v * LANES * E::STEP);
 }
 
-// MB rows of `a` with NP panels. Not inlined: one tight loop, whatever is done with the sums.
-template <class E, int MB, int NP, int AHEAD>
+// MB rows of `a` with NP panels, which ask for something else meanwhile, or not. Not inlined: one tight loop, whatever is done with the sums.
+template <class E, int MB, int NP, int AHEAD, bool ASKS>
 __attribute__((noinline)) void tile(const typename E::active* a, size_t lda, const typename E::weight* const* panels,
-                                    int inner, const Sums& sums) {
+                                    int inner, const Sums& sums, Ask ask) {
   constexpr int NV = NP * PANEL_VECTORS;
   vf acc[MB][NV];
 #pragma GCC unroll 16
@@ -63,17 +63,25 @@ __attribute__((noinline)) void tile(const typename E::active* a, size_t lda, con
       acc[m][v] = sums.start ? load(sums.start + m * sums.start_ld + v * LANES) : vf{};
   const typename E::weight* first = panels[0];
   const typename E::weight* second = panels[NP - 1];
+  // Four rows to a pointer: one for each of them would be more than there are registers.
+  constexpr int GROUPS = (MB + 3) / 4;
+  const typename E::active* rows[GROUPS];
+#pragma GCC unroll 4
+  for (int group = 0; group < GROUPS; ++group) rows[group] = a + group * 4 * lda;
   for (int k = 0; k < inner; k += E::STEP) {
+    if constexpr (ASKS) ask.go_on();
     decltype(E::load_weights(first)) w[NV];
     load_panel<E, AHEAD>(first, w);
     if constexpr (NP > 1) load_panel<E, AHEAD>(second, w + PANEL_VECTORS);
 #pragma GCC unroll 16
     for (int m = 0; m < MB; ++m) {
-      auto x = E::spread(a + m * lda + k);
+      auto x = E::spread(rows[m / 4] + m % 4 * lda);
 #pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) acc[m][v] = E::mac(acc[m][v], w[v], x);
     }
     first += PANEL * E::STEP, second += PANEL * E::STEP;
+#pragma GCC unroll 4
+    for (int group = 0; group < GROUPS; ++group) rows[group] += E::STEP;
   }
 #pragma GCC unroll 16
   for (int m = 0; m < MB; ++m)
@@ -82,13 +90,13 @@ __attribute__((noinline)) void tile(const typename E::active* a, size_t lda, con
 }
 
 // The same with the number of rows known only now.
-template <class E, int NP, int AHEAD, int MB = MAX_ROWS / NP>
+template <class E, int NP, int AHEAD, bool ASKS = false, int MB = MAX_ROWS / NP>
 inline void tile_of(int rows, const typename E::active* a, size_t lda, const typename E::weight* const* panels,
-                    int inner, const Sums& sums) {
+                    int inner, const Sums& sums, const Ask& ask = {}) {
   if constexpr (MB > 1) {
-    if (rows < MB) return tile_of<E, NP, AHEAD, MB - 1>(rows, a, lda, panels, inner, sums);
+    if (rows < MB) return tile_of<E, NP, AHEAD, ASKS, MB - 1>(rows, a, lda, panels, inner, sums, ask);
   }
-  tile<E, MB, NP, AHEAD>(a, lda, panels, inner, sums);
+  tile<E, MB, NP, AHEAD, ASKS>(a, lda, panels, inner, sums, ask);
 }
 
 // Cut rows into tiles as even as can be (16 are two of 8, not one of 12 and one of 4 that starves): each(row, count).
@@ -142,7 +150,7 @@ constexpr int ROW_BLOCK = 96;  // activations of so many rows stay in the second
 
 // Rows [row, row + count) with two panels (or one): each(row, sums of 64 or 32 columns) while they are in the cache.
 template <class E, int NP, class Each>
-inline void finish_tiles(int row, int count, const typename E::active* a, size_t lda,
+inline void finish_tiles(Ahead& later, int row, int count, const typename E::active* a, size_t lda,
                          const typename E::weight* const* panels, int inner, const float* start, Each each) {
   alignas(64) float sums[MAX_ROWS][NP * PANEL];
   tiles(count, MAX_ROWS, [&](int at, int some) {
@@ -150,9 +158,13 @@ inline void finish_tiles(int row, int count, const typename E::active* a, size_t
     if (some <= MAX_ROWS / NP)
       tile_of<E, NP, ahead<E>(NP)>(some, from, lda, panels, inner, {start, 0, sums[0], NP * PANEL});
     else
-      for (int n = 0; n < NP; ++n)
-        tile_of<E, 1, ahead<E>(1)>(some, from, lda, panels + n, inner,
-                      {start ? start + n * PANEL : nullptr, 0, sums[0] + n * PANEL, NP * PANEL});
+      for (int n = 0; n < NP; ++n) {
+        const Sums here{start ? start + n * PANEL : nullptr, 0, sums[0] + n * PANEL, NP * PANEL};
+        if (const Ask ask = later.next(inner / E::STEP); ask.at)
+          tile_of<E, 1, ahead<E>(1), true>(some, from, lda, panels + n, inner, here, ask);
+        else
+          tile_of<E, 1, ahead<E>(1)>(some, from, lda, panels + n, inner, here);
+      }
     for (int m = 0; m < some; ++m) each(row + at + m, sums[m]);
   });
 }
@@ -198,9 +210,9 @@ void product(Team& team, int rows, const typename E::active* a, size_t lda, cons
         };
       };
       if (panel + 1 < last)
-        finish_tiles<E, 2>(row, count, a, lda, both, linear.in, bias, each(2 * PANEL_VECTORS));
+        finish_tiles<E, 2>(team.ahead, row, count, a, lda, both, linear.in, bias, each(2 * PANEL_VECTORS));
       else
-        finish_tiles<E, 1>(row, count, a, lda, both, linear.in, bias, each(PANEL_VECTORS));
+        finish_tiles<E, 1>(team.ahead, row, count, a, lda, both, linear.in, bias, each(PANEL_VECTORS));
     }
   });
 }
@@ -218,7 +230,7 @@ void gated_product(Team& team, int rows, const typename E::active* a, size_t lda
       alignas(64) float start[2 * PANEL] = {};
       if (gate.bias) std::memcpy(start, gate.bias + panel * PANEL, PANEL * sizeof(float));
       if (up.bias) std::memcpy(start + PANEL, up.bias + panel * PANEL, PANEL * sizeof(float));
-      finish_tiles<E, 2>(row, count, a, lda, both, gate.in, start, [&](int r, const float* sums) {
+      finish_tiles<E, 2>(team.ahead, row, count, a, lda, both, gate.in, start, [&](int r, const float* sums) {
         for (int v = 0; v < PANEL; v += LANES) out(r, panel * PANEL + v, load(sums + v), load(sums + PANEL + v));
       });
     }

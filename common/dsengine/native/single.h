@@ -50,70 +50,99 @@ struct Single {
 
 #ifdef DS_PASSES
 
-// Where a tile's keys or values lie, 16 rows a run, and those of the tile that follows: beside the loads of this one, in
-// the order of turns, its lines are asked for in the second-level cache. Asked for in one go they would fill the queue of
-// loads.
+// Where a tile's keys or values lie, PART of them to a place, in the order of turns, and those of the tile that follows:
+// beside the loads of this one its lines are asked for in the second-level cache. Asked for in one go they would fill
+// the queue of loads. All heads use the same places.
 template <class E>
-struct Runs {
+struct Places {
   using weight = typename E::weight;
-  const weight* now[TILE / LANES];
-  const weight* next[TILE / LANES];
+  static constexpr int MOST = TILE / PART, AT_ONCE = 2 * LANES / PART;
+  const weight* now[MOST + AT_ONCE];  // behind the last ones those at the end once more
+  const weight* next[MOST];
+  int key[MOST];  // number of the first key
 
-  // The tile at `first`, where there is a key; runs behind the last key are that of the last key once more.
-  static void find(const Cached<E>& cache, int first, const weight** runs) {
-    for (int i = 0; i < TILE / LANES; ++i)
+  void find(const Cached<E>& cache, int first, int count, const Cached<E>& cache_after, int after) {
+    const weight* runs[2][TILE / LANES];
+    find_runs(cache, first, runs[0]), find_runs(cache_after, after, runs[1]);
+    Turns turns(count);
+    const int places = count / PART;
+    for (int i = 0; i < places; ++i, turns.go_on()) {
+      const size_t within = static_cast<size_t>(turns.within) * cache.head_dim;
+      now[i] = runs[0][turns.run] + within, next[i] = runs[1][turns.run] + within, key[i] = turns.key();
+    }
+    for (int i = 0; i < AT_ONCE; ++i) now[places + i] = now[places - 1];
+  }
+
+ private:
+  // 16 keys a run. Runs behind the last key are that of the last key once more.
+  static void find_runs(const Cached<E>& cache, int first, const weight** runs) {
+    runs[0] = cache.key(first);
+    for (int i = 1; i < TILE / LANES; ++i)
       runs[i] = first + i * LANES < cache.end ? cache.key(first + i * LANES) : runs[i - 1];
   }
 };
 
-// Scores of `count` keys, `behind` elements from the runs, for ROWS query rows: to scores + row * TILE.
-template <class E, int ROWS>
-inline void score_keys(const typename E::active* q, const Runs<E>& keys, size_t behind, int count, int head_dim,
+// Scores of GROUPS times 16 keys from place `place` on, `behind` elements from the places, for ROWS query rows: to
+// scores + row * TILE. A DIM of 0 is told by `head_dim` alone.
+template <class E, int ROWS, int DIM, int GROUPS>
+inline void score_some(const typename E::active* q, const Places<E>& keys, int place, size_t behind, int head_dim,
                        float* scores) {
   using words = decltype(E::load_weights(keys.now[0]));
-  constexpr int PARTS = LANES / PART, LINE = LANES * E::STEP;
-  Turns turns(count), ahead(count);
-  for (int part = 0; part < PARTS; ++part) ahead.go_on();
-  auto offset = [&](const Turns& at) { return behind + static_cast<size_t>(at.within) * head_dim; };
-  for (int key = 0; key < count; key += LANES) {
-    const typename E::weight* from[PARTS];
-    const typename E::weight* soon[PARTS];  // the 16 keys after these, from the second-level cache
-    const typename E::weight* next[PARTS];
-    int to[PARTS];
-    for (int part = 0; part < PARTS; ++part, turns.go_on(), ahead.go_on()) {
-      from[part] = keys.now[turns.run] + offset(turns), soon[part] = keys.now[ahead.run] + offset(ahead);
-      next[part] = keys.next[turns.run] + offset(turns), to[part] = turns.key();
-    }
-    vf acc[ROWS] = {};
-    for (int dim = 0; dim < head_dim; dim += LINE) {
+  constexpr int PARTS = LANES / PART, HALF = LANES / 2 * E::STEP, LINE = 2 * HALF;
+  const int width = DIM ? DIM : head_dim;
+  vf acc[GROUPS][ROWS] = {};
+  for (int dim = 0; dim < width; dim += HALF) {
+    __m512i turned[GROUPS][8];
+#pragma GCC unroll 2
+    for (int group = 0; group < GROUPS; ++group) {
+      const int first = place + group * PARTS;
       const char* at[LANES];
-      for (int i = 0; i < LANES; ++i)
-        at[i] = reinterpret_cast<const char*>(from[i / PART] + dim + i % PART * head_dim);
-#pragma GCC unroll 4
-      for (int quarter = 0; quarter < 4; ++quarter) {
-        __m512i columns[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          __builtin_prefetch(next[quarter] + dim * PART + i * LINE, 0, 2);
-          __builtin_prefetch(soon[quarter] + dim * PART + i * LINE, 0, 3);
-        }
-        turn(at, quarter, columns);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i)
 #pragma GCC unroll 16
-          for (int row = 0; row < ROWS; ++row) {
-            auto x = E::spread(q + row * head_dim + dim + (quarter * 4 + i) * E::STEP);
-            acc[row] = E::mac(acc[row], (words)columns[i], x);
-          }
-      }
+      for (int i = 0; i < LANES; ++i)
+        at[i] = reinterpret_cast<const char*>(keys.now[first + i / PART] + behind + dim + i % PART * width);
+#pragma GCC unroll 4
+      for (int part = 0; part < PARTS; ++part)
+#pragma GCC unroll 2
+        for (int line = 0; line < 2; ++line) {
+          __builtin_prefetch(keys.next[first + part] + behind + dim * PART + line * LINE, 0, 2);
+          __builtin_prefetch(keys.now[first + GROUPS * PARTS + part] + behind + dim * PART + line * LINE, 0, 3);
+        }
+      turn(at, turned[group]);
     }
+    each_word([&]<int WORD>() {
+      words w[GROUPS];
+#pragma GCC unroll 2
+      for (int group = 0; group < GROUPS; ++group) w[group] = (words)column<WORD>(turned[group]);
+#pragma GCC unroll 16
+      for (int row = 0; row < ROWS; ++row) {
+        auto x = E::spread(q + row * width + dim + WORD * E::STEP);
+#pragma GCC unroll 2
+        for (int group = 0; group < GROUPS; ++group) acc[group][row] = E::mac(acc[group][row], w[group], x);
+      }
+    });
+  }
+#pragma GCC unroll 2
+  for (int group = 0; group < GROUPS; ++group)
 #pragma GCC unroll 16
     for (int row = 0; row < ROWS; ++row) {
       float four[PARTS][PART];
-      std::memcpy(four, &acc[row], sizeof four);
-      for (int part = 0; part < PARTS; ++part) std::memcpy(scores + row * TILE + to[part], four[part], sizeof four[0]);
+      std::memcpy(four, &acc[group][row], sizeof four);
+#pragma GCC unroll 4
+      for (int part = 0; part < PARTS; ++part)
+        std::memcpy(scores + row * TILE + keys.key[place + group * PARTS + part], four[part], sizeof four[0]);
     }
-  }
+}
+
+// The same for `count` keys. Where few rows leave registers for it, 32 keys share what is read of the queries.
+template <class E, int ROWS, int DIM>
+inline void score_keys(const typename E::active* q, const Places<E>& keys, size_t behind, int count, int head_dim,
+                       float* scores) {
+  constexpr int GROUPS = ROWS <= 4 ? 2 : 1, STEP = GROUPS * LANES / PART;
+  const int places = count / PART;
+  int place = 0;
+  for (; place + STEP <= places; place += STEP)
+    score_some<E, ROWS, DIM, GROUPS>(q, keys, place, behind, head_dim, scores);
+  if (place < places) score_some<E, ROWS, DIM, 1>(q, keys, place, behind, head_dim, scores);
 }
 
 // 32 dimensions of STEP neighbouring values.
@@ -125,34 +154,32 @@ inline void take_values(const typename E::weight* from, int head_dim, Words* to)
     to[0] = E::load_weights(from), to[1] = E::load_weights(from + LANES);
 }
 
-// Add `count` values, `behind` elements from the runs, with weights `p` to 16 * VECTORS dimensions of ROWS rows.
-template <class E, int ROWS, int VECTORS>
-inline void add_values(const typename E::active* p, const Runs<E>& values, size_t behind, int count, int head_dim,
+// Add `count` values, `behind` elements from the places, with weights `p` to 16 * VECTORS dimensions of ROWS rows.
+template <class E, int ROWS, int DIM, int VECTORS>
+inline void add_values(const typename E::active* p, const Places<E>& values, size_t behind, int count, int head_dim,
                        float* out) {
   constexpr size_t LINE = LANES * 4 / sizeof(typename E::weight);
+  const int width = DIM ? DIM : head_dim;
   vf acc[ROWS][VECTORS];
 #pragma GCC unroll 16
   for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; ++v) acc[row][v] = load(out + row * head_dim + v * LANES);
-  Turns turns(count);
-  for (int slot = 0; slot < count; slot += PART, turns.go_on()) {
-    const size_t offset = behind + static_cast<size_t>(turns.within) * head_dim;
-    const typename E::weight* now = values.now[turns.run] + offset;
-    const typename E::weight* next = values.next[turns.run] + offset;
+    for (int v = 0; v < VECTORS; ++v) acc[row][v] = load(out + row * width + v * LANES);
+  for (int place = 0; place < count / PART; ++place) {
+    const typename E::weight* now = values.now[place] + behind;
+    const typename E::weight* next = values.next[place] + behind;
 #pragma GCC unroll 4
     for (int key = 0; key < PART; ++key)
 #pragma GCC unroll 4
-      for (size_t line = 0; line < VECTORS * LANES; line += LINE)
-        __builtin_prefetch(next + key * head_dim + line, 0, 2);
+      for (size_t line = 0; line < VECTORS * LANES; line += LINE) __builtin_prefetch(next + key * width + line, 0, 2);
 #pragma GCC unroll 4
     for (int key = 0; key < PART; key += E::STEP) {
       decltype(E::load_weights(now)) w[VECTORS];
 #pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; v += 2) take_values<E>(now + key * head_dim + v * LANES, head_dim, w + v);
+      for (int v = 0; v < VECTORS; v += 2) take_values<E>(now + key * width + v * LANES, width, w + v);
 #pragma GCC unroll 16
       for (int row = 0; row < ROWS; ++row) {
-        auto x = E::spread(p + row * TILE + slot + key);
+        auto x = E::spread(p + row * TILE + place * PART + key);
 #pragma GCC unroll 16
         for (int v = 0; v < VECTORS; ++v) acc[row][v] = E::mac(acc[row][v], w[v], x);
       }
@@ -161,18 +188,18 @@ inline void add_values(const typename E::active* p, const Runs<E>& values, size_
 #pragma GCC unroll 16
   for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; ++v) store(out + row * head_dim + v * LANES, acc[row][v]);
+    for (int v = 0; v < VECTORS; ++v) store(out + row * width + v * LANES, acc[row][v]);
 }
 
 // One tile.
-template <class E, int ROWS>
+template <class E, int ROWS, int DIM>
 __attribute__((noinline)) void pass_tile(Scratch<E>& scratch, const Single<E>& task, int first, int count,
-                                         const Runs<E>& runs, const State& state) {
+                                         const Places<E>& places, const State& state) {
   const int dim = task.shape.head_dim;
   const size_t head_size = static_cast<size_t>(task.cache.pool->block_size) * dim;
   for (int head = 0; head < task.heads; ++head)
-    score_keys<E, ROWS>(task.q + head * ROWS * dim, runs, head * head_size, count, dim,
-                        scratch.scores.data() + head * ROWS * TILE);
+    score_keys<E, ROWS, DIM>(task.q + head * ROWS * dim, places, head * head_size, count, dim,
+                             scratch.scores.data() + head * ROWS * TILE);
   soften(scratch, task.queries, task.shape, first, count, state);
   for (int head = 0; head < task.heads; ++head) {
     const size_t behind = task.cache.value_offset - task.cache.key_offset + head * head_size;
@@ -181,37 +208,47 @@ __attribute__((noinline)) void pass_tile(Scratch<E>& scratch, const Single<E>& t
     int from = 0;
     if constexpr (ROWS <= 6)
       for (; from + 2 * PANEL <= dim; from += 2 * PANEL)
-        add_values<E, ROWS, 4>(p, runs, behind + from, count, dim, out + from);
-    for (; from < dim; from += PANEL) add_values<E, ROWS, 2>(p, runs, behind + from, count, dim, out + from);
+        add_values<E, ROWS, DIM, 4>(p, places, behind + from, count, dim, out + from);
+    for (; from < dim; from += PANEL) add_values<E, ROWS, DIM, 2>(p, places, behind + from, count, dim, out + from);
   }
 }
 
 // The keys of a chunk for all heads of the task, into fresh states, one head's behind the other's. `after` is what this
 // thread will probably do next.
-template <class E, int ROWS>
+template <class E, int ROWS, int DIM>
 void pass_chunk(Scratch<E>& scratch, const Single<E>& task, const Single<E>* after, const State& state) {
   const Reach tiles = reach(task.queries, task.chunk);
   reset(task.queries.rows, task.shape.head_dim, state);
-  Runs<E> runs;
+  Places<E> places;
   for (int at = tiles.begin; at < tiles.end; at += TILE) {
-    Runs<E>::find(task.cache, at, runs.now);
+    const int count = tiles.count(at);
     if (at + TILE < tiles.end)
-      Runs<E>::find(task.cache, at + TILE, runs.next);
+      places.find(task.cache, at, count, task.cache, at + TILE);
     else if (after)
-      Runs<E>::find(after->cache, reach(after->queries, after->chunk).begin, runs.next);
+      places.find(task.cache, at, count, after->cache, reach(after->queries, after->chunk).begin);
     else
-      std::memcpy(runs.next, runs.now, sizeof runs.now);
-    pass_tile<E, ROWS>(scratch, task, at, tiles.count(at), runs, state);
+      places.find(task.cache, at, count, task.cache, at);
+    pass_tile<E, ROWS, DIM>(scratch, task, at, count, places, state);
   }
 }
 
 // The same with the number of rows known only now.
-template <class E, int ROWS = SINGLE_ROWS>
-inline void pass_chunk_of(Scratch<E>& scratch, const Single<E>& task, const Single<E>* after, const State& state) {
+template <class E, int DIM, int ROWS = SINGLE_ROWS>
+inline void pass_rows(Scratch<E>& scratch, const Single<E>& task, const Single<E>* after, const State& state) {
   if constexpr (ROWS > 1) {
-    if (task.queries.rows / task.heads < ROWS) return pass_chunk_of<E, ROWS - 1>(scratch, task, after, state);
+    if (task.queries.rows / task.heads < ROWS) return pass_rows<E, DIM, ROWS - 1>(scratch, task, after, state);
   }
-  pass_chunk<E, ROWS>(scratch, task, after, state);
+  pass_chunk<E, ROWS, DIM>(scratch, task, after, state);
+}
+
+// And the number of dimensions: for the usual ones places are told by less arithmetic.
+template <class E>
+void pass_chunk_of(Scratch<E>& scratch, const Single<E>& task, const Single<E>* after, const State& state) {
+  switch (task.shape.head_dim) {
+    case 64: return pass_rows<E, 64>(scratch, task, after, state);
+    case 128: return pass_rows<E, 128>(scratch, task, after, state);
+    default: return pass_rows<E, 0>(scratch, task, after, state);
+  }
 }
 
 #endif

@@ -79,7 +79,25 @@ class Step {
     }
     size_t state_rows = static_cast<size_t>(slots) * group_;
     highest_.reserve(state_rows), total_.reserve(state_rows), out_.reserve(state_rows * head_width_);
+    look_ahead();
   }
+
+  // What attention of single tokens will read, in the order of its tasks, is asked for by products of many rows.
+  void look_ahead() {
+    std::vector<const char*> runs;
+    const size_t nbytes = 2 * sizeof(weight) * m_.shape.kv_heads * m_.shape.head_dim * pool_->block_size;
+    for (int s = 0; s < b_->sequences && b_->rows > MAX_ROWS; ++s) {
+      if (b_->row_ends[s] - (s ? b_->row_ends[s - 1] : 0) != 1) continue;
+      const int32_t* table = b_->tables + b_->table_starts[s];
+      for (int block = 0; block * pool_->block_size < b_->starts[s]; ++block)
+        runs.push_back(pool_->base + table[block] * pool_->block_nbytes);
+    }
+    team_.ahead.plan(std::move(runs), nbytes, m_.layers);
+    ask_for(0);
+  }
+
+  // From here on for the KV of that layer; a window sees little of it.
+  void ask_for(int layer) { team_.ahead.turn_to(layer < m_.layers && !m_.layer[layer].window ? layer : m_.layers); }
 
   // Long prompts in blocks of queries; single tokens by chunks of keys, so that one long sequence keeps all threads
   // busy. Several heads at once read longer runs of memory, where there are enough tasks all the same.
@@ -170,8 +188,11 @@ class Step {
     });
   }
 
-  void norm_rows(const Norm& norm) {
+  // `besides(row)` is done for each row.
+  template <class Besides>
+  void norm_rows(const Norm& norm, Besides besides) {
     rows(b_->rows, [&](int row) {
+      besides(row);
       active* to = normed_.get() + row * hidden_width_;
       normalise(hidden_.get() + row * hidden_width_, m_.hidden, norm, m_.eps,
                 [&](int i, int n, vf y) { activate_some<E>(to + i, y, n); });
@@ -198,21 +219,22 @@ class Step {
   }
 
   void attention(int index, const Layer& l) {
-    norm_rows(l.before_attention);
+    norm_rows(l.before_attention, [&](int row) { expect(index, row); });
     multiply<E>(team_, b_->rows, normed_.get(), hidden_width_, l.qkv,
                [&](int row, int column, vf y) { store(qkv_.get() + row * qkv_width_ + column, y); });
     rows(b_->rows, [&](int row) { place(index, l, row); });
     team_.share(static_cast<int>(tasks_.size()), 1, [&](int task, int) { attend(index, l, tasks_[task]); });
+    ask_for(index + 1);
     if (!merges_.empty())
       team_.share(static_cast<int>(merges_.size()), 1, [&](int task, int) { merge_chunks(merges_[task]); });
     if (!m_.parallel) return join(l.attention_out, mixed_.get(), q_width_, l.after_attention);
     // The MLP reads the same input: its norm goes first, before the residual stream moves on.
-    norm_rows(l.before_mlp);
+    norm_rows(l.before_mlp, [](int) {});
     join(l.attention_out, mixed_.get(), q_width_, l.after_attention);
   }
 
   void mlp(const Layer& l) {
-    if (!m_.parallel) norm_rows(l.before_mlp);
+    if (!m_.parallel) norm_rows(l.before_mlp, [](int) {});
     auto keep = [&](int row, int column, vf y) { E::activate(mlp_.get() + row * mlp_width_ + column, y); };
     if (l.gate.panels)
       multiply_gated<E>(team_, b_->rows, normed_.get(), hidden_width_, l.gate, l.up,
@@ -223,6 +245,17 @@ class Step {
       multiply<E>(team_, b_->rows, normed_.get(), hidden_width_, l.up,
                  [&](int row, int column, vf y) { keep(row, column, activation(m_.activation, y)); });
     join(l.down, mlp_.get(), mlp_width_, l.after_mlp);
+  }
+
+  // Ask for the lines that `place` will write to: nobody has them in a cache.
+  void expect(int index, int row) {
+    const Shape& shape = m_.shape;
+    const int32_t* table = b_->tables + b_->table_starts[sequence_of_[row]];
+    for (int head = 0; head < shape.kv_heads; ++head) {
+      auto cache = cached<E>(*pool_, table, shape, index, head, positions_[row] + 1);
+      for (weight* to : {cache.key(positions_[row]), cache.value(positions_[row])})
+        for (int at = 0; at < shape.head_dim; at += 64 / sizeof(weight)) __builtin_prefetch(to + at, 1);
+    }
   }
 
   // Norm and rotation of a row's heads; queries made ready, keys and values written to the pool.

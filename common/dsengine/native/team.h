@@ -12,6 +12,8 @@
 
 #include <sched.h>
 
+#include "ahead.h"
+
 namespace ds {
 
 inline void relax() {
@@ -31,6 +33,9 @@ class Team {
     wake();
     for (std::thread& helper : helpers_) helper.join();
   }
+
+  // What products ask for besides.
+  Ahead ahead;
 
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;

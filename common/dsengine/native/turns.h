@@ -30,30 +30,18 @@ inline void take_turns(const T* from, int count, T* to) {
     std::memcpy(to + slot, from + turns.key(), PART * sizeof(T));
 }
 
-typedef uint64_t vq __attribute__((vector_size(64)));
-
-// The same in place for a whole tile's 16-bit numbers, of which a part fills a word.
-inline void take_all_turns(void* numbers) {
+// The same for a whole tile's 16-bit numbers, of which a part fills a word: 32 to a vector.
+inline void turn_tile(vq* numbers) {
   static_assert(TILE == 8 * LANES && PART == 4);
-  vq run[4], half[4], part[4];
-  std::memcpy(run, numbers, sizeof run);
+  vq half[4];
   for (int i = 0; i < 2; ++i) {
-    half[i] = __builtin_shufflevector(run[2 * i], run[2 * i + 1], 0, 4, 8, 12, 1, 5, 9, 13);
-    half[i + 2] = __builtin_shufflevector(run[2 * i], run[2 * i + 1], 2, 6, 10, 14, 3, 7, 11, 15);
+    half[i] = __builtin_shufflevector(numbers[2 * i], numbers[2 * i + 1], 0, 4, 8, 12, 1, 5, 9, 13);
+    half[i + 2] = __builtin_shufflevector(numbers[2 * i], numbers[2 * i + 1], 2, 6, 10, 14, 3, 7, 11, 15);
   }
   for (int i = 0; i < 4; i += 2) {
-    part[i] = __builtin_shufflevector(half[i], half[i + 1], 0, 1, 2, 3, 8, 9, 10, 11);
-    part[i + 1] = __builtin_shufflevector(half[i], half[i + 1], 4, 5, 6, 7, 12, 13, 14, 15);
+    numbers[i] = __builtin_shufflevector(half[i], half[i + 1], 0, 1, 2, 3, 8, 9, 10, 11);
+    numbers[i + 1] = __builtin_shufflevector(half[i], half[i + 1], 4, 5, 6, 7, 12, 13, 14, 15);
   }
-  std::memcpy(numbers, part, sizeof part);
-}
-
-template <class T>
-inline void take_turns(T* numbers, int count) {
-  if (sizeof(T) == sizeof(uint16_t) && count == TILE) return take_all_turns(numbers);
-  T turned[TILE];
-  take_turns(numbers, count, turned);
-  std::memcpy(numbers, turned, count * sizeof(T));
 }
 
 }  // namespace ds

@@ -22,6 +22,7 @@ typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef float vf_any __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t vi_any __attribute__((vector_size(64), aligned(2), may_alias));
+typedef uint64_t vq __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
 typedef uint16_t vh_any __attribute__((vector_size(32), aligned(2), may_alias));
 
@@ -139,6 +140,18 @@ inline vh to_bf16(vf v) {
 #endif
 }
 
+// Sixteen and sixteen.
+inline vq to_bf16(vf low, vf high) {
+#ifdef __AVX512BF16__
+  return (vq)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+#else
+  vh both[2] = {to_bf16(low), to_bf16(high)};
+  vq joined;
+  std::memcpy(&joined, both, sizeof joined);
+  return joined;
+#endif
+}
+
 inline float half_to_float(uint16_t bits) {
   _Float16 value;
   std::memcpy(&value, &bits, 2);
@@ -205,6 +218,7 @@ struct Bf16 {
   static vf widen(const weight* p) { return from_bf16(*reinterpret_cast<const vh_any*>(p)); }
   static void narrow(weight* p, vf v) { *reinterpret_cast<vh_any*>(p) = to_bf16(v); }
   static void activate(active* p, vf v) { narrow(p, v); }
+  static vq activated(vf low, vf high) { return to_bf16(low, high); }
   static float one(weight w) {
     uint32_t bits = static_cast<uint32_t>(w) << 16;
     float value;
