@@ -30,6 +30,7 @@ from dskv.layout import KvLayout
 from dsplan.profile import Profile, Subject
 from dssim.profiled import system_of
 from dssim.records import Record
+from dssim.statistics import Estimate
 from dssim.times import linear_times
 from dssim.wish import Wish, make
 from dssim.workload import Arrival
@@ -182,6 +183,22 @@ def test_what_misses_its_aim_is_told() -> None:
     plain = json.loads(json.dumps(compared.plain([good, bad], SLO)))
     assert plain[1]["off"]["TTFT p50"] == pytest.approx(-1 / 3)
     assert plain[0]["within"] == dict.fromkeys(plain[0]["within"], True)
+
+
+def test_what_chance_may_explain_is_told_from_what_it_cannot() -> None:
+    sure = served(0.1, 0.02)
+    wide = replace(sure, ttft_s={50: Estimate(0.2, 0.19, 0.21), 99: Estimate(0.2, 0.09, 0.6)})
+    row = Compared("t", 1.0, sure, wide)
+    assert not row.possible("ttft_s", 50)
+    assert row.possible("ttft_s", 99)
+    assert row.possible("tpot_s", 99)
+    (plain,) = compared.plain([row], SLO)
+    assert plain["possible"] == {"TTFT p50": False, "TTFT p99": True, "TPOT p50": True, "TPOT p99": True}
+    assert not plain["within"]["TTFT p99"]
+    console = Console(width=200, record=True)
+    compared.show(console, [row], SLO)
+    told = "in the 95 % interval of the measured: attainment 1 of 1, TTFT p50 0 of 1, TTFT p99 1 of 1"
+    assert told in console.export_text()
 
 
 def test_the_comparison_is_drawn(tmp_path: Path) -> None:
