@@ -25,7 +25,14 @@ from dsengine.families import load_architecture
 from support.tiny_llama import make_model
 
 KEYS = {"system", "phase", "dtype", "threads", "batch", "context", "seconds", "tokens_per_s"}
-KEYS |= {"roofline_fraction", "outside_fraction", "load_seconds", "resident_nbytes", "shared_nbytes"}
+KEYS |= {
+    "roofline_fraction",
+    "in_turn_fraction",
+    "outside_fraction",
+    "load_seconds",
+    "resident_nbytes",
+    "shared_nbytes",
+}
 KEYS |= {"temperature", "top_p", "reason"}
 QUICK = ["--rounds", "1", "--round-seconds", "0.01", "--threads", "1", "--dtype", "f32"]
 
@@ -46,6 +53,7 @@ def test_every_system_at_every_point(model_dir: Path) -> None:
     assert "load average" in done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert all(set(one) == KEYS and one["seconds"] > 0 and one["roofline_fraction"] > 0 for one in found)
+    assert all(one["in_turn_fraction"] >= one["roofline_fraction"] for one in found)
     # only compiled kernels know how long they were at work
     assert all((one["outside_fraction"] is None) == (one["system"] != "distserve") for one in found)
     assert all(0 < one["outside_fraction"] < 1 for one in found if one["system"] == "distserve")

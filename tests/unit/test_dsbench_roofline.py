@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsbench.points import Measured, Point
-from dsbench.roofline import Machine, Work, matrix_elements, work
+from dsbench.roofline import Kernels, Machine, Work, kernels, matrix_elements
 from dsengine.architecture import Architecture
 from dsengine.families import load_architecture
 from dswire.errors import UnsupportedModel
@@ -39,15 +39,15 @@ def test_matrix_elements(arch: Architecture) -> None:
 
 
 def test_a_decode_step_reads_all_weights_once_and_each_cache(arch: Architecture) -> None:
-    got = work(arch, Point("decode", "bfloat16", 1, 5, 40))
+    got = kernels(arch, Point("decode", "bfloat16", 1, 5, 40)).whole
     assert got.nbytes == 2 * (WEIGHTS + 5 * 40 * 3 * 2 * 2 * 2)
-    narrow = work(arch, Point("decode", "int8", 1, 5, 40))
+    narrow = kernels(arch, Point("decode", "int8", 1, 5, 40)).whole
     assert (narrow.nbytes, narrow.flops) == (got.nbytes - WEIGHTS, got.flops)  # the cache stays as it is
     assert got.flops == 2 * 5 * WEIGHTS + 4 * 5 * 40 * 3 * 4 * 2
 
 
 def test_a_prefill_makes_one_row_of_logits_and_half_a_square_of_scores(arch: Architecture) -> None:
-    got = work(arch, Point("prefill", "float32", 1, 1, 10))
+    got = kernels(arch, Point("prefill", "float32", 1, 1, 10)).whole
     assert got.nbytes == 4 * (WEIGHTS + 10 * 3 * 2 * 2 * 2)
     assert got.flops == 2 * 10 * 3 * LAYER + 2 * 800 + 2 * 100 * 3 * 4 * 2
 
@@ -57,11 +57,18 @@ def test_the_slower_of_memory_and_arithmetic_counts() -> None:
     assert Work(nbytes=100, flops=1000).seconds(Machine(bytes_per_s=10, flops_per_s=50)) == 20
 
 
+def test_kernels_that_take_turns_have_their_limits_added_up() -> None:
+    machine = Machine(bytes_per_s=10, flops_per_s=50)
+    both = Kernels(layers=Work(10, 500), attention=Work(100, 5), head=Work(20, 50))
+    assert both.seconds_in_turn(machine) == 10 + 10 + 2
+    assert both.whole.seconds(machine) == 13
+
+
 def test_experts_have_no_roofline(tmp_path: Path) -> None:
     mixtral = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | mixtral))
     with pytest.raises(UnsupportedModel, match="MixtralForCausalLM"):
-        work(load_architecture(tmp_path), Point("decode", "float32", 1, 1, 1))
+        kernels(load_architecture(tmp_path), Point("decode", "float32", 1, 1, 1))
 
 
 @pytest.mark.parametrize(("phase", "tokens"), [("decode", 4.0), ("prefill", 60.0)])
@@ -77,6 +84,7 @@ def test_a_figure_as_json(phase: str, tokens: float) -> None:
         "seconds": 0.5,
         "tokens_per_s": tokens,
         "roofline_fraction": 0.8,
+        "in_turn_fraction": None,
         "outside_fraction": None,
         "temperature": 0.0,
         "top_p": 1.0,

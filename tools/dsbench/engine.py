@@ -131,7 +131,8 @@ def command(
     """Time decode steps and prefills, this engine and its peers taking turns.
 
     The roofline of each point comes from the memory bandwidth and the matrix product speed that are measured just
-    before. Threads are bound to cores.
+    before; "in turn" is the fraction of a limit whose products and attention wait for each other. Threads are bound
+    to cores.
 
     With --dtype int8 the weights are int8 and all else bfloat16. Its peers are distserve-bf16, which is this engine
     in bfloat16 whatever the dtype, and llama.cpp with Q8_0.

@@ -57,6 +57,8 @@ class Measured:
     loaded: Loaded | None = None
     #: why there are no ``seconds``
     reason: str | None = None
+    #: as ``roofline_fraction``, of the kernels' limits one after the other: see :mod:`dsbench.roofline`
+    in_turn_fraction: float | None = None
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -71,6 +73,7 @@ class Measured:
             "seconds": self.seconds,
             "tokens_per_s": self.tokens_per_s,
             "roofline_fraction": self.roofline_fraction,
+            "in_turn_fraction": self.in_turn_fraction,
             "outside_fraction": self.outside_fraction,
             "reason": self.reason,
             **(asdict(self.loaded) if self.loaded else {}),

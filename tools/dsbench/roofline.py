@@ -9,6 +9,15 @@ With ``W`` elements in the weight matrices that a token meets, of ``i`` bytes ea
 
 A prefill makes one row of logits. Embeddings looked up, norms and softmax count as nothing. Bandwidth and peak are
 what this machine does just before, at the same number of threads: :mod:`dsbench.systems.machine`.
+
+That limit takes memory and arithmetic of a whole step to be at work side by side. But each kernel of a step needs
+what the one before it made, and where products are bound by arithmetic and attention by memory the two wait for
+each other. So there is a second figure, of the same bytes and operations: a roofline for each kind of kernel, one
+after the other::
+
+    seconds = max(layers' products) + max(attention) + max(output head)
+
+It is no bound: who asks for a layer's cache while products run can stay below it.
 """
 
 from __future__ import annotations
@@ -42,6 +51,9 @@ class Work:
         """The roofline."""
         return max(self.nbytes / machine.bytes_per_s, self.flops / machine.flops_per_s)
 
+    def __add__(self, other: Work) -> Work:
+        return Work(self.nbytes + other.nbytes, self.flops + other.flops)
+
 
 def matrix_elements(arch: Architecture) -> tuple[int, int]:
     """Elements of all layers' matrices, and of the output head. Raises :class:`UnsupportedModel` for experts."""
@@ -53,19 +65,38 @@ def matrix_elements(arch: Architecture) -> tuple[int, int]:
     return arch.layers * layer, arch.vocab_size * arch.embedding_size
 
 
-def work(arch: Architecture, point: Point) -> Work:
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The work of one step by kinds of kernels, which need each other's results."""
+
+    #: products of the layers
+    layers: Work
+    attention: Work
+    #: product of the output head
+    head: Work
+
+    @property
+    def whole(self) -> Work:
+        """Of the step."""
+        return self.layers + self.attention + self.head
+
+    def seconds_in_turn(self, machine: Machine) -> float:
+        """The sum of their rooflines."""
+        return sum(one.seconds(machine) for one in (self.layers, self.attention, self.head))
+
+
+def kernels(arch: Architecture, point: Point) -> Kernels:
     """Bytes and operations of one step at ``point``."""
     layers, head = matrix_elements(arch)
     item = 1 if point.dtype == "int8" else ITEM_NBYTES[point.dtype]
     kept = ITEM_NBYTES["bfloat16" if point.dtype == "int8" else point.dtype]
     cached = arch.layers * 2 * arch.kv_heads * arch.head_dim
     scores = arch.layers * arch.heads * arch.head_dim
-    if point.phase == "decode":
-        tokens = point.batch * point.context
-        return Work(
-            item * (layers + head) + kept * tokens * cached, 2 * point.batch * (layers + head) + 4 * tokens * scores
-        )
-    length = point.context
-    return Work(
-        item * (layers + head) + kept * length * cached, 2 * length * layers + 2 * head + 2 * length**2 * scores
+    decode = point.phase == "decode"
+    keys = point.batch * point.context
+    pairs = 4 * keys if decode else 2 * point.context**2
+    return Kernels(
+        layers=Work(item * layers, 2 * (point.batch if decode else point.context) * layers),
+        attention=Work(kept * keys * cached, pairs * scores),
+        head=Work(item * head, 2 * point.batch * head),
     )

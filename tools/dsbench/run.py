@@ -15,7 +15,7 @@ from statistics import median
 
 from dsbench.peer import Peer, PeerFailed
 from dsbench.points import Measured, Point
-from dsbench.roofline import Machine, work
+from dsbench.roofline import Machine, kernels
 from dsengine.architecture import Architecture
 
 #: tells people what happens now
@@ -77,8 +77,9 @@ def _measure(plan: Plan, machine: Machine, point: Point, peers: Sequence[Peer], 
             if one.reason is None and sum(one.seconds) <= plan.point_s:
                 with one.told(tell):
                     one.measure(plan.round_s)
-    least = work(plan.arch, point).seconds(machine)
-    return [one.measured(least) for one in taken]
+    needed = kernels(plan.arch, point)
+    least = needed.whole.seconds(machine), needed.seconds_in_turn(machine)
+    return [one.measured(*least) for one in taken]
 
 
 class _Taken:
@@ -107,14 +108,15 @@ class _Taken:
         if self.peer.kernel_s is not None:
             self._inside = (self._inside or 0.0) + self.peer.kernel_s
 
-    def measured(self, least_s: float) -> Measured:
-        """The median of them; no figure where there are none, or where it cannot be one."""
+    def measured(self, least_s: float, in_turn_s: float) -> Measured:
+        """The median of them beside the limits; no figure where there are none, or where it cannot be one."""
         peer, middle = self.peer, median(self.seconds or [math.nan])
         if not self.seconds or not 0 < middle < math.inf:
             reason = self.reason or f"{peer.system} gave {middle:.3g} s for a step"
             return Measured(peer.system, self._point, None, None, None, peer.loaded, reason)
         outside = None if self._inside is None else 1 - self._inside / sum(self.seconds)
-        return Measured(peer.system, self._point, middle, least_s / middle, outside, peer.loaded)
+        fraction, in_turn = least_s / middle, in_turn_s / middle
+        return Measured(peer.system, self._point, middle, fraction, outside, peer.loaded, None, in_turn)
 
 
 def _room(points: Sequence[Point]) -> int:

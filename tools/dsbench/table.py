@@ -19,12 +19,13 @@ _OUTSIDE = 0.05
 def table(results: Sequence[Measured], systems: Sequence[str]) -> Table:
     """One row a point; each system's milliseconds, tokens a second and fraction of the roofline, the best bold.
 
-    Last, what part of our steps was spent outside the kernels, with Python and drawing.
+    Then our part of the limit of kernels that take turns; last, what part of our steps was spent outside the
+    kernels, with Python and drawing.
     """
     made = Table(title="step in ms · tokens/s · roofline")
     for column in ("phase", "dtype"):
         made.add_column(column)
-    for column in ("threads", "batch", "tokens", *systems, "to the best peer", "outside kernels"):
+    for column in ("threads", "batch", "tokens", *systems, "to the best peer", "in turn", "outside kernels"):
         made.add_column(column, justify="right")
     points = list(dict.fromkeys(result.point for result in results))
     for point in points:
@@ -40,7 +41,8 @@ def _row(point: Point, here: dict[str, Measured], systems: Sequence[str]) -> lis
         for text in (_phase(point), point.dtype, str(point.threads), str(point.batch), str(point.context))
     ]
     cells += [_cell(here.get(system), least) for system in systems]
-    return [*cells, _ratio(here, systems[0]), _outside(here.get(systems[0]))]
+    ours = here.get(systems[0])
+    return [*cells, _ratio(here, systems[0]), _in_turn(ours), _outside(ours)]
 
 
 def _phase(point: Point) -> str:
@@ -53,12 +55,21 @@ def _phase(point: Point) -> str:
 def _cell(result: Measured | None, least: float) -> Text:
     if result is None or result.seconds is None:
         return Text("-", style="dim")
-    fraction = result.roofline_fraction or 0.0
-    colour = "green" if fraction >= _GOOD else "yellow" if fraction >= _POOR else "red"
     style = "bold" if result.seconds == least else ""
     return Text.assemble(
-        (f"{result.seconds * 1e3:.2f} · {result.tokens_per_s:,.0f} · ", style), (f"{fraction:.0%}", colour)
+        (f"{result.seconds * 1e3:.2f} · {result.tokens_per_s:,.0f} · ", style),
+        _fraction(result.roofline_fraction or 0.0),
     )
+
+
+def _fraction(fraction: float) -> Text:
+    return Text(f"{fraction:.0%}", style="green" if fraction >= _GOOD else "yellow" if fraction >= _POOR else "red")
+
+
+def _in_turn(ours: Measured | None) -> Text:
+    if ours is None or ours.in_turn_fraction is None:
+        return Text("-", style="dim")
+    return _fraction(ours.in_turn_fraction)
 
 
 def _outside(ours: Measured | None) -> Text:
