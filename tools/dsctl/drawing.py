@@ -177,7 +177,7 @@ def _add_relay(branch: Tree, relay: Relay, live: Live) -> None:
         facts = [f"{count} handles {state}" for state, count in status.handles.items() if count] or ["no handles"]
     here = branch.add(_state_line(relay.name, status.state if status else "", *facts))
     here.add(_line("local", relay.local, style=""))
-    here.add(_line("data", relay.data_bind or "none, all KV stays in shared memory", style=""))
+    here.add(_line("data", relay.data_bind or "none, all KV stays on the node", style=""))
     if relay.stream_bind is not None:
         here.add(_line("streams", f"{relay.stream_bind}, {relay.streams} at once", style=""))
     if relay.keep_nbytes:
