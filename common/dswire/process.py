@@ -64,8 +64,10 @@ def refuse(error: DsError) -> int:
 def leave(status: int) -> NoReturn:
     """End the process now: taking torch down again module by module would cost a second or more."""
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    # the disk under them may be full
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 
@@ -148,7 +150,11 @@ def _only_one(run_dir: Path, name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _ready_file(run_dir: Path, name: str) -> Iterator[None]:
     path = run_dir / f"{name}.ready"
-    path.write_text(f"{os.getpid()}\n")
+    try:
+        path.write_text(f"{os.getpid()}\n")
+    except OSError as error:
+        # only who looks for the file misses it
+        log.warning("serving, but the file that says so cannot be written", path=str(path), why=error.strerror)
     try:
         yield
     finally:

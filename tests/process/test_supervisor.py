@@ -168,6 +168,32 @@ def test_a_crashed_process_is_started_again(host: Host) -> None:
     assert up.returncode == 0
 
 
+def test_a_state_file_that_cannot_be_written_ends_nothing_that_serves(host: Host) -> None:
+    up = host.up()
+    read_until(up, "ready in")
+    # as on a full disk: nothing can be written in the place of this
+    (host.run.path / "state.tmp").mkdir()
+    os.kill(host.pids("decode-0")[0], signal.SIGKILL)
+    read_until(up, "decode-0 serves again")
+    up.send_signal(signal.SIGTERM)
+    up.communicate(timeout=LIMIT_S)
+    assert up.returncode == 0
+    assert host.alive() == []
+    assert "state.json cannot be written: Is a directory" in host.run.log_of("supervisor").read_text()
+
+
+def test_a_start_that_cannot_write_its_state_file_says_so(host: Host) -> None:
+    host.run.make()
+    (host.run.path / "state.tmp").mkdir()
+    up = host.up("-d")
+    printed, _ = up.communicate(timeout=LIMIT_S)
+    assert up.returncode == 5
+    assert "error[failed]: " in printed
+    assert "state.json cannot be written: Is a directory" in printed
+    assert "set DS_RUN_DIR to another" in printed
+    assert host.alive() == []
+
+
 def test_a_refusal_fails_the_start_with_its_error_and_exit_status(host: Host) -> None:
     host.behave("router-0", "refuse port_in_use")
     up = host.up()

@@ -99,13 +99,16 @@ class RunDir:
 
     @contextmanager
     def locked(self, topology: Path) -> Iterator[None]:
-        """Be this directory's supervisor inside the ``with`` block. Raises :class:`Refused` when there is one."""
-        descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        """Be this directory's supervisor inside the ``with`` block. Raises :class:`Refused` when there is one, and
+        :class:`Failed` where the lock cannot be written."""
+        with _writing(self._lock):
+            descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             self._acquire(descriptor)
             content = msgspec.json.encode(Holder(os.getpid(), start_ticks(os.getpid()), str(topology)))
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, content, 0)
+            with _writing(self._lock):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, content, 0)
             yield
         finally:
             os.close(descriptor)
@@ -131,14 +134,26 @@ class RunDir:
             return None
 
     def write(self, record: RunRecord) -> None:
-        """Replace the state file."""
+        """Replace the state file. Raises :class:`Failed` where it cannot be written; the old one stays then."""
         made = self._state.with_suffix(".tmp")
-        made.write_bytes(msgspec.json.encode(record))
-        made.replace(self._state)
+        with _writing(self._state):
+            made.write_bytes(msgspec.json.encode(record))
+            made.replace(self._state)
 
     def forget(self) -> None:
         """Remove the state file."""
         self._state.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What the system says of a file that cannot be written becomes a :class:`Failed`."""
+    try:
+        yield
+    except OSError as error:
+        raise Failed(
+            f"{path} cannot be written: {error.strerror}", remedy="make room there, or set DS_RUN_DIR to another"
+        ) from error
 
 
 def already_runs(holder: Holder | None, run_dir: Path) -> Refused:

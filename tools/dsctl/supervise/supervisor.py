@@ -44,7 +44,7 @@ from dsctl.supervise.plan import Plan, Spec, ipc_paths
 from dsctl.supervise.record import ProcessRecord, RunRecord, start_ticks
 from dsctl.supervise.rundir import RunDir
 from dsctl.supervise.state import Machine, Process
-from dswire.errors import ErrorInfo
+from dswire.errors import ErrorInfo, Failed
 from dswire.machine import Tick
 
 log = structlog.get_logger()
@@ -250,7 +250,13 @@ class _Supervisor:
 
     def _publish(self) -> None:
         record = self._record()
-        self._run.write(record)
+        try:
+            self._run.write(record)
+        except Failed as error:
+            # what serves goes on serving: a full disk costs others the news, and nobody an answer
+            if self._ready_s is None and not record.stopping:
+                raise
+            log.warning(error.message, remedy=error.remedy)
         self._view.show(record)
 
     def _record(self) -> RunRecord:
