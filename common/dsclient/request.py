@@ -101,7 +101,8 @@ def _sampling(sampling: Sampling | None, fields: SamplingFields) -> Sampling:
 
 def _checked(submit: Submit) -> Submit:
     try:
-        plain = msgspec.to_builtins(submit)
+        # left to itself it would make text of bytes, in base64
+        plain = msgspec.to_builtins(submit, builtin_types=(bytes, bytearray, memoryview))
         checked = msgspec.convert(plain, Submit)
         encode(checked)
     except ProtocolError as error:
