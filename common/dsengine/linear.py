@@ -8,6 +8,7 @@ many rows come with it. Where that is not to be had (other devices, float16 with
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,8 +19,14 @@ from torch.nn import functional
 _PACK_ROWS = 8
 
 
-#: max|row| ``[out]`` in float32 of a matrix of which this place has only some columns, for those that quantise
-Peaks = Callable[[], Tensor]
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Which columns of a matrix are here, where other places have the others, for those that quantise (int8.py)."""
+
+    #: the first of them
+    start: int
+    #: max|group| ``[out, groups]`` in float32 of all groups that they belong to
+    peaks: Callable[[], Tensor]
 
 
 class AnyLinear(Protocol):
@@ -33,8 +40,8 @@ class AnyLinear(Protocol):
 class Linear:
     """``y = x Wᵀ + b``."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, peaks: Peaks | None = None) -> None:
-        """``weight`` ``[out, in]``, ``bias`` ``[out]``; ``peaks`` is of no use here."""
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, cut: Cut | None = None) -> None:
+        """``weight`` ``[out, in]``, ``bias`` ``[out]``; ``cut`` is of no use here."""
         packed = _pack(weight)
         self._packed = packed is not None
         self._weight = weight if packed is None else packed

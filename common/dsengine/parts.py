@@ -15,8 +15,8 @@ from typing import Protocol
 from torch import Tensor
 
 from dsengine.architecture import Architecture
-from dsengine.int8 import peaks_of
-from dsengine.linear import AnyLinear, Linear, Peaks
+from dsengine.int8 import GROUP, peaks_of
+from dsengine.linear import AnyLinear, Cut, Linear
 from dsengine.mlp import AnyMlp, GatedMlp, MixtureOfExperts, Mlp, SharedExpert
 from dsengine.norm import AnyNorm, LayerNorm, RmsNorm, RmsNormPlusOne
 from dsengine.parallel import WHOLE, Part
@@ -24,9 +24,9 @@ from dsengine.weights import Checkpoint
 
 
 class MakeLinear(Protocol):
-    """Makes a matrix of weights ready for use; ``peaks`` where only some of its columns are here."""
+    """Makes a matrix of weights ready for use; ``cut`` where only some of its columns are here."""
 
-    def __call__(self, weight: Tensor, bias: Tensor | None = None, peaks: Peaks | None = None) -> AnyLinear:
+    def __call__(self, weight: Tensor, bias: Tensor | None = None, cut: Cut | None = None) -> AnyLinear:
         """``weight`` ``[out, in]``, ``bias`` ``[out]``."""
         ...
 
@@ -214,10 +214,13 @@ class Parts:
         if by_head:
             weight = self._sorted_by_kind(weight)
             offset = None if offset is None else self._sorted_by_kind(offset)
-        return self._make(weight, offset, None if inner == _ALL else partial(self._peaks, names[0], rows, columns))
+        whole = inner in (_ALL, slice(0, columns))
+        cut = None if whole else Cut(inner.start, partial(self._peaks, names[0], rows, columns, inner))
+        return self._make(weight, offset, cut)
 
-    def _peaks(self, name: str, rows: Sequence[_Rows], columns: int) -> Tensor:
-        return peaks_of(self._rows([f"{name}.weight"], rows, columns))
+    def _peaks(self, name: str, rows: Sequence[_Rows], columns: int, inner: slice) -> Tensor:
+        groups = slice(inner.start // GROUP * GROUP, min(-(-inner.stop // GROUP) * GROUP, columns))
+        return peaks_of(self._rows([f"{name}.weight"], rows, columns, inner=groups))
 
     def _rows(self, names: Sequence[str], rows: Sequence[_Rows], *columns: int, inner: slice = _ALL) -> Tensor:
         pieces: list[Tensor] = []

@@ -38,6 +38,10 @@ OWN_ARCHITECTURES = frozenset(
 )
 
 
+#: bytes of a weight in int8 and of its share of a scale, two bytes for 32 of them (dsengine/int8.py)
+INT8_ITEM_NBYTES = 1 + 2 / 32
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
     """Shape and size of a model."""
@@ -65,9 +69,9 @@ class ModelFacts:
         return KvLayout(self.layers, self.kv_heads, self.head_dim, block_size, dtype)
 
     def weights_nbytes(self, dtype: str, quantization: str | None = None) -> int:
-        """Bytes of the weights as ``dtype``; with ``int8`` all but the embeddings take a byte, near enough."""
+        """Bytes of the weights as ``dtype``; with ``int8`` all but the embeddings are in that, near enough."""
         if quantization == "int8":
-            return self.parameters + self.embedded * ITEM_NBYTES[dtype]
+            return int(self.parameters * INT8_ITEM_NBYTES) + self.embedded * ITEM_NBYTES[dtype]
         return self.parameters * ITEM_NBYTES[dtype]
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from dsengine import int8
-from dsengine.int8 import KERNEL_ROWS, Int8Linear, peaks_of, quantise
+from dsengine.int8 import BLOCK_ROWS, GROUP, Int8Linear, peaks_of, quantise, widened
+from dsengine.linear import Cut
 from dsengine.native.decoder import NativeDecoder
 from dsengine.runner import Engine
 from dshost.library import compiler
@@ -24,21 +25,27 @@ from support.whole_logits import logits_of
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 
 
-@given(st.integers(0, 2**32), st.floats(1e-6, 1e6))
-def test_no_element_is_off_by_more_than_half_a_scale(seed: int, size: float) -> None:
-    weight = torch.randn(5, 16, generator=torch.Generator().manual_seed(seed)) * size
+@given(st.integers(0, 2**32), st.floats(1e-3, 1e6), st.integers(1, 3 * GROUP))
+def test_no_element_is_off_by_more_than_half_a_scale(seed: int, size: float, columns: int) -> None:
+    weight = torch.randn(5, columns, generator=torch.Generator().manual_seed(seed)) * size
     q, scale = quantise(weight)
     assert q.dtype == torch.int8
-    assert bool(((q * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all())
-    assert q.abs().amax(1).tolist() == [127] * 5  # the range is used up
+    assert scale.shape == (5, -(-columns // GROUP))
+    assert torch.equal(scale.bfloat16().float(), scale)
+    each = widened(torch.ones(5, columns), scale)
+    assert bool(((q * each - weight).abs() <= each * 0.5001).all())
+    highest = torch.stack([group.abs().amax(1) for group in torch.split(q, GROUP, 1)])
+    assert set(highest.flatten().tolist()) <= {126, 127}  # the range is used up
 
 
-def test_a_row_of_zeros() -> None:
-    weight = torch.tensor([[0.0, 0.0], [1.0, -2.0]])
-    assert torch.equal(Int8Linear(weight)(torch.ones(1, 2))[:, 0], torch.zeros(1))
+def test_a_group_of_zeros() -> None:
+    weight = torch.zeros(2, 2 * GROUP)
+    weight[0, 0] = -2
+    y = Int8Linear(weight)(torch.ones(1, 2 * GROUP))
+    torch.testing.assert_close(y, torch.tensor([[-2.0, 0.0]]), rtol=0.01, atol=0)
 
 
-@pytest.mark.parametrize("rows", [1, KERNEL_ROWS, KERNEL_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, BLOCK_ROWS, BLOCK_ROWS + 1])
 @pytest.mark.parametrize(("columns", "bias"), [(64, False), (64, True), (50, True)])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.003)]
@@ -46,13 +53,13 @@ def test_a_row_of_zeros() -> None:
 def test_product(
     rows: int, columns: int, bias: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8, "_WIDEN_ROWS", 10)
+    monkeypatch.setattr(int8, "_PIECE_ROWS", 10)
     generator = torch.Generator().manual_seed(rows)
     weight = torch.randn(37, columns, generator=generator).to(dtype)
     offset = torch.randn(37, generator=generator).to(dtype) if bias else None
     x = torch.randn(rows, columns, generator=generator).to(dtype)
     q, scale = quantise(weight)
-    want = functional.linear(x.float(), q * scale[:, None], None if offset is None else offset.float())
+    want = functional.linear(x.float(), widened(q, scale), None if offset is None else offset.float())
     got = Int8Linear(weight, offset)(x)
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), want, rtol=tolerance, atol=tolerance * 10)
@@ -60,16 +67,21 @@ def test_product(
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
     linear = Int8Linear(torch.randn(48, 64).bfloat16())
-    x = torch.randn(KERNEL_ROWS, 64).bfloat16()
+    x = torch.randn(BLOCK_ROWS, 64).bfloat16()
     assert torch.equal(linear(x)[3:4], linear(x[3:4]))
 
 
-def test_ranks_that_share_columns_round_as_one_would() -> None:
-    weight = torch.randn(6, 20)
-    (q, scale), peaks = quantise(weight), peaks_of(weight)
-    left, right = (quantise(part, lambda: peaks) for part in weight.chunk(2, 1))
-    assert torch.equal(torch.cat([left[0], right[0]], 1), q)
-    assert torch.equal(left[1], scale)
+@pytest.mark.parametrize("border", [GROUP, 40])
+def test_ranks_that_share_columns_round_as_one_would(border: int) -> None:
+    weight, x = torch.randn(6, 100), torch.randn(3, 100)
+    (q, scale), whole = quantise(weight), Int8Linear(weight)(x)
+    left = weight[:, :border], None, Cut(0, lambda: peaks_of(weight[:, : 2 * GROUP]))
+    right = weight[:, border:], None, Cut(border, lambda: peaks_of(weight[:, GROUP:]))
+    rounded = [quantise(part, cut) for part, _, cut in (left, right)]
+    assert torch.equal(torch.cat([part for part, _ in rounded], 1), q)
+    assert torch.equal(rounded[1][1], scale[:, 1:])
+    shares = Int8Linear(*left)(x[:, :border]) + Int8Linear(*right)(x[:, border:])
+    torch.testing.assert_close(shares, whole, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "qwen2-moe"])

@@ -26,7 +26,7 @@ def test_facts_come_from_the_models_own_config(desk: Desk) -> None:
         layers=2, heads=4, kv_heads=2, head_dim=8, max_positions=2048, parameters=1024, embedded=facts.embedded
     )
     assert facts.weights_nbytes("bfloat16") == 2048
-    assert facts.weights_nbytes("bfloat16", "int8") == 1024 + 2 * facts.embedded
+    assert facts.weights_nbytes("bfloat16", "int8") == 1024 + 64 + 2 * facts.embedded
     assert facts.kv_layout(16, "float32").block_nbytes == 2 * 2 * 2 * 16 * 8 * 4
 
 

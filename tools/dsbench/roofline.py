@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from dsbench.points import Point
 from dsengine.architecture import Architecture
 from dskv.layout import ITEM_NBYTES
+from dstopology.modelfacts import INT8_ITEM_NBYTES
 from dswire.errors import UnsupportedModel
 
 
@@ -88,7 +89,7 @@ class Kernels:
 def kernels(arch: Architecture, point: Point) -> Kernels:
     """Bytes and operations of one step at ``point``."""
     layers, head = matrix_elements(arch)
-    item = 1 if point.dtype == "int8" else ITEM_NBYTES[point.dtype]
+    item = INT8_ITEM_NBYTES if point.dtype == "int8" else ITEM_NBYTES[point.dtype]
     kept = ITEM_NBYTES["bfloat16" if point.dtype == "int8" else point.dtype]
     cached = arch.layers * 2 * arch.kv_heads * arch.head_dim
     scores = arch.layers * arch.heads * arch.head_dim

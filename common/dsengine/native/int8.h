@@ -1,7 +1,8 @@
-// Products over weights in int8: a byte each, and a scale for each output column.
+// Products over weights in int8: a byte each, and a scale for each group of them in an output column.
 //
-// A weight's integer is made a number of the element kind again as it is read, which is exact: so rows have the same
-// bits however many come together, as in product.h. Only the sum is scaled.
+// A weight's integer is made a number of the element kind again as it is read, which is exact; the sum is kept in units
+// of the scale of the group that is being added. So rows have the same bits however many come together, as in
+// product.h. The scales of a group, bfloat16, lie before its weights in the panel, which is read from front to back.
 #pragma once
 
 #include "product.h"
@@ -12,9 +13,23 @@ typedef int8_t vbytes_any __attribute__((vector_size(16), aligned(1), may_alias)
 typedef int8_t vpairs_any __attribute__((vector_size(32), aligned(1), may_alias));
 typedef int16_t vpairs __attribute__((vector_size(64)));
 
+// Groups of weights with one scale: GROUP neighbours in the inner dimension, but for the first and the last, which are
+// what is left of theirs where ranks share the matrix or it ends.
+struct Grouped {
+  static constexpr int GROUP = 32;
+  static constexpr int SCALES = PANEL * 2;  // bytes
+  static vf load_scales(const uint8_t* p, int vector) {
+    return from_bf16(*reinterpret_cast<const vh_any*>(p + vector * LANES * 2));
+  }
+  static size_t panel_elements(int in, int first) {
+    const int groups = in <= first ? 1 : 1 + (in - first + GROUP - 1) / GROUP;
+    return static_cast<size_t>(in) * PANEL + groups * SCALES;
+  }
+};
+
 // For kinds that multiply in single precision.
 template <class E>
-struct Int8 {
+struct Int8 : Grouped {
   using weight = uint8_t;
   using active = typename E::active;
   static constexpr int STEP = 1;
@@ -29,7 +44,7 @@ struct Int8 {
 
 // Bfloat16 has room for eight bits: every integer of int8 is one.
 template <>
-struct Int8<Bf16> {
+struct Int8<Bf16> : Grouped {
   using weight = uint8_t;
   using active = Bf16::active;
   static constexpr int STEP = Bf16::STEP;
@@ -77,35 +92,36 @@ struct Int8<Bf16> {
 // y = x W^T + b, whatever the weights are.
 template <class E, class Out>
 void multiply(Team& team, int rows, const typename E::active* a, size_t lda, const Linear& linear, Out out) {
-  if (!linear.scale) return product<E>(team, rows, a, lda, linear, out);
-  product<Int8<E>>(team, rows, a, lda, {linear.panels, nullptr, nullptr, linear.in, linear.out},
-                   [&](int row, int column, vf y) {
-                     out(row, column, y * load(linear.scale + column) + load(linear.bias + column));
-                   });
+  if (!linear.first_group) return product<E>(team, rows, a, lda, linear, out);
+  product<Int8<E>>(team, rows, a, lda, linear, out);
 }
 
 template <class E, class Out>
 void multiply_gated(Team& team, int rows, const typename E::active* a, size_t lda, const Linear& gate,
                     const Linear& up, Out out) {
-  if (!gate.scale) return gated_product<E>(team, rows, a, lda, gate, up, out);
-  gated_product<Int8<E>>(team, rows, a, lda, {gate.panels, nullptr, nullptr, gate.in, gate.out},
-                         {up.panels, nullptr, nullptr, up.in, up.out}, [&](int row, int column, vf g, vf u) {
-                           out(row, column, g * load(gate.scale + column) + load(gate.bias + column),
-                               u * load(up.scale + column) + load(up.bias + column));
-                         });
+  if (!gate.first_group) return gated_product<E>(team, rows, a, lda, gate, up, out);
+  gated_product<Int8<E>>(team, rows, a, lda, gate, up, out);
 }
 
-// Row-major integers [out][in] -> panels.
+// Row-major integers [out][in] and scales [out][groups] -> panels. Scales are numbers of bfloat16.
 template <class E>
-void pack_int8(const int8_t* from, int out, int in, uint8_t* to) {
+void pack_int8(const int8_t* from, const float* scales, int out, int in, int first, uint8_t* to) {
   using K = Int8<E>;
-  for (int panel = 0; panel * PANEL < out; ++panel) {
-    uint8_t* at = to + static_cast<size_t>(panel) * PANEL * in;
-    for (int column = 0; column < PANEL; ++column) {
-      int row = panel * PANEL + column;
-      for (int k = 0; k < in; ++k)
+  const int groups = (K::panel_elements(in, first) - static_cast<size_t>(in) * PANEL) / K::SCALES;
+  for (int row = 0; row < static_cast<int>(padded(out)); ++row) {
+    const int column = row % PANEL;
+    uint8_t* at = to + row / PANEL * K::panel_elements(in, first);
+    for (int group = 0, begin = 0, end = first; group < groups; ++group, begin = end, end += K::GROUP) {
+      const int count = (end < in ? end : in) - begin;
+      uint32_t scale = 0x3f800000;  // 1, where there is no column
+      if (row < out) std::memcpy(&scale, scales + static_cast<size_t>(row) * groups + group, 4);
+      const uint16_t upper = static_cast<uint16_t>(scale >> 16);
+      std::memcpy(at + column * 2, &upper, 2);
+      at += K::SCALES;
+      for (int k = 0; k < count; ++k)
         at[k / K::STEP * PANEL * K::STEP + K::place(column, k % K::STEP)] =
-            row < out ? K::encoded(from[static_cast<size_t>(row) * in + k]) : 0;
+            row < out ? K::encoded(from[static_cast<size_t>(row) * in + begin + k]) : 0;
+      at += static_cast<size_t>(count) * PANEL;
     }
   }
 }

@@ -44,23 +44,37 @@ class Library:
         self._c.ds_draw.argtypes = (c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p)
         self._c.ds_close.argtypes, self._c.ds_close.restype = (c_void_p,), None
         self._c.ds_pack.argtypes, self._c.ds_pack.restype = (c_void_p, c_int32, c_int32, c_void_p), None
-        self._c.ds_pack_int8.argtypes, self._c.ds_pack_int8.restype = (c_void_p, c_int32, c_int32, c_void_p), None
+        self._c.ds_pack_int8.argtypes = (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p)
+        self._c.ds_pack_int8.restype = None
+        self._c.ds_int8_nbytes.argtypes, self._c.ds_int8_nbytes.restype = (c_int32, c_int32, c_int32), c_int64
         sizes = (c_int32 * len(structs.ALL))()
         self._c.ds_sizes(sizes)
         if list(sizes) != [sizeof(kind) for kind in structs.ALL]:
             raise EngineFailed(f"{path} was built of other sources", remedy=f"remove {path}")
 
     def pack(self, weight: Tensor, panels: Tensor) -> None:
-        """Bring ``weight`` ``[out, in]``, ``in`` even, of the dtype or int8, into the flat ``panels``.
-
-        They have ``padded(out) * in`` elements.
-        """
+        """Bring ``weight`` ``[out, in]``, ``in`` even, into the flat ``panels``: ``padded(out) * in`` elements."""
         rows, columns = weight.shape
         assert len(panels) == padded(rows) * columns
-        pack = self._c.ds_pack_int8 if weight.dtype == torch.int8 else self._c.ds_pack
         # a name of its own keeps a copy alive during the call
         whole = weight.contiguous()
-        pack(whole.data_ptr(), rows, columns, panels.data_ptr())
+        self._c.ds_pack(whole.data_ptr(), rows, columns, panels.data_ptr())
+
+    def int8_nbytes(self, rows: int, columns: int, first_group: int) -> int:
+        """Bytes of panels in int8."""
+        nbytes: int = self._c.ds_int8_nbytes(rows, columns, first_group)
+        return nbytes
+
+    def pack_int8(self, weight: Tensor, scale: Tensor, first_group: int, panels: Tensor) -> None:
+        """Bring ``weight`` ``[out, in]``, ``in`` even, and ``scale`` ``[out, groups]`` into the bytes ``panels``.
+
+        The first ``first_group`` columns, an even number, are the first group.
+        """
+        rows, columns = weight.shape
+        assert (weight.dtype, scale.dtype, len(scale)) == (torch.int8, torch.float32, rows)
+        assert len(panels) == self.int8_nbytes(rows, columns, first_group)
+        whole, scales = weight.contiguous(), scale.contiguous()
+        self._c.ds_pack_int8(whole.data_ptr(), scales.data_ptr(), rows, columns, first_group, panels.data_ptr())
 
     def open(self, model: CModel, threads: int) -> Session:
         """A session of ``model``; all that it points to must outlive the session."""

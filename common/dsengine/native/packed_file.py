@@ -35,6 +35,8 @@ class Piece(msgspec.Struct, frozen=True, array_like=True):
     nbytes: int
     rows: int
     columns: int
+    #: columns of the first group of a matrix in int8; 0 for anything else
+    first_group: int = 0
 
 
 class Index(msgspec.Struct, frozen=True):
@@ -56,10 +58,10 @@ class Writer:
         self._at = 0
         self._pieces: dict[str, Piece] = {}
 
-    def put(self, name: str, content: memoryview, rows: int, columns: int) -> None:
+    def put(self, name: str, content: memoryview, rows: int, columns: int, first_group: int = 0) -> None:
         """Add a piece."""
         self._write(bytes(-self._at % _BORDER))
-        self._pieces[name] = Piece(self._at, content.nbytes, rows, columns)
+        self._pieces[name] = Piece(self._at, content.nbytes, rows, columns, first_group)
         self._write(content)
 
     def finish(self, key: str, model_dir: Path) -> None:

@@ -1,8 +1,7 @@
 """The weights of one rank in the form that the kernels read: pieces with names, in this process or in a file.
 
 A layer's pieces are named ``INDEX.PART``, such as ``3.qkv``; biases ``NAME.bias``. Matrices lie in panels
-(product.h), norms and biases in float32, biases padded to whole panels. A matrix in int8 has a bias always, and its
-scales ``NAME.scale`` likewise.
+(product.h), those in int8 with their scales (int8.h); norms and biases in float32, biases padded to whole panels.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dsengine.int8 import quantise
-from dsengine.linear import Peaks
+from dsengine.int8 import GROUP, before, quantise
+from dsengine.linear import Cut
 from dsengine.mlp import GatedMlp, Mlp
 from dsengine.native.arena import Arena
 from dsengine.native.library import Library, padded
@@ -36,7 +35,7 @@ class RawLinear:
     #: ``[out, in]``
     weight: Tensor
     bias: Tensor | None = None
-    peaks: Peaks | None = None
+    cut: Cut | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[rows, in] -> [rows, out]``."""
@@ -50,6 +49,8 @@ class Placed:
     address: int
     rows: int
     columns: int
+    #: columns of the first group of a matrix in int8; 0 for anything else
+    first_group: int
 
 
 class Packed:
@@ -63,7 +64,10 @@ class Packed:
     def of(cls, mapped: Mapped) -> Packed:
         """The pieces of a file."""
         pieces = mapped.index.pieces.items()
-        return cls({name: Placed(mapped.address(one), one.rows, one.columns) for name, one in pieces}, mapped)
+        return cls(
+            {name: Placed(mapped.address(one), one.rows, one.columns, one.first_group) for name, one in pieces},
+            mapped,
+        )
 
     def address(self, name: str) -> int | None:
         """Where ``name`` lies; None where there is no such piece."""
@@ -75,8 +79,7 @@ class Packed:
         piece = self._pieces.get(name)
         if piece is None:
             return CLinear()
-        bias, scale = (self.address(f"{name}.{what}") for what in ("bias", "scale"))
-        return CLinear(piece.address, bias, scale, piece.columns, piece.rows)
+        return CLinear(piece.address, self.address(f"{name}.bias"), piece.columns, piece.rows, piece.first_group)
 
     def norm(self, name: str) -> CNorm:
         """The norm ``name``; one without weights where there is none."""
@@ -90,7 +93,7 @@ class Shelf(Protocol):
         """``count`` uninitialised elements, to be filled and put before the next are asked for."""
         ...
 
-    def put(self, name: str, piece: Tensor, rows: int, columns: int) -> None:
+    def put(self, name: str, piece: Tensor, rows: int, columns: int, first_group: int = 0) -> None:
         """Keep the contiguous ``piece``, which nobody changes any more."""
         ...
 
@@ -107,10 +110,10 @@ class OwnShelf:
         """In huge pages, where the system gives them."""
         return self._arena.take(count, dtype)
 
-    def put(self, name: str, piece: Tensor, rows: int, columns: int) -> None:
+    def put(self, name: str, piece: Tensor, rows: int, columns: int, first_group: int = 0) -> None:
         """Keep it where it is."""
         self._kept[name] = piece
-        self._pieces[name] = Placed(piece.data_ptr(), rows, columns)
+        self._pieces[name] = Placed(piece.data_ptr(), rows, columns, first_group)
 
     def packed(self) -> Packed:
         """All that was put."""
@@ -131,9 +134,9 @@ class FileShelf:
             self._room = torch.empty(nbytes, dtype=torch.uint8)
         return self._room[:nbytes].view(dtype)
 
-    def put(self, name: str, piece: Tensor, rows: int, columns: int) -> None:
+    def put(self, name: str, piece: Tensor, rows: int, columns: int, first_group: int = 0) -> None:
         """Write it. Raises ``OSError``."""
-        self._writer.put(name, piece.view(-1).view(torch.uint8).numpy().data, rows, columns)
+        self._writer.put(name, piece.view(-1).view(torch.uint8).numpy().data, rows, columns, first_group)
 
 
 class Packing:
@@ -198,18 +201,20 @@ class Packing:
 
     def _linear(self, name: str, raw: object) -> None:
         assert isinstance(raw, RawLinear)
-        (rows, columns), weight, bias, scale = raw.weight.shape, raw.weight, raw.bias, None
+        (rows, columns), weight = raw.weight.shape, raw.weight
         if self._int8:
-            weight, scale = quantise(weight, raw.peaks)
-            bias = torch.zeros(rows) if bias is None else bias
-        panels = self._shelf.room(padded(rows) * columns, weight.dtype)
-        self._library.pack(weight, panels)
-        self._shelf.put(name, panels, rows, columns)
-        for what, values in (("bias", bias), ("scale", scale)):
-            if values is not None:
-                wide = torch.zeros(padded(rows))
-                wide[:rows] = values
-                self._put(f"{name}.{what}", wide)
+            first_group = GROUP - before(raw.cut)
+            panels = self._shelf.room(self._library.int8_nbytes(rows, columns, first_group), torch.uint8)
+            self._library.pack_int8(*quantise(weight, raw.cut), first_group, panels)
+            self._shelf.put(name, panels, rows, columns, first_group)
+        else:
+            panels = self._shelf.room(padded(rows) * columns, weight.dtype)
+            self._library.pack(weight, panels)
+            self._shelf.put(name, panels, rows, columns)
+        if raw.bias is not None:
+            bias = torch.zeros(padded(rows))
+            bias[:rows] = raw.bias
+            self._put(f"{name}.bias", bias)
 
     def _norm(self, name: str, norm: AnyNorm | None) -> None:
         if norm is None:

@@ -50,17 +50,21 @@ inline void load_panel(const typename E::weight* at, Wide* w) {
     for (int v = 0; v < PANEL_VECTORS; ++v) w[v] = E::load_weights(at + v * LANES * E::STEP);
 }
 
-// MB rows of `a` with NP panels, which ask for something else meanwhile, or not. Not inlined: one tight loop, whatever is done with the sums.
+// The inner dimension, and how much of it the first group takes, where weights have scales by groups.
+struct Inner {
+  Inner(int length, int first = 0) : length(length), first(first) {}
+  int length, first;
+};
+
+// A product rounded by itself: where compilers fuse it with what is added next, they do not always.
+inline vf scaled(vf sum, vf scale) { return sum * scale + 0.0f; }
+
+// MB rows of `a` with NP panels, which ask for something else meanwhile, or not. Not inlined: one tight loop, whatever
+// is done with the sums.
 template <class E, int MB, int NP, int AHEAD, bool ASKS>
 __attribute__((noinline)) void tile(const typename E::active* a, size_t lda, const typename E::weight* const* panels,
-                                    int inner, const Sums& sums, Ask ask) {
+                                    Inner inner, const Sums& sums, Ask ask) {
   constexpr int NV = NP * PANEL_VECTORS;
-  vf acc[MB][NV];
-#pragma GCC unroll 16
-  for (int m = 0; m < MB; ++m)
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v)
-      acc[m][v] = sums.start ? load(sums.start + m * sums.start_ld + v * LANES) : vf{};
   const typename E::weight* first = panels[0];
   const typename E::weight* second = panels[NP - 1];
   // Four rows to a pointer: one for each of them would be more than there are registers.
@@ -68,31 +72,64 @@ __attribute__((noinline)) void tile(const typename E::active* a, size_t lda, con
   const typename E::active* rows[GROUPS];
 #pragma GCC unroll 4
   for (int group = 0; group < GROUPS; ++group) rows[group] = a + group * 4 * lda;
-  for (int k = 0; k < inner; k += E::STEP) {
-    if constexpr (ASKS) ask.go_on();
-    decltype(E::load_weights(first)) w[NV];
-    load_panel<E, AHEAD>(first, w);
-    if constexpr (NP > 1) load_panel<E, AHEAD>(second, w + PANEL_VECTORS);
+  vf acc[MB][NV];
+  auto every = [&](auto each) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-    for (int m = 0; m < MB; ++m) {
-      auto x = E::spread(rows[m / 4] + m % 4 * lda);
+    for (int m = 0; m < MB; ++m)
 #pragma GCC unroll 16
-      for (int v = 0; v < NV; ++v) acc[m][v] = E::mac(acc[m][v], w[v], x);
-    }
-    first += PANEL * E::STEP, second += PANEL * E::STEP;
+      for (int v = 0; v < NV; ++v) each(m, v);
+  };
+  auto add = [&](int count) __attribute__((always_inline)) {
+    for (int k = 0; k < count; k += E::STEP) {
+      if constexpr (ASKS) ask.go_on();
+      decltype(E::load_weights(first)) w[NV];
+      load_panel<E, AHEAD>(first, w);
+      if constexpr (NP > 1) load_panel<E, AHEAD>(second, w + PANEL_VECTORS);
+#pragma GCC unroll 16
+      for (int m = 0; m < MB; ++m) {
+        auto x = E::spread(rows[m / 4] + m % 4 * lda);
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v) acc[m][v] = E::mac(acc[m][v], w[v], x);
+      }
+      first += PANEL * E::STEP, second += PANEL * E::STEP;
 #pragma GCC unroll 4
-    for (int group = 0; group < GROUPS; ++group) rows[group] += E::STEP;
+      for (int group = 0; group < GROUPS; ++group) rows[group] += E::STEP;
+    }
+  };
+  auto start = [&](int m, int v) { return sums.start ? load(sums.start + m * sums.start_ld + v * LANES) : vf{}; };
+  auto to = [&](int m, int v) { return sums.to + m * sums.ld + v * LANES; };
+  if constexpr (requires { E::GROUP; }) {
+    // Sums are kept in units of the group's scale, which leaves them in their registers.
+    every([&](int m, int v) { acc[m][v] = vf{}; });
+    const typename E::weight *before = first, *beside = second;
+    auto scale = [](auto* left, auto* right, int v) {
+      return E::load_scales(v < PANEL_VECTORS ? left : right, v % PANEL_VECTORS);
+    };
+    for (int left = inner.length, count = inner.first; left > 0; left -= count, count = E::GROUP) {
+      if constexpr (AHEAD > 0) __builtin_prefetch(first + AHEAD, 0, 2);
+      if constexpr (AHEAD > 0 && NP > 1) __builtin_prefetch(second + AHEAD, 0, 2);
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) {
+        const vf change = scale(before, beside, v) / scale(first, second, v);
+#pragma GCC unroll 16
+        for (int m = 0; m < MB; ++m) acc[m][v] = scaled(acc[m][v], change);
+      }
+      before = first, beside = second;
+      first += E::SCALES, second += E::SCALES;
+      add(count < left ? count : left);
+    }
+    every([&](int m, int v) { store(to(m, v), scaled(acc[m][v], scale(before, beside, v)) + start(m, v)); });
+  } else {
+    every([&](int m, int v) { acc[m][v] = start(m, v); });
+    add(inner.length);
+    every([&](int m, int v) { store(to(m, v), acc[m][v]); });
   }
-#pragma GCC unroll 16
-  for (int m = 0; m < MB; ++m)
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) store(sums.to + m * sums.ld + v * LANES, acc[m][v]);
 }
 
 // The same with the number of rows known only now.
 template <class E, int NP, int AHEAD, bool ASKS = false, int MB = MAX_ROWS / NP>
 inline void tile_of(int rows, const typename E::active* a, size_t lda, const typename E::weight* const* panels,
-                    int inner, const Sums& sums, const Ask& ask = {}) {
+                    Inner inner, const Sums& sums, const Ask& ask = {}) {
   if constexpr (MB > 1) {
     if (rows < MB) return tile_of<E, NP, AHEAD, ASKS, MB - 1>(rows, a, lda, panels, inner, sums, ask);
   }
@@ -113,7 +150,7 @@ inline void tiles(int rows, int most, Each each) {
 // Any number of rows over what is in the caches, sums to memory.
 template <class E, int NP>
 inline void strip(int rows, const typename E::active* a, size_t lda, const typename E::weight* const* panels,
-                  int inner, const Sums& sums) {
+                  Inner inner, const Sums& sums) {
   tiles(rows, MAX_ROWS / NP, [&](int row, int count) {
     const float* start = sums.start ? sums.start + row * sums.start_ld : nullptr;
     tile_of<E, NP, 0>(count, a + row * lda, lda, panels, inner,
@@ -140,18 +177,30 @@ inline void strips(int rows, const typename E::active* a, size_t lda, const type
 // One weight matrix, `in` even.
 struct Linear {
   const void* panels;
-  const float* bias;   // [padded(out)] or null
-  const float* scale;  // [padded(out)] where weights are int8, with a bias then; else null
+  const float* bias;  // [padded(out)] or null
   int32_t in;
   int32_t out;
+  int32_t first_group;  // columns of the first group of weights in int8 (int8.h); 0 where they are not in int8
+  int32_t reserved;
+
+  Inner inner() const { return {in, first_group}; }
 };
+
+// Elements of one panel.
+template <class E>
+inline size_t panel_elements(const Linear& linear) {
+  if constexpr (requires { E::GROUP; })
+    return E::panel_elements(linear.in, linear.first_group);
+  else
+    return static_cast<size_t>(linear.in) * PANEL;
+}
 
 constexpr int ROW_BLOCK = 96;  // activations of so many rows stay in the second-level cache
 
 // Rows [row, row + count) with two panels (or one): each(row, sums of 64 or 32 columns) while they are in the cache.
 template <class E, int NP, class Each>
 inline void finish_tiles(Ahead& later, int row, int count, const typename E::active* a, size_t lda,
-                         const typename E::weight* const* panels, int inner, const float* start, Each each) {
+                         const typename E::weight* const* panels, Inner inner, const float* start, Each each) {
   alignas(64) float sums[MAX_ROWS][NP * PANEL];
   tiles(count, MAX_ROWS, [&](int at, int some) {
     const typename E::active* from = a + (row + at) * lda;
@@ -160,7 +209,7 @@ inline void finish_tiles(Ahead& later, int row, int count, const typename E::act
     else
       for (int n = 0; n < NP; ++n) {
         const Sums here{start ? start + n * PANEL : nullptr, 0, sums[0] + n * PANEL, NP * PANEL};
-        if (const Ask ask = later.next(inner / E::STEP); ask.at)
+        if (const Ask ask = later.next(inner.length / E::STEP); ask.at)
           tile_of<E, 1, ahead<E>(1), true>(some, from, lda, panels + n, inner, here, ask);
         else
           tile_of<E, 1, ahead<E>(1)>(some, from, lda, panels + n, inner, here);
@@ -199,7 +248,7 @@ template <class E, class Out>
 void product(Team& team, int rows, const typename E::active* a, size_t lda, const Linear& linear, Out out) {
   using weight = typename E::weight;
   const weight* packed = static_cast<const weight*>(linear.panels);
-  const size_t panel_size = static_cast<size_t>(linear.in) * PANEL;
+  const size_t panel_size = panel_elements<E>(linear);
   share_product(team, rows, padded(linear.out) / PANEL, [&](int row, int count, int first, int last) {
     for (int panel = first; panel < last; panel += 2) {
       const weight* both[2] = {packed + panel * panel_size, packed + (panel + 1) * panel_size};
@@ -210,9 +259,9 @@ void product(Team& team, int rows, const typename E::active* a, size_t lda, cons
         };
       };
       if (panel + 1 < last)
-        finish_tiles<E, 2>(team.ahead, row, count, a, lda, both, linear.in, bias, each(2 * PANEL_VECTORS));
+        finish_tiles<E, 2>(team.ahead, row, count, a, lda, both, linear.inner(), bias, each(2 * PANEL_VECTORS));
       else
-        finish_tiles<E, 1>(team.ahead, row, count, a, lda, both, linear.in, bias, each(PANEL_VECTORS));
+        finish_tiles<E, 1>(team.ahead, row, count, a, lda, both, linear.inner(), bias, each(PANEL_VECTORS));
     }
   });
 }
@@ -222,7 +271,7 @@ template <class E, class Out>
 void gated_product(Team& team, int rows, const typename E::active* a, size_t lda, const Linear& gate,
                    const Linear& up, Out out) {
   using weight = typename E::weight;
-  const size_t panel_size = static_cast<size_t>(gate.in) * PANEL;
+  const size_t panel_size = panel_elements<E>(gate);
   share_product(team, rows, padded(gate.out) / PANEL, [&](int row, int count, int first, int last) {
     for (int panel = first; panel < last; ++panel) {
       const weight* both[2] = {static_cast<const weight*>(gate.panels) + panel * panel_size,
@@ -230,7 +279,7 @@ void gated_product(Team& team, int rows, const typename E::active* a, size_t lda
       alignas(64) float start[2 * PANEL] = {};
       if (gate.bias) std::memcpy(start, gate.bias + panel * PANEL, PANEL * sizeof(float));
       if (up.bias) std::memcpy(start + PANEL, up.bias + panel * PANEL, PANEL * sizeof(float));
-      finish_tiles<E, 2>(team.ahead, row, count, a, lda, both, gate.in, start, [&](int r, const float* sums) {
+      finish_tiles<E, 2>(team.ahead, row, count, a, lda, both, gate.inner(), start, [&](int r, const float* sums) {
         for (int v = 0; v < PANEL; v += LANES) out(r, panel * PANEL + v, load(sums + v), load(sums + PANEL + v));
       });
     }

@@ -18,14 +18,15 @@ class CNorm(Structure):
 
 
 class CLinear(Structure):
-    """Packed weights; ``bias`` float32, padded to whole panels, or null; ``scale`` likewise, not null for int8."""
+    """Packed weights; ``bias`` float32, padded to whole panels, or null; ``first_group`` 0: they are not int8."""
 
     _fields_ = (
         ("panels", c_void_p),
         ("bias", c_void_p),
-        ("scale", c_void_p),
         ("in_", c_int32),
         ("out", c_int32),
+        ("first_group", c_int32),
+        ("reserved", c_int32),
     )
 
 
