@@ -5,9 +5,20 @@ from __future__ import annotations
 import sys
 
 from rich.console import Console
+from rich.table import Table
 
 #: characters of a line that no terminal breaks
 WIDE = 1000
+
+
+def figures(*headings: str, words: int = 1, title: str | None = None) -> Table:
+    """A table without lines: the first ``words`` columns are words, and may be broken; the rest are figures."""
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    made.title, made.title_style, made.title_justify = title, "bold", "left"
+    for place, heading in enumerate(headings):
+        figure = place >= words
+        made.add_column(heading, justify="right" if figure else "left", no_wrap=figure)
+    return made
 
 
 def counted(number: int, noun: str) -> str:

@@ -151,7 +151,7 @@ def test_figures_leave_the_warm_up_out_and_judge_both_objectives_together() -> N
     text = console.export_text()
     assert "25.0%" in text
     assert "missed" in text
-    assert "1 requests failed: overloaded" in text
+    assert "1 request failed: overloaded" in text
     with pytest.raises(BadInput, match="after the warm-up"):
         serve_figures(records, SLO, 100.0, 1.0, 0.0)
 

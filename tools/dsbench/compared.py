@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from dsbench.rounds import Load, Tried
 from dsbench.served import Served, data
+from dsobserve.terminal import figures
 from dssim.records import Record
 from dssim.statistics import stages
 from dstopology.resolved import Slo
@@ -72,10 +72,7 @@ def show(console: Console, rows: Sequence[Compared], slo: Slo) -> None:
         "milliseconds; [bold]predicted / measured[/]",
         soft_wrap=True,
     )
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    headings = ("system", "rate", "requests", "attainment", "95 %", *(figure[0] for figure in _FIGURES))
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "system" else "right")
+    table = figures("system", "rate", "requests", "attainment", "95%", *(figure[0] for figure in _FIGURES))
     for row in rows:
         first = (row.system, f"{row.rate:.2f}", str(row.measured.requests), _attainment(row), _interval(row))
         table.add_row(*first, *_cells(row))

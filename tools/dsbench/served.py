@@ -12,9 +12,9 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.table import Table
 
 from dsbench.bootstrap import interval, percentile, share
+from dsobserve.terminal import counted, figures
 from dssim.records import Record
 from dssim.statistics import PERCENTILES, Estimate, wilson
 from dssim.workload import Arrival
@@ -126,9 +126,7 @@ def show(console: Console, served: Served, slo: Slo) -> None:
         + ("[green]met[/]" if met else "[red]missed[/]"),
         soft_wrap=True,
     )
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("ms", "TTFT", "TPOT", "total"):
-        table.add_column(heading, justify="left" if heading == "ms" else "right", no_wrap=True)
+    table = figures("ms", "TTFT", "TPOT", "total")
     for percent in PERCENTILES:
         row = (times.get(percent) for times in (served.ttft_s, served.tpot_s, served.total_s))
         table.add_row(f"p{percent}", *("" if one is None else _cell(one) for one in row))
@@ -138,7 +136,7 @@ def show(console: Console, served: Served, slo: Slo) -> None:
         f"{served.tokens_per_s:.0f} tokens/s"
     )
     for code, count in served.errors.items():
-        console.print(f"[red]{count} requests failed: {code}[/]")
+        console.print(f"[red]{counted(count, 'request')} failed: {code}[/]")
     if served.late_s > LATE_S:
         console.print(
             f"[yellow]requests were sent up to {served.late_s * 1e3:.0f} ms late, which counts as waiting[/]"
@@ -151,8 +149,9 @@ def _percent(one: Estimate) -> str:
 
 
 def _cell(one: Estimate) -> str:
-    low, high = (_digits(end * 1e3) if math.isfinite(end) else "?" for end in (one.low, one.high))
-    return f"{_digits(one.value * 1e3)} ({low} to {high})"
+    low, high = (_digits(end * 1e3) if math.isfinite(end) else "" for end in (one.low, one.high))
+    interval = f" ({low} to {high})" if low and high else f" (from {low})" if low else ""
+    return f"{_digits(one.value * 1e3)}{interval}"
 
 
 def _digits(value_ms: float) -> str:

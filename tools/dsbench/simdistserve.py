@@ -186,12 +186,10 @@ def _percentile(values: Sequence[float], percent: int) -> float:
 
 
 def _show(told: Sequence[Told]) -> None:
-    from rich.table import Table
-
-    from dsobserve.terminal import output
+    from dsobserve.terminal import figures, output
 
     head = ("requests/s", "simulator", "TTFT p50 ms", "p90", "TPOT p50 ms", "p90", "both objectives")
-    table = Table(*head, title="two simulators, the same requests")
+    table = figures(*head, words=2, title="two simulators, the same requests")
     for one in told:
         shown = (one.ttft_p50_ms, one.ttft_p90_ms, one.tpot_p50_ms, one.tpot_p90_ms)
         table.add_row(f"{one.rate:g}", one.simulator, *(f"{ms:.4g}" for ms in shown), f"{one.attainment:.1%}")

@@ -112,11 +112,9 @@ def _show_times(
         about = {"model": latency.shape.name, "device": device, "tp": tp, "pp": pp, "source": latency.source}
         click.echo(json.dumps({**about, "steps": steps}, indent=2))
         return
-    from rich.table import Table
+    from dsobserve.terminal import figures, output
 
-    from dsobserve.terminal import output
-
-    table = Table("step", "sequences", "tokens of each", "ms", title=f"TP {tp} PP {pp}")
+    table = figures("step", "sequences", "tokens of each", "ms", title=f"TP {tp} PP {pp}")
     for phase, batch, tokens, ms in rows:
         table.add_row(phase, str(batch), str(tokens), f"{ms:.4g}")
     console = output()
@@ -128,12 +126,10 @@ def _show_errors(errors: list[Error], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(one) for one in errors], indent=2))
         return
-    from rich.table import Table
+    from dsobserve.terminal import figures, output
 
-    from dsobserve.terminal import output
-
-    table = Table("table", "rows", "mean error", "90 % below", "median", title="the model beside measurements")
-    table.add_column("device unseen")
+    columns = ("table", "rows", "mean error", "90% below", "median", "device unseen")
+    table = figures(*columns, title="the model beside measurements")
     for one in errors:
         blind = "" if one.blind is None else f"{one.blind:.1%}"
         table.add_row(one.table, str(one.rows), f"{one.mape:.1%}", f"{one.p90:.1%}", f"{one.bias:+.1%}", blind)

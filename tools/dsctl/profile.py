@@ -13,7 +13,7 @@ import click
 
 from dsctl.options import NewFile
 from dsctl.topology import FILE_HELP
-from dsobserve.terminal import output
+from dsobserve.terminal import figures, output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -222,14 +222,10 @@ def _saturating(profile: Profile, path: Path, tp: int) -> int:
 
 
 def _show(profile: Profile, path: Path) -> None:
-    from rich.table import Table
-
     console = output()
     console.print(f"[bold]{profile.subject.model}[/], {profile.subject.dtype}, {profile.subject.threads} threads")
     for tp, fit in profile.fits.items():
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        for heading in (f"ms, tp {tp}", "base", "a token", "a square", "a sequence", "error", "p90"):
-            table.add_column(heading, justify="left" if heading.startswith("ms") else "right")
+        table = figures(f"ms, tp {tp}", "base", "a token", "a square", "a sequence", "error", "p90")
         for name in ("prefill", "decode", "decode_large"):
             row, errors = fit[name], fit["errors"].get(name)
             known = [f"{row[key]:.4g}" if key in row else "" for key in _COLUMNS]

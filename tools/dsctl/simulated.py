@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dsobserve.terminal import counted
+from dsobserve.terminal import counted, figures
 
 if TYPE_CHECKING:
     from dssim.rates import AtRate
@@ -101,11 +101,7 @@ def show(run: Run, summary: Summary, slo: Slo, instances: int, about: str) -> No
 
 def _show_times(console: Any, run: Run, summary: Summary) -> None:
     """Of the requests that finished."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("ms", *(f"p{percent}" for percent in summary.total_s)):
-        table.add_column(heading, justify="left" if heading == "ms" else "right", no_wrap=True)
+    table = figures("ms", *(f"p{percent}" for percent in summary.total_s))
     for name, times in (("TTFT", summary.ttft_s), ("TPOT", summary.tpot_s), ("total", summary.total_s)):
         table.add_row(name, *(_cell(one) for one in times.values()))
     console.print(table)
@@ -115,16 +111,12 @@ def _show_times(console: Any, run: Run, summary: Summary) -> None:
 
 def show_rates(runs: Sequence[AtRate], slo: Slo, about: str) -> None:
     """Print a line for each rate. ``about``: whose times of steps these are."""
-    from rich.table import Table
-
     from dsobserve.terminal import output
     from dssim.rates import goodput
 
     console = output()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     percentiles = [f"{name} p{percent}" for name in ("TTFT", "TPOT") for percent in (50, 90, 99)]
-    for heading in ("requests/s", "good", "interval", *percentiles, "busiest"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = figures("requests/s", "good", "interval", *percentiles, "busiest", words=0)
     for one in runs:
         share = one.summary.attainment
         colour = "green" if share.value >= slo.attainment else "red"

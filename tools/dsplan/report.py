@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from dsobserve.terminal import counted
+from dsobserve.terminal import counted, figures, output
 from dsplan.placement import Group, Placement, Plan
 from dsplan.planner import ORACLE
 from dsplan.reasons import reasons, verdict
@@ -112,16 +112,15 @@ def _candidate(kind: str, one: Tried) -> dict[str, Any]:
 
 def show(plan: Plan, confirmations: Sequence[Confirmation] = (), compared: Placement | None = None) -> None:
     """Print candidates, the choice, and why."""
-    from rich.table import Table
-
-    from dsobserve.terminal import output
-
     console = output()
-    table = Table("for", "parallelism", "devices", "requests/s", "per device", title="best candidates")
+    columns = ("for", "parallelism", "devices", "requests/s", "a device")
+    table = figures(*columns, words=2, title="best candidates")
     for kind, one in best_tried(plan, 3):
         table.add_row(kind, _words(one.what), str(one.what.devices), f"{one.rate:.3g}", f"{one.per_device:.3g}")
     console.print(table)
+    console.print()
     console.print(_systems(plan, compared))
+    console.print()
     for number, sentence in enumerate(reasons(plan, compared)):
         console.print(sentence, style="bold" if number == 0 else None)
     for run in confirmations:
@@ -142,11 +141,9 @@ def confirmed(run: Confirmation) -> str:
 
 
 def _systems(plan: Plan, compared: Placement | None) -> Any:
-    from rich.table import Table
-
     priced = any(one.price for one in plan.placements)
-    columns = ["mode", "system", "devices", "requests/s", "per device", "95%"] + ["cost/1M tokens"] * priced
-    table = Table(*columns, title="systems")
+    columns = ["mode", "system", "devices", "requests/s", "a device", "95%"] + ["cost of 1M tokens"] * priced
+    table = figures(*columns, words=2, title="systems")
     rows = [(one, one is plan.chosen, one.spec.mode) for one in plan.placements]
     if compared is not None:
         rows.append((compared, False, "yours"))
