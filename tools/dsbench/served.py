@@ -14,7 +14,8 @@ import msgspec
 from rich.console import Console
 
 from dsbench.bootstrap import interval, percentile, share
-from dsobserve.terminal import counted, figures
+from dsctl.simulated import percentiles
+from dsobserve.terminal import counted
 from dssim.records import Record
 from dssim.statistics import PERCENTILES, Estimate, wilson
 from dssim.workload import Arrival
@@ -126,11 +127,7 @@ def show(console: Console, served: Served, slo: Slo) -> None:
         + ("[green]met[/]" if met else "[red]missed[/]"),
         soft_wrap=True,
     )
-    table = figures("ms", "TTFT", "TPOT", "total")
-    for percent in PERCENTILES:
-        row = (times.get(percent) for times in (served.ttft_s, served.tpot_s, served.total_s))
-        table.add_row(f"p{percent}", *("" if one is None else _cell(one) for one in row))
-    console.print(table)
+    console.print(percentiles(served.ttft_s, served.tpot_s, served.total_s))
     console.print(
         f"offered {served.offered_per_s:.2f}, served {served.requests_per_s:.2f} requests/s, "
         f"{served.tokens_per_s:.0f} tokens/s"
@@ -146,17 +143,6 @@ def show(console: Console, served: Served, slo: Slo) -> None:
 def _percent(one: Estimate) -> str:
     ends = f"{one.low:.1%} to {one.high:.1%}" if math.isfinite(one.high - one.low) else "of one"
     return f"{one.value:.1%} ({ends})"
-
-
-def _cell(one: Estimate) -> str:
-    low, high = (_digits(end * 1e3) if math.isfinite(end) else "" for end in (one.low, one.high))
-    interval = f" ({low} to {high})" if low and high else f" (from {low})" if low else ""
-    return f"{_digits(one.value * 1e3)}{interval}"
-
-
-def _digits(value_ms: float) -> str:
-    """Three digits at least, and no more behind the point than tell something."""
-    return f"{value_ms:.0f}" if value_ms >= 100 else f"{value_ms:.1f}"
 
 
 def write_log(path: Path, arrivals: Sequence[Arrival], records: Iterable[Record]) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from dsobserve.terminal import counted, figures
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from dssim.rates import AtRate
     from dssim.records import Run
     from dssim.statistics import Estimate, Summary
@@ -101,12 +103,20 @@ def show(run: Run, summary: Summary, slo: Slo, instances: int, about: str) -> No
 
 def _show_times(console: Any, run: Run, summary: Summary) -> None:
     """Of the requests that finished."""
-    table = figures("ms", *(f"p{percent}" for percent in summary.total_s))
-    for name, times in (("TTFT", summary.ttft_s), ("TPOT", summary.tpot_s), ("total", summary.total_s)):
-        table.add_row(name, *(_cell(one) for one in times.values()))
-    console.print(table)
+    console.print(percentiles(summary.ttft_s, summary.tpot_s, summary.total_s))
     console.print("mean stages (ms): " + _stages(summary), soft_wrap=True)
     console.print("busy: " + ", ".join(f"{name} {share:.0%}" for name, share in _busy(run).items()), soft_wrap=True)
+
+
+def percentiles(
+    ttft_s: Mapping[int, Estimate], tpot_s: Mapping[int, Estimate], total_s: Mapping[int, Estimate]
+) -> Table:
+    """A row for each, in milliseconds with their intervals; empty where nothing was measured."""
+    table = figures("ms", "TTFT", "TPOT", "total")
+    for percent in total_s:
+        row = (times.get(percent) for times in (ttft_s, tpot_s, total_s))
+        table.add_row(f"p{percent}", *("" if one is None else _cell(one) for one in row))
+    return table
 
 
 def show_rates(runs: Sequence[AtRate], slo: Slo, about: str) -> None:
@@ -115,13 +125,15 @@ def show_rates(runs: Sequence[AtRate], slo: Slo, about: str) -> None:
     from dssim.rates import goodput
 
     console = output()
-    percentiles = [f"{name} p{percent}" for name in ("TTFT", "TPOT") for percent in (50, 90, 99)]
-    table = figures("requests/s", "good", "interval", *percentiles, "busiest", words=0)
+    columns = [f"{name}\np{percent}" for name in ("TTFT", "TPOT") for percent in (50, 90, 99)]
+    table = figures("rate", "good", "interval", *columns, "busiest", words=0)
+    # all of it fits a narrow terminal
+    table.padding = (0, 1, 0, 0)
     for one in runs:
         share = one.summary.attainment
         colour = "green" if share.value >= slo.attainment else "red"
         times = [
-            f"{per[percent].value * 1e3:.1f}" if per else "-"
+            _digits(per[percent].value * 1e3) if per else "-"
             for per in (one.summary.ttft_s, one.summary.tpot_s)
             for percent in (50, 90, 99)
         ]
@@ -159,13 +171,18 @@ def _errors(console: Any, run: Run, summary: Summary) -> None:
 
 def _cell(one: Estimate) -> str:
     """A time with its interval; few requests do not tell how far that reaches."""
-    low, high = (f"{end * 1e3:.1f}" if math.isfinite(end) else "" for end in (one.low, one.high))
+    low, high = (_digits(end * 1e3) if math.isfinite(end) else "" for end in (one.low, one.high))
     interval = f" ({low} to {high})" if low and high else f" (from {low})" if low else ""
-    return f"{one.value * 1e3:.1f}{interval}"
+    return f"{_digits(one.value * 1e3)}{interval}"
+
+
+def _digits(value_ms: float) -> str:
+    """Three digits at least, and no more behind the point than tell something."""
+    return f"{value_ms:.0f}" if value_ms >= 100 else f"{value_ms:.1f}"
 
 
 def _stages(summary: Summary) -> str:
     from dsctl.ledger import label
 
     shown = {label(name): value * 1e3 for name, value in summary.stages_s.items()}
-    return ", ".join(f"{name} {value:.1f}" for name, value in shown.items() if value >= 0.05)
+    return "; ".join(f"{name} {value:.1f}" for name, value in shown.items() if value >= 0.05)
