@@ -3,6 +3,7 @@ transformers' modules."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -23,10 +24,11 @@ from dsengine.int8 import Int8Linear
 from dsengine.linear import Linear
 from dsengine.native.decoder import NativeDecoder, Share, obstacle
 from dsengine.native.library import Library, library
+from dsengine.native.linear import Int8Linears
 from dsengine.native.packing import Packed, Packing, RawLinear, Shelf
 from dsengine.native.shared import Wanted, packed
 from dsengine.parallel import WHOLE, Alone, Part, Peers
-from dsengine.parts import Parts
+from dsengine.parts import MakeLinear, Parts
 from dsengine.pool import DTYPES
 from dsengine.rope import RopeTable
 from dsengine.rope_settings import Rope
@@ -139,8 +141,17 @@ def _lean(arch: Architecture, config: EngineConfig, device: torch.device, part: 
     def table(rope: Rope) -> RopeTable:
         return RopeTable(rope, arch.head_dim, config.max_model_len, dtype, device)
 
-    make_linear = Int8Linear if config.quantization == "int8" else Linear
+    make_linear = _int8_linears(config) if config.quantization == "int8" else Linear
     return Decoder(Parts(arch, Checkpoint(config.model_dir, dtype, device), make_linear, part), table, peers)
+
+
+def _int8_linears(config: EngineConfig) -> MakeLinear:
+    """On the compiled kernels, where they can be had."""
+    if config.kernels:
+        with contextlib.suppress(Failed):
+            return Int8Linears(library(config.dtype), config.threads)
+    _log.warning("products of int8 weights go through torch, slower than those of unquantised ones")
+    return Int8Linear
 
 
 def _foreign(shape: ForeignShape, config: EngineConfig, device: torch.device, part: Part) -> Model:

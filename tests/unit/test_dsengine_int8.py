@@ -14,6 +14,9 @@ from dsengine import int8
 from dsengine.int8 import BLOCK_ROWS, GROUP, Int8Linear, peaks_of, quantise, widened
 from dsengine.linear import Cut
 from dsengine.native.decoder import NativeDecoder
+from dsengine.native.library import library
+from dsengine.native.linear import Int8Linears, NativeInt8Linear
+from dsengine.pool import DTYPES
 from dsengine.runner import Engine
 from dshost.library import compiler
 from dswire.errors import EngineFailed
@@ -98,6 +101,35 @@ def test_logits_stay_near_the_unquantised_model(tmp_path: Path, family: str, dty
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("start", [0, 40])
+def test_single_products_on_the_kernels(dtype: str, start: int) -> None:
+    generator = torch.Generator().manual_seed(start)
+    whole, offset, x = (
+        torch.randn(shape, generator=generator).to(DTYPES[dtype]) for shape in ((37, 100), 37, (30, 100))
+    )
+    weight, x = whole[:, start:], x[:, start:]
+    cut = Cut(start, lambda: peaks_of(whole[:, start // GROUP * GROUP :]))
+    on_kernels = Int8Linears(library(dtype), 2)(weight, offset, cut)
+    assert isinstance(on_kernels, NativeInt8Linear)
+    q, scale = quantise(weight, cut)
+    want = functional.linear(x.float(), widened(q, scale, start % GROUP), offset.float())
+    y = on_kernels(x)
+    assert y.dtype == x.dtype
+    tolerance = 1e-4 if dtype == "float32" else 0.01
+    torch.testing.assert_close(y.float(), want, rtol=tolerance, atol=tolerance)
+    assert all(torch.equal(on_kernels(x[row : row + 1]), y[row : row + 1]) for row in range(len(x)))
+
+
+@needs_compiler
+def test_columns_that_do_not_pair_up_go_through_torch() -> None:
+    make = Int8Linears(library("bfloat16"), 1)
+    assert isinstance(make(torch.randn(3, 35)), Int8Linear)
+    cut = Cut(33, lambda: torch.ones(3, 2))
+    assert isinstance(make(torch.randn(3, 36), None, cut), Int8Linear)
+
+
+@needs_compiler
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
 def test_kernels_and_torch_have_the_same_weights(tmp_path: Path, family: str) -> None:
     make_family(tmp_path, family, initializer_range=0.1)
@@ -132,7 +164,9 @@ def test_greedy_tokens_do_not_depend_on_the_batch(tmp_path: Path, kernels: bool)
     assert together == [generate(engine, [prompt], 10)[0] for prompt in prompts]
 
 
-@pytest.mark.parametrize(("family", "kernels"), [("qwen2", True), ("gpt2", True), ("qwen2-moe", False)])
+@pytest.mark.parametrize(
+    ("family", "kernels"), [("qwen2", True), ("gpt2", True), ("qwen2-moe", True), ("qwen2-moe", False)]
+)
 def test_greedy_tokens_do_not_depend_on_the_shares(tmp_path: Path, family: str, kernels: bool) -> None:
     make_family(tmp_path, family, initializer_range=0.1)
     prompts = [prompt_of(length) for length in (1, 20, 37)]

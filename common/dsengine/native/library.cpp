@@ -71,4 +71,26 @@ int32_t ds_draw(void* session, const float* logits, int64_t stride, int32_t voca
 }
 
 void ds_close(void* session) { delete static_cast<Session*>(session); }
+
+// Threads for single products. Null where there is no memory.
+void* ds_team(int32_t threads) {
+  try {
+    return new Team(threads);
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+
+// `x` [rows][in] -> `y` [rows][padded(out)].
+void ds_multiply(void* team, const Linear* linear, const Element::active* x, int32_t rows, float* y) {
+  Team& all = *static_cast<Team*>(team);
+  const size_t width = padded(linear->out);
+  const std::function<void()> job = [&] {
+    multiply<Element>(all, rows, x, linear->in, *linear,
+                      [&](int row, int column, vf sums) { store(y + row * width + column, sums); });
+  };
+  all.run(job);
+}
+
+void ds_team_close(void* team) { delete static_cast<Team*>(team); }
 }

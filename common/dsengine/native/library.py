@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dsengine.native import structs
-from dsengine.native.structs import CBatch, CDraw, CModel, CPool
+from dsengine.native.structs import CBatch, CDraw, CLinear, CModel, CPool
 from dshost.library import build, load, native_flags
 from dswire.errors import EngineFailed, OutOfMemory
 
@@ -36,6 +36,7 @@ class Library:
         """Build where needed (a minute of one core at most), and load. Raises :class:`~dswire.errors.Failed`."""
         flags = (*native_flags(), f"-DELEMENT={ELEMENTS[dtype]}")
         path = build(dtype, Path(__file__).with_name("library.cpp"), flags)
+        self._dtype = dtype
         #: another one for other sources, compilers or processors
         self.name = path.stem
         self._c = load(path)
@@ -47,6 +48,10 @@ class Library:
         self._c.ds_pack_int8.argtypes = (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p)
         self._c.ds_pack_int8.restype = None
         self._c.ds_int8_nbytes.argtypes, self._c.ds_int8_nbytes.restype = (c_int32, c_int32, c_int32), c_int64
+        self._c.ds_team.argtypes, self._c.ds_team.restype = (c_int32,), c_void_p
+        self._c.ds_multiply.argtypes = (c_void_p, POINTER(CLinear), c_void_p, c_int32, c_void_p)
+        self._c.ds_multiply.restype = None
+        self._c.ds_team_close.argtypes, self._c.ds_team_close.restype = (c_void_p,), None
         sizes = (c_int32 * len(structs.ALL))()
         self._c.ds_sizes(sizes)
         if list(sizes) != [sizeof(kind) for kind in structs.ALL]:
@@ -82,6 +87,31 @@ class Library:
         if not handle:
             raise OutOfMemory(f"no room for {threads} threads of the engine")
         return Session(self._c, handle)
+
+    def team(self, threads: int) -> Team:
+        """Threads for single products. Raises :class:`OutOfMemory`."""
+        handle = self._c.ds_team(threads)
+        if not handle:
+            raise OutOfMemory(f"no room for {threads} threads of the engine")
+        return Team(self._c, handle, torch.bfloat16 if self._dtype == "bfloat16" else torch.float32)
+
+
+class Team:
+    """Threads that make one product at a time."""
+
+    def __init__(self, c: ctypes.CDLL, handle: int, active: torch.dtype) -> None:
+        self._c = c
+        self._handle = handle
+        #: what activations are multiplied as
+        self._active = active
+        weakref.finalize(self, c.ds_team_close, handle)
+
+    def multiply(self, matrix: CLinear, x: Tensor, y: Tensor) -> None:
+        """``x`` ``[rows, in]`` times ``matrix`` into ``y`` ``[rows, padded(out)]``, contiguous and float32."""
+        assert (x.shape[1], y.shape[1], y.dtype) == (matrix.in_, padded(matrix.out), torch.float32)
+        # a name of its own keeps a copy alive during the call
+        rows = x.to(self._active).contiguous()
+        self._c.ds_multiply(self._handle, byref(matrix), rows.data_ptr(), len(rows), y.data_ptr())
 
 
 class Session:
