@@ -39,6 +39,7 @@ TOPOLOGIES = {
     "conditional": "mode: conditional\nconditional: {threshold_tokens: 100}\nkv: {blocks: 600}",
     "blocks of two sizes": "kv: {blocks: 600}\ndecode: {kv: {blocks: 1200, block_size: 8}}",
     "pipelines": "kv: {blocks: 600}\nprefill: {pp: 2, max_batch_tokens: 128}\ndecode: {pp: 3}",
+    "KV is kept": "kv: {blocks: 600}\ndecode: 2\nrelay: {keep: 1MiB}",
 }
 FLAT_TRANSFER = FlatTransfer()
 
@@ -184,7 +185,7 @@ def test_transfers_share_the_way_out_of_a_node(desk: Desk, requests: int, slowes
     assert run.simulated_s >= 1.0 + slowest_s
 
 
-@pytest.mark.parametrize("name", ["2p2d", "two nodes"])
+@pytest.mark.parametrize("name", ["2p2d", "two nodes", "KV is kept"])
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0", "relay-"])
 def test_what_a_process_held_when_it_died_is_made_again(desk: Desk, name: str, victim: str) -> None:
     one = system(desk, TOPOLOGIES[name])
@@ -196,6 +197,36 @@ def test_what_a_process_held_when_it_died_is_made_again(desk: Desk, name: str, v
     retries = [record.ledger.retries for record in run.records if record.ledger is not None]
     # a relay is busy only while KV goes through it, and no copy on its node waits for its word
     assert any(retries) == (not victim.startswith("relay-"))
+
+
+@pytest.mark.parametrize(
+    ("keep", "total_s", "resume_s", "read_s"),
+    [
+        # the death at 1.8 shows at 2, when workers are pinged; read again until 3, two blocks copied, 13 steps
+        ("", 4.8, 0.0, 2.0),
+        # its block is copied until 2.25, the tokens made so far read in a step of 1, 13 steps
+        ("\nrelay: {keep: 1KiB}", 4.55, 1.5, 1.0),
+    ],
+    ids=["", "kept"],
+)
+def test_a_death_by_hand(desk: Desk, keep: str, total_s: float, resume_s: float, read_s: float) -> None:
+    transfers = FlatTransfer(0.0, 0.0, 0.0, LAYOUT.block_nbytes / 0.25, 0.0)
+    one = system(desk, "kv: {blocks: 64}\ndecode: 2" + keep, FLAT, transfers)
+    # read until 1, copied until 1.25, the sixth token at 1.75
+    run = one.run([Arrival(0.0, 16, 20)], failures=parse(["decode-0@1.8s"], one.topology))
+    (only,) = run.records
+    assert only.ledger is not None
+    assert [only.total_s, only.ledger.resume_s] == pytest.approx([total_s, resume_s])
+    assert run.seen.busy_s["prefill-0"] == pytest.approx(read_s)
+    assert run.held == {}
+
+
+@pytest.mark.parametrize(("keep", "second_s"), [("", 2.25), ("\nrelay: {keep: 2KiB}", 2.5)], ids=["", "kept"])
+def test_prefill_has_its_blocks_back_when_they_are_kept(desk: Desk, keep: str, second_s: float) -> None:
+    transfers = FlatTransfer(0.0, 0.0, 0.0, LAYOUT.block_nbytes / 0.25, 0.0)
+    text = "prefill: {kv: {blocks: 1}}\ndecode: {kv: {blocks: 64}}" + keep
+    run = system(desk, text, FLAT, transfers).run([Arrival(0.0, 14, 2)] * 2)
+    assert [one.ttft_s for one in by_number(run)] == pytest.approx([1.0, second_s])
 
 
 def test_what_the_dead_had_queued_for_the_dead_is_lost(desk: Desk) -> None:

@@ -117,8 +117,9 @@ def test_events_of_one_time_keep_their_order(desk: Desk) -> None:
         ("kv: {blocks: 64}", [Arrival(0.0, 1000, 25)]),
         ("kv: {blocks: 64}\nrouter: {max_deadline_s: 1}", [Arrival(0.0, 10, 900)]),
         ("kv: {blocks: 64}\nrelay: {lease_s: 2}\ndecode: {max_queue: 1}", [Arrival(0.0, 10, 200)] * 2),
+        ("kv: {blocks: 64}\nrelay: {keep: 1MiB}", [Arrival(0.0, 10, 20)]),
     ],
-    ids=["short of blocks", "prompts alike", "no room", "deadline", "lease"],
+    ids=["short of blocks", "prompts alike", "no room", "deadline", "lease", "KV is kept"],
 )
 def test_what_is_out_of_the_ordinary_is_left_to_the_machines(desk: Desk, text: str, asked: list[Arrival]) -> None:
     assert run(load(desk, text), LAYOUT, lambda instance: TIMES, FlatTransfer(), asked) is None

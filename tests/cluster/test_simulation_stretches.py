@@ -32,6 +32,7 @@ TOPOLOGIES = {
     "colocated": "mode: colocated\nkv: {blocks: 300}\ndecode: {replicas: 2, max_batch_tokens: 128}",
     "conditional": "mode: conditional\nconditional: {threshold_tokens: 100}\nkv: {blocks: 600}\ndecode: 2",
     "pipelines": "kv: {blocks: 600}\ndecode: {pp: 2}",
+    "KV is kept": "kv: {blocks: 50}\nrelay: {keep: 64KiB}",
 }
 
 
@@ -91,8 +92,9 @@ def test_events_of_one_time_keep_their_order(desk: Desk, name: str) -> None:
     assert_alike(run(desk, TOPOLOGIES[name], asked, EVEN, INSTANT), single)
 
 
-def test_what_a_process_had_said_when_it_died_counts(desk: Desk) -> None:
-    text, asked = TOPOLOGIES["2p3d"], workload(14, 3.0, 5)
+@pytest.mark.parametrize("keep", ["", "\nrelay: {keep: 1MiB}"], ids=["", "kept"])
+def test_what_a_process_had_said_when_it_died_counts(desk: Desk, keep: str) -> None:
+    text, asked = TOPOLOGIES["2p3d"] + keep, workload(14, 3.0, 5)
     failures = ["decode-0@1.2s+1s", "decode-1@2.345s+1s", "relay-n0@3s+1s", "decode-2@4s"]
     single = run(desk, text, asked, TIMES, FAR, failures, single_steps=True)
     assert single.seen.failures

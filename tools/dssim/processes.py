@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import msgspec
 
 import dsprefill.events as prefill
-from dsrelay.events import CloseStream, Complain, OpenStream
+from dsrelay.events import CloseStream, Complain, CopyKept, KeptCopied, OpenStream
 from dsrouter.events import Note
 from dssched.instance import InstanceState
 from dssched.steps import ForgetSequence, Made, RunStep, StartSequence, Stepped
@@ -304,7 +304,7 @@ class PrefillProcess(Worker):
 
 
 class RelayProcess(Process):
-    """The relay of a node, and the node's link to the others."""
+    """The relay of a node, what it keeps, and the node's link to the others."""
 
     _link_free_s = 0.0
 
@@ -318,6 +318,9 @@ class RelayProcess(Process):
                 self.send(peer, KvFetchGranted(handle.key, Ticket(ENDS.pack(self._link_free_s)), number))
             case CloseStream():
                 pass
+            case CopyKept(handle, _):
+                seconds = self.transfers.copy_s(handle.nbytes)
+                self.copy(seconds, lambda now: KeptCopied(now, handle.key))
             case Complain(_, error):
                 raise error
             case Ready():

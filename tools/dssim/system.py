@@ -200,6 +200,7 @@ class System:
             node_affinity=router.node_affinity,
             mode=topology.mode,
             threshold_tokens=topology.threshold_tokens,
+            keep_extend_s=min((one.lease_s / 3 for one in topology.relays if one.keep_nbytes), default=0.0),
         )
         writer = Silent()
         machine = RouterState(config, lambda sampling, prompt_ids: writer, Random(0), self.kernel.now)
@@ -219,6 +220,8 @@ class System:
             sources=self.topology.sources_of(relay.node),
             verify=relay.verify,
             direct=self.topology.transport(relay.node, relay.node) in LOCAL,
+            keep=str(relay.keep),
+            keep_nbytes=relay.keep_nbytes,
         )
         return RelayProcess(name, relay.node, RelayState(config), self.kernel, self._transfers)
 
@@ -284,5 +287,6 @@ def _held(machine: object) -> dict[str, int]:
             return {"blocks": machine.pool.held, "sequences": len(machine.sequences)}
         case RelayState():
             transfers = len(machine.outgoing.transfers) + len(machine.incoming.transfers)
-            return {"handles": len(machine.ledger.handles), "transfers": transfers}
+            kept = len(machine.keeper.kept)
+            return {"handles": len(machine.ledger.handles), "transfers": transfers, "copies": kept}
     return {}

@@ -98,8 +98,12 @@ class _Asked:
 
 
 def _ordinary(topology: Topology, layout: KvLayout, arrivals: Sequence[Arrival]) -> bool:
-    """Whether KV goes one way within nodes and can leave them, in equal blocks; prompts differ, and each fits."""
+    """Whether KV goes one way within nodes and can leave them, in equal blocks; no relay keeps any; prompts differ,
+    and each fits."""
     if topology.relays and (len(_within(topology)) > 1 or not all(_reached(topology))):
+        return False
+    if any(one.keep_nbytes for one in topology.relays):
+        # prefill has its blocks back later
         return False
     if len({one.block_size for one in topology.instances}) > 1:
         return False
