@@ -277,3 +277,14 @@ def test_dense_layers_and_shared_experts_of_a_mixture_are_told_apart() -> None:
     assert shape.layer_weights == pytest.approx(4 * 64 * 64 + 0.25 * 3 * 64 * 256 + 0.75 * mixed, rel=0.01)
     with pytest.raises(PlanInput, match="9 active experts of 8"):
         shape_of("mixed", config | {"num_experts_per_tok": 9})
+
+
+def test_a_model_of_this_hosts_store_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_HOME", str(tmp_path))
+    directory = tmp_path / "models" / "mine-8b"
+    directory.mkdir(parents=True)
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128}
+    (directory / "config.json").write_text(json.dumps({**sizes, "vocab_size": 100}))
+    assert find_model("mine-8b").name == "mine-8b"
+    with pytest.raises(PlanInput, match=r"config.json \(No such file or directory\)"):
+        find_model("mine-9b")

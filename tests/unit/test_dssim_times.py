@@ -61,6 +61,7 @@ def test_a_profile_without_transfers_has_the_usual_ones(tmp_path: Path) -> None:
         ("{", "not JSON"),
         ("[]", "not list"),
         ("{}", "is no profile: it has no times"),
+        ('{"tp": {}, "samples": {"2": [1]}}', "is not complete yet"),
         ('{"tp": {"1": {}}}', "only for tp 1"),
         ('{"tp": {"2": []}}', "tp 2"),
         ('{"tp": {"2": {"prefill": {"base_ms": 1}}}}', "'decode'"),

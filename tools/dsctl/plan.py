@@ -29,7 +29,7 @@ CHECKED_REQUESTS = 400
 
 
 @click.command()
-@click.option("--model", required=True, help="A known model (OPT-13B, Llama-3-70B, ...) or a config.json.")
+@click.option("--model", required=True, help="A known model (OPT-13B, ...), one of this host, or a config.json.")
 @click.option("--device", default="a100-80g", show_default=True, help="a100-80g, h100, h200, l40s, cpu, ...")
 @click.option("--prefill-device", help="Where prefill runs on devices of its own kind; --nodes of each kind.")
 @click.option("--decode-device", help="Where decode runs on devices of its own kind.")

@@ -7,6 +7,7 @@ embeddings; norms and biases are far below one per cent and left out.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsplan.errors import PlanInput
+from dstopology.modelfacts import home
 
 #: bytes of a stored element by the name a config gives it
 ITEM_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -104,19 +106,23 @@ def known_models() -> tuple[str, ...]:
 
 
 def find_model(name: str) -> ModelShape:
-    """The shape of a known model (any case), or of the ``config.json`` at a path or in a directory.
+    """The shape of a known model (any case), of one in this host's store, or of the ``config.json`` at a path or in
+    a directory.
 
     Raises :class:`PlanInput` where there is neither, or where the file says nothing usable.
     """
     for known, config in _known().items():
         if known.lower() == name.lower().rpartition("/")[2]:
             return shape_of(known, config)
-    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    stored = home(os.environ) / "models" / name
+    found = stored if stored.is_dir() else Path(name)
+    path = found / "config.json" if found.is_dir() else found
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
         raise PlanInput(
-            f"model {name}: neither a known name nor a readable Hugging Face config.json ({error})",
+            f"model {name}: neither a known name nor a readable Hugging Face config.json ({why})",
             remedy=f"name a config.json, its directory, or one of {', '.join(known_models())}",
         ) from error
     return shape_of(path.parent.name or name, config)

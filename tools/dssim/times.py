@@ -170,6 +170,9 @@ def linear_times(profile: str, tp: int) -> LinearTimes:
     document = _read(profile)
     fits = document.get("tp")
     if not isinstance(fits, dict) or not fits:
+        if document.get("samples"):
+            again = f"run `dsctl profile -o {profile}` again: it goes on where it stood"
+            raise BadInput(f"profile {profile} is not complete yet", remedy=again)
         raise BadInput(f"{profile} is no profile: it has no times", remedy="make one with `dsctl profile`")
     if str(tp) not in fits:
         known = ", ".join(fits)
