@@ -32,11 +32,7 @@ void ds_pack(const void* weights, int32_t out, int32_t in, void* panels) {
   pack<Element>(static_cast<const Element::weight*>(weights), out, in, static_cast<Element::weight*>(panels));
 }
 
-// Bytes of such weights in panels; `first` columns are the first group.
-int64_t ds_int8_nbytes(int32_t out, int32_t in, int32_t first) {
-  return static_cast<int64_t>(padded(out) / PANEL * Grouped::panel_elements(in, first));
-}
-
+// `first` columns are the first group.
 void ds_pack_int8(const int8_t* weights, const float* scales, int32_t out, int32_t in, int32_t first, void* panels) {
   pack_int8<Element>(weights, scales, out, in, first, static_cast<uint8_t*>(panels));
 }

@@ -29,6 +29,11 @@ def padded(count: int) -> int:
     return -(-count // PANEL) * PANEL
 
 
+def int8_nbytes(weight: Tensor, scale: Tensor) -> int:
+    """Of panels of ``weight`` ``[out, in]`` in int8 with ``scale`` ``[out, groups]``."""
+    return padded(len(weight)) * (weight.shape[1] + 2 * scale.shape[1])
+
+
 class Library:
     """The kernels for one dtype."""
 
@@ -47,7 +52,6 @@ class Library:
         self._c.ds_pack.argtypes, self._c.ds_pack.restype = (c_void_p, c_int32, c_int32, c_void_p), None
         self._c.ds_pack_int8.argtypes = (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p)
         self._c.ds_pack_int8.restype = None
-        self._c.ds_int8_nbytes.argtypes, self._c.ds_int8_nbytes.restype = (c_int32, c_int32, c_int32), c_int64
         self._c.ds_team.argtypes, self._c.ds_team.restype = (c_int32,), c_void_p
         self._c.ds_multiply.argtypes = (c_void_p, POINTER(CLinear), c_void_p, c_int32, c_void_p)
         self._c.ds_multiply.restype = None
@@ -65,19 +69,14 @@ class Library:
         whole = weight.contiguous()
         self._c.ds_pack(whole.data_ptr(), rows, columns, panels.data_ptr())
 
-    def int8_nbytes(self, rows: int, columns: int, first_group: int) -> int:
-        """Bytes of panels in int8."""
-        nbytes: int = self._c.ds_int8_nbytes(rows, columns, first_group)
-        return nbytes
-
     def pack_int8(self, weight: Tensor, scale: Tensor, first_group: int, panels: Tensor) -> None:
         """Bring ``weight`` ``[out, in]``, ``in`` even, and ``scale`` ``[out, groups]`` into the bytes ``panels``.
 
-        The first ``first_group`` columns, an even number, are the first group.
+        The first ``first_group`` columns, an even number, are the first group; :func:`int8_nbytes` tells of bytes.
         """
         rows, columns = weight.shape
         assert (weight.dtype, scale.dtype, len(scale)) == (torch.int8, torch.float32, rows)
-        assert len(panels) == self.int8_nbytes(rows, columns, first_group)
+        assert len(panels) == int8_nbytes(weight, scale)
         whole, scales = weight.contiguous(), scale.contiguous()
         self._c.ds_pack_int8(whole.data_ptr(), scales.data_ptr(), rows, columns, first_group, panels.data_ptr())
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from dsengine.int8 import GROUP, Int8Linear, before, quantise
 from dsengine.linear import AnyLinear, Cut
 from dsengine.native.arena import Arena
-from dsengine.native.library import Library, Team, padded
+from dsengine.native.library import Library, Team, int8_nbytes, padded
 from dsengine.native.structs import CLinear
 
 
@@ -27,8 +27,9 @@ class Int8Linears:
         first_group = GROUP - before(cut)
         if columns % 2 or first_group % 2:
             return Int8Linear(weight, bias, cut)
-        panels = self._arena.take(self._kernels.int8_nbytes(rows, columns, first_group), torch.uint8)
-        self._kernels.pack_int8(*quantise(weight, cut), first_group, panels)
+        q, scale = quantise(weight, cut)
+        panels = self._arena.take(int8_nbytes(q, scale), torch.uint8)
+        self._kernels.pack_int8(q, scale, first_group, panels)
         wide = torch.zeros(padded(rows))
         if bias is not None:
             wide[:rows] = bias

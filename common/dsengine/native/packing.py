@@ -17,7 +17,7 @@ from dsengine.int8 import GROUP, before, quantise
 from dsengine.linear import Cut
 from dsengine.mlp import GatedMlp, Mlp
 from dsengine.native.arena import Arena
-from dsengine.native.library import Library, padded
+from dsengine.native.library import Library, int8_nbytes, padded
 from dsengine.native.packed_file import Mapped, Writer
 from dsengine.native.structs import CLinear, CNorm
 from dsengine.norm import AnyNorm, LayerNorm, RmsNormPlusOne
@@ -203,9 +203,9 @@ class Packing:
         assert isinstance(raw, RawLinear)
         (rows, columns), weight = raw.weight.shape, raw.weight
         if self._int8:
-            first_group = GROUP - before(raw.cut)
-            panels = self._shelf.room(self._library.int8_nbytes(rows, columns, first_group), torch.uint8)
-            self._library.pack_int8(*quantise(weight, raw.cut), first_group, panels)
+            (q, scale), first_group = quantise(weight, raw.cut), GROUP - before(raw.cut)
+            panels = self._shelf.room(int8_nbytes(q, scale), torch.uint8)
+            self._library.pack_int8(q, scale, first_group, panels)
             self._shelf.put(name, panels, rows, columns, first_group)
         else:
             panels = self._shelf.room(padded(rows) * columns, weight.dtype)
