@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import select
 import shutil
@@ -243,12 +242,6 @@ def running_system(
             yield system
     finally:
         shutil.rmtree(directory)
-
-
-def error_of(line: str) -> dict[str, str]:
-    """The error in a report line of a process."""
-    error: dict[str, str] = json.loads(line)["error"]
-    return error
 
 
 async def ask(client: AsyncClient, prompt: Sequence[int], count: int) -> list[int]:

@@ -15,8 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from dshost.home import home
 from dsplan.errors import PlanInput
-from dstopology.modelfacts import home
 
 #: bytes of a stored element by the name a config gives it
 ITEM_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
