@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import structlog
 
 from dsengine.collective import Collective
 from dsengine.config import EngineConfig
+from dsengine.configs import rank_configs, rank_segments
 from dsengine.gpu_copies import GpuCopies
 from dsengine.ipc import unreachable
 from dsengine.model import load_shape
@@ -43,6 +44,9 @@ from dswire.messages.client import Sampling
 from dswire.messages.kv import PoolInfo
 from dswire.messages.worker import Capacity, Logprobs, ModelIdentity
 
+if TYPE_CHECKING:
+    from dsengine.rank_hosts import RankHosts
+
 T = TypeVar("T")
 log = structlog.get_logger()
 
@@ -62,6 +66,7 @@ class RunningInstance:
         instance: Instance,
         collective: Collective | None = None,
         gpu: GpuCopies | None = None,
+        hosts: RankHosts | None = None,
     ) -> None:
         self.engine = engine
         #: KV straight from other GPUs; there is nothing then that others map
@@ -70,6 +75,8 @@ class RunningInstance:
         self.collective = collective
         self.model = model
         self._instance = instance
+        #: of ranks on other nodes
+        self._hosts = hosts
         self._mapped = SegmentCache()
         self._steps = ThreadPoolExecutor(1, thread_name_prefix="step")
         self._copies = ThreadPoolExecutor(1, thread_name_prefix="copy")
@@ -84,41 +91,29 @@ class RunningInstance:
     async def load(cls, topology: Topology, instance: Instance, phase: Callable[[str], None]) -> RunningInstance:
         """Load the model, allocate the pool, take a first step. Raises what :class:`Engine` and the store raise."""
         phase("loading model")
-        running = await asyncio.to_thread(cls._load, topology, instance)
+        model_dir, blocks = await asyncio.to_thread(_model, topology, instance)
+        model, hosts = model_identity(topology, model_dir), None
+        if instance.hosts:
+            from dsengine.rank_hosts import RankHosts
+
+            hosts = RankHosts(topology, instance, model, blocks)
+            phase(f"waiting for {' and '.join(host.name for host in instance.hosts)}, and loading model")
+        try:
+            by_gpu = await asyncio.to_thread(_by_gpu, topology)
+            # what nobody else maps needs no file
+            mapped = not by_gpu and hosts is None
+            configs = rank_configs(topology, instance, model_dir, blocks, mapped=mapped)
+            engine = await asyncio.to_thread(_engine, instance, configs, hosts)
+        except BaseException:
+            if hosts is not None:
+                hosts.close()
+            raise
+        collective = Collective.of(topology, instance, engine.pool.device)
+        gpu = GpuCopies(engine.pool.blocks, engine.layout) if by_gpu else None
+        running = cls(engine, model, instance, collective, gpu, hosts)
         phase("warming up")
         await asyncio.to_thread(running.warm_up)
         return running
-
-    @classmethod
-    def _load(cls, topology: Topology, instance: Instance) -> RunningInstance:
-        model_dir = resolve(topology.model.path)
-        shape = load_shape(model_dir)
-        layout = KvLayout(shape.layers, shape.kv_heads, shape.head_dim, instance.block_size, topology.model.dtype)
-        blocks = instance.kv_blocks or _blocks(instance, layout)
-        by_gpu = _by_gpu(topology)
-        configs = [
-            EngineConfig(
-                model_dir=model_dir,
-                dtype=topology.model.dtype,
-                device="cpu" if device.startswith("cpu") else device,
-                block_size=instance.block_size,
-                num_blocks=blocks,
-                segment=None if by_gpu else segment,
-                threads=instance.threads,
-                max_model_len=topology.model.max_model_len,
-                quantization=topology.model.quantization,
-            )
-            for device, segment in zip(instance.devices, rank_segments(instance), strict=True)
-        ]
-        if len(configs) == 1:
-            engine = Engine(configs[0])
-        else:
-            from dsengine.ranks import RankedEngine
-
-            engine = RankedEngine(instance.name, configs, instance.tp, instance.pp)
-        collective = Collective.of(topology, instance, engine.pool.device)
-        gpu = GpuCopies(engine.pool.blocks, engine.layout) if by_gpu else None
-        return cls(engine, model_identity(topology, model_dir), instance, collective, gpu)
 
     @property
     def shards(self) -> tuple[KvShard, ...]:
@@ -288,6 +283,8 @@ class RunningInstance:
             self.engine.abandon()
         else:
             self.engine.close()
+        if self._hosts is not None:
+            self._hosts.close()
 
 
 def _by_gpu(topology: Topology) -> bool:
@@ -315,12 +312,20 @@ def _ended(
     return list(made)
 
 
-def rank_segments(instance: Instance) -> list[Path]:
-    """The file of each rank's pool, or of its mirror."""
-    path = instance.segment
-    if len(instance.devices) == 1:
-        return [path]
-    return [path.with_suffix(f".{rank}{path.suffix}") for rank in range(len(instance.devices))]
+def _model(topology: Topology, instance: Instance) -> tuple[Path, int]:
+    """Its directory, and the blocks of the instance's pool."""
+    model_dir = resolve(topology.model.path)
+    shape = load_shape(model_dir)
+    layout = KvLayout(shape.layers, shape.kv_heads, shape.head_dim, instance.block_size, topology.model.dtype)
+    return model_dir, instance.kv_blocks or _blocks(instance, layout)
+
+
+def _engine(instance: Instance, configs: Sequence[EngineConfig], hosts: RankHosts | None) -> Engine:
+    if len(configs) == 1:
+        return Engine(configs[0])
+    from dsengine.ranks import RankedEngine
+
+    return RankedEngine(instance.name, configs, instance.tp, instance.pp, hosts)
 
 
 def _blocks(instance: Instance, layout: KvLayout) -> int:

@@ -7,21 +7,18 @@ communicators of two want no more. Invariant: to leave, or to die, ends every wa
 from __future__ import annotations
 
 import contextlib
-import secrets
 import socket
 import struct
 import threading
-import time
 from collections.abc import Sequence
 from datetime import timedelta
 
 from torch._C._distributed_c10d import Store
 
-_TOKEN_NBYTES = 16
+from dsengine.door import accept, knock, listen, receive
+
 #: of a key, and of its value
 _SIZES = struct.Struct(">II")
-#: for which a stranger at the door may keep silent, in seconds
-_STRANGER_S = 1.0
 
 
 class Meeting(Store):
@@ -44,14 +41,15 @@ class Meeting(Store):
     @classmethod
     def listen(cls, host: str, timeout_s: float) -> Meeting:
         """Be there for one who is told ``where``."""
-        listener = socket.create_server((host, 0))
-        return cls(f"{host}:{listener.getsockname()[1]}/{secrets.token_hex(_TOKEN_NBYTES)}", timeout_s, listener)
+        listener, where = listen(host, host)
+        return cls(where, timeout_s, listener)
 
     def meet(self) -> None:
         """Wait for the other side."""
-        connection = self._connect() if self._listener is None else self._accept(self._listener)
-        connection.settimeout(self._timeout_s)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._listener is None:
+            connection = knock(self.where, self._timeout_s)
+        else:
+            connection = accept(self._listener, self.where, self._timeout_s)
         with self._lock:
             self._connection = connection
         if self._left:
@@ -92,32 +90,12 @@ class Meeting(Store):
         """Whether all ``keys`` are known here."""
         return all(key in self._known for key in keys)
 
-    def _connect(self) -> socket.socket:
-        address, _, token = self.where.partition("/")
-        host, _, port = address.rpartition(":")
-        connection = socket.create_connection((host, int(port)), self._timeout_s)
-        connection.sendall(bytes.fromhex(token))
-        return connection
-
-    def _accept(self, listener: socket.socket) -> socket.socket:
-        """One who shows the token; nobody else is listened to for long."""
-        token, end = bytes.fromhex(self.where.partition("/")[2]), time.monotonic() + self._timeout_s
-        with listener:
-            while True:
-                listener.settimeout(max(end - time.monotonic(), 0.001))
-                connection, _ = listener.accept()
-                connection.settimeout(_STRANGER_S)
-                with contextlib.suppress(OSError):
-                    if secrets.compare_digest(_receive(connection, _TOKEN_NBYTES), token):
-                        return connection
-                connection.close()
-
     def _read(self) -> None:
         """One more of what the other side says."""
         connection = self._open()
-        name, value = _SIZES.unpack(_receive(connection, _SIZES.size))
-        key = _receive(connection, name).decode()
-        self._known[key] = _receive(connection, value)
+        name, value = _SIZES.unpack(receive(connection, _SIZES.size))
+        key = receive(connection, name).decode()
+        self._known[key] = receive(connection, value)
 
     def _open(self) -> socket.socket:
         self._check()
@@ -127,13 +105,3 @@ class Meeting(Store):
     def _check(self) -> None:
         if self._left:
             raise ConnectionAbortedError("the hand-off is over")
-
-
-def _receive(connection: socket.socket, nbytes: int) -> bytes:
-    data = b""
-    while len(data) < nbytes:
-        more = connection.recv(nbytes - len(data))
-        if not more:
-            raise ConnectionResetError("the other side has left")
-        data += more
-    return data

@@ -13,19 +13,32 @@ import signal
 import sys
 import time
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from typing import IO, TYPE_CHECKING, NoReturn
 
 import msgspec
 
-from dsengine.rank_orders import BEAT_S, RankCopy, RankStep, Report, Start, encode, read, start_of
+from dsengine.rank_orders import (
+    BEAT_S,
+    LOAD_S,
+    RankCopy,
+    RankMeet,
+    RankStep,
+    Report,
+    Start,
+    encode,
+    read,
+    start_of,
+)
 from dsobserve.logging import configure
 from dswire.errors import DsError, EngineFailed
 from dswire.process import EXIT_BUG
 
 if TYPE_CHECKING:
+    from dsengine.parallel import Part
     from dsengine.runner import Engine
+    from dsengine.wire import Wires
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +54,8 @@ class _Rank:
         self._segment: Path | None = None
         #: never longer than the number of steps that an instance has under way
         self._steps: SimpleQueue[RankStep] = SimpleQueue()
+        #: the one that is told, where it is
+        self._meets: SimpleQueue[RankMeet] = SimpleQueue()
         #: one at a time is asked for
         self._copies: SimpleQueue[RankCopy] = SimpleQueue()
 
@@ -63,16 +78,16 @@ class _Rank:
         import torch
 
         from dsengine.parallel import Part
-        from dsengine.rank_group import GroupPeers, PeerGone
+        from dsengine.rank_group import GroupPeers
         from dsengine.runner import Engine, device_of
+        from dsengine.wire import PeerGone
 
         start = self._start
         part = Part(start.tp, start.pp, start.rank)
         torch.set_num_threads(start.config.threads)
         device = device_of(start.config.device)
-        self._report(Report("joining"))
         try:
-            peers = GroupPeers(part, device, Path(start.rendezvous))
+            peers = GroupPeers(part, device, Path(start.rendezvous), self._wires(part))
             engine = Engine(start.config, part, peers)
             self._segment = start.config.segment
             self._report(Report("ready"))
@@ -80,16 +95,33 @@ class _Rank:
             Thread(target=self._copy, args=[engine], name="copy", daemon=True).start()
             while True:
                 step = self._steps.get()
-                engine.forward([span.span() for span in step.spans], step.picked)
+                engine.forward(step.batch(), step.picked)
         except PeerGone as error:
             raise EngineFailed(str(error)) from error
 
+    def _wires(self, part: Part) -> Wires | None:
+        """Tell that we are about to look for the others; where we met those of other nodes."""
+        from dsengine.wire import PeerGone, Wires
+
+        if self._start.wiring is None:
+            self._report(Report("joining"))
+            return None
+        wires = Wires(part, self._start.wiring)
+        self._report(Report("joining", where=wires.where))
+        try:
+            wires.meet(self._meets.get(timeout=LOAD_S).where)
+        except Empty:
+            raise PeerGone(f"the other ranks of {self._start.name} are not there after {LOAD_S:g} s") from None
+        return wires
+
     def _listen(self) -> None:
-        decoder = msgspec.msgpack.Decoder(RankStep | RankCopy)
+        decoder = msgspec.msgpack.Decoder(RankStep | RankCopy | RankMeet)
         while (frame := read(self._orders)) is not None:
             order = decoder.decode(frame)
             if isinstance(order, RankStep):
                 self._steps.put(order)
+            elif isinstance(order, RankMeet):
+                self._meets.put(order)
             else:
                 self._copies.put(order)
         self._leave(0)

@@ -1,6 +1,7 @@
 """The other ranks of an instance by torch.distributed: Gloo between CPUs, NCCL between GPUs.
 
-All ranks are on one host and talk over its loopback interface or, GPUs, directly.
+These ranks are on one host and talk over its loopback interface or, GPUs, directly. Where the stages of an instance
+are on several, only those of a stage are such; between the stages there are wires (:mod:`dsengine.wire`).
 """
 
 from __future__ import annotations
@@ -18,41 +19,43 @@ from torch import Tensor
 from torch.nn import functional
 
 from dsengine.parallel import Part
-
-#: longest wait of a rank for another, in seconds: for all to have joined, and within a step
-PATIENCE_S = 120.0
-
-
-class PeerGone(RuntimeError):
-    """A rank does not answer: the step, and every later one, is lost."""
+from dsengine.rank_orders import PATIENCE_S
+from dsengine.wire import PeerGone, Wires
 
 
 class GroupPeers:
     """A rank's connections to the others."""
 
-    def __init__(self, part: Part, device: torch.device, rendezvous: Path) -> None:
+    def __init__(self, part: Part, device: torch.device, rendezvous: Path, wires: Wires | None = None) -> None:
         """Join the others at ``rendezvous``, a file that none of them needs to make.
 
-        Raises :class:`PeerGone` when they do not all come.
+        With ``wires`` to the other stages, the others are those of the same stage. Raises :class:`PeerGone` when
+        they do not all come.
         """
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
-        ranks = part.tp * part.pp
+        ranks, rank = (part.tp * part.pp, part.rank) if wires is None else (part.tp, part.place)
+        # stages on several nodes meet each by itself
+        meeting = rendezvous if wires is None else rendezvous.with_name(f"{rendezvous.name}.{part.stage}")
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.set_device(device)
         with _meeting():
             dist.init_process_group(
                 "nccl" if cuda else "gloo",
-                store=torch._C._distributed_c10d.FileStore(str(rendezvous), ranks),
-                rank=part.rank,
+                store=torch._C._distributed_c10d.FileStore(str(meeting), ranks),
+                rank=rank,
                 world_size=ranks,
                 timeout=timedelta(seconds=PATIENCE_S),
             )
             # every rank must make every group, in the same order
-            stages = [dist.new_group(range(part.tp * stage, part.tp * (stage + 1))) for stage in range(part.pp)]
-        self._stage = stages[part.stage]
+            groups = ranks // part.tp
+            stages = [dist.new_group(range(part.tp * stage, part.tp * (stage + 1))) for stage in range(groups)]
+        self._stage = stages[rank // part.tp]
+        #: the first of them in the group
+        self._first = rank - part.place
         self._part = part
+        self._wires = wires
         self._device = device
         #: what the next stage has not yet taken, with its buffer; as many as there are steps under way
         self._sent: deque[tuple[dist.Work | None, Tensor]] = deque()
@@ -87,13 +90,16 @@ class GroupPeers:
         parts = None if place else [torch.empty_like(padded) for _ in widths]
         if len(x):
             with _meeting():
-                dist.gather(padded, parts, dst=self._part.rank - place, group=self._stage)
+                dist.gather(padded, parts, dst=self._first, group=self._stage)
         if parts is None:
             return None
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], 1)
 
     def send(self, x: Tensor) -> None:
         """Give ``x`` to the same place of the next stage."""
+        if self._wires is not None:
+            self._wires.send(x)
+            return
         x = x.contiguous()
         with _meeting():
             while len(self._sent) >= self._part.pp:
@@ -104,6 +110,8 @@ class GroupPeers:
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """What the same place of the stage before gives."""
+        if self._wires is not None:
+            return self._wires.receive(shape, dtype).to(self._device)
         x = torch.empty(shape, dtype=dtype, device=self._device)
         with _meeting():
             dist.recv(x, self._part.rank - self._part.tp)
@@ -111,6 +119,8 @@ class GroupPeers:
 
     def close(self) -> None:
         """Part with the others; only between steps."""
+        if self._wires is not None:
+            self._wires.close()
         dist.destroy_process_group()
 
 

@@ -1,12 +1,14 @@
 """What an instance's process and its other ranks tell each other, over the standard streams of the latter.
 
 A frame is its length in four bytes and MessagePack. The first one to a rank is its :class:`Start`, all others are
-steps, and copies that are made beside them; back come :class:`Report` frames. No torch here.
+steps, and copies that are made beside them; where stages are on several nodes, a :class:`RankMeet` comes before
+those. Back come :class:`Report` frames. No torch here.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -14,9 +16,14 @@ import msgspec
 from dsengine.config import EngineConfig
 from dsengine.span import Span
 from dswire.errors import ErrorInfo
+from dswire.messages.ranks import RankSpan, RankState
 
 #: seconds between two signs of life of a rank that has loaded
 BEAT_S = 1.0
+#: longest wait, in seconds, for a rank to have loaded its part of the model
+LOAD_S = 600.0
+#: longest wait of a rank for another, in seconds: for all to have joined, and within a step
+PATIENCE_S = 120.0
 
 _LENGTH = struct.Struct("<I")
 
@@ -27,6 +34,16 @@ class Readable(Protocol):
     def read(self, size: int, /) -> bytes | None:
         """At most ``size`` bytes, and none at the end."""
         ...
+
+
+class Wiring(msgspec.Struct, frozen=True):
+    """How a rank talks to other stages, where these are on several nodes."""
+
+    #: address that it listens at, and that at which others reach it
+    bind_host: str
+    host: str
+    #: of all ranks of the instance; empty where nothing is sealed
+    secret: bytes
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -40,31 +57,33 @@ class Start(msgspec.Struct, frozen=True):
     #: a file by which the ranks find each other
     rendezvous: str
     config: EngineConfig
+    #: None where all ranks are on one node
+    wiring: Wiring | None = None
 
 
-class RankSpan(msgspec.Struct, frozen=True, array_like=True):
-    """A :class:`~dsengine.span.Span` as it travels."""
+class RankMeet(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """All ranks of the instance listen to each other now."""
 
-    tokens: list[int]
-    start: int
-    blocks: list[int]
-
-    @classmethod
-    def of(cls, span: Span) -> RankSpan:
-        """Without what only the drawing rank needs to know."""
-        return cls(list(span.tokens), span.start, list(span.blocks))
-
-    def span(self) -> Span:
-        """As the engine takes it."""
-        return Span(self.tokens, self.start, self.blocks)
+    #: where the rank of the next stage does; "" where there is none
+    where: str
 
 
 class RankStep(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """One step."""
 
-    spans: list[RankSpan]
+    spans: tuple[RankSpan, ...]
     #: rows of which logits are wanted, counted through all spans
-    picked: list[int]
+    picked: tuple[int, ...]
+
+    @classmethod
+    def of(cls, batch: Sequence[Span], picked: Sequence[int]) -> RankStep:
+        """Without what only the drawing rank needs to know."""
+        spans = tuple(RankSpan(tuple(one.tokens), one.start, tuple(one.blocks)) for one in batch)
+        return cls(spans, tuple(picked))
+
+    def batch(self) -> list[Span]:
+        """As the engine takes it."""
+        return [Span(one.tokens, one.start, one.blocks) for one in self.spans]
 
 
 class RankCopy(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -77,10 +96,11 @@ class RankCopy(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class Report(msgspec.Struct, frozen=True):
     """How far a rank is."""
 
-    #: ``joining``: about to look for the others; ``ready``: loaded; ``alive``: said every :data:`BEAT_S` from then
-    #: on, within steps too; ``copied``: the end of a :class:`RankCopy`; ``failed``: why it ends
-    state: Literal["joining", "ready", "alive", "copied", "failed"]
+    #: ``alive`` is said every :data:`BEAT_S` from ``ready`` on, within steps too
+    state: RankState
     error: ErrorInfo | None = None
+    #: of one that joins: where the stage before finds it, if that is looked for
+    where: str = ""
 
 
 def encode(message: msgspec.Struct) -> bytes:

@@ -1,82 +1,58 @@
-"""The engine of an instance of several ranks: one of them itself, the others its child processes.
+"""The engine of an instance of several ranks: one of them itself, the others its child processes, or those of rank
+hosts on other nodes.
 
 The process of the instance is the rank that draws (:func:`~dsengine.parallel.drawing_rank`). A step is told to all
 others as soon as it is launched and ended in order, so that as many steps as there are stages can be under way.
 
-Invariants: no child outlives this process (each ends with its standard input), nor does the file of its pool; when
-one is gone or frozen, or a step failed half-way, the ranks are of no use any more: ``on_lost`` is called, once, and
-every later step raises.
+Invariants: no rank outlives this process, nor does the file of its pool; when one is gone or frozen, or a step
+failed half-way, the ranks are of no use any more: ``on_lost`` is called, once, and every later step raises.
 """
 
 from __future__ import annotations
 
 import contextlib
-import select
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BufferedReader, RawIOBase
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Event, Lock
 
-import msgspec
 import torch
 from torch import Tensor
 
 from dsengine.config import EngineConfig
 from dsengine.mirror import MirrorWay
 from dsengine.parallel import Part, drawing_rank
-from dsengine.rank_group import GroupPeers, PeerGone
-from dsengine.rank_orders import RankCopy, RankSpan, RankStep, Report, Start, encode, read
+from dsengine.rank_group import GroupPeers
+from dsengine.rank_hosts import RankHosts
+from dsengine.rank_orders import LOAD_S, RankCopy, RankMeet, RankStep, Report, Start, encode
+from dsengine.rank_process import END_S, RankProcess
 from dsengine.runner import Engine, StepItem, device_of
 from dsengine.span import Span
+from dsengine.wire import PeerGone, Wires
 from dswire.errors import DsError, EngineFailed, StartFailed, from_info
 
-#: longest wait, in seconds, for a child to have loaded its part of the model, and for one to end
-LOAD_S = 600.0
-END_S = 5.0
-#: and for the end of a copy between a pool and its mirror
+#: longest wait, in seconds, for the end of a copy between a pool and its mirror
 COPY_S = 60.0
-#: a rank that has loaded and gives no sign of life for so many seconds, twice in a row, is taken for frozen
-SILENCE_S = 6.0
 
 
-class _Child:
-    """The process of one rank."""
+class _Other:
+    """What another rank reports."""
 
-    def __init__(self, start: Start, on_end: Callable[[DsError], None]) -> None:
-        self._segment = start.config.segment
-        self._who = f"rank {start.rank} of {start.name}"
+    def __init__(self, name: str, rank: int, on_end: Callable[[DsError], None]) -> None:
+        self._who = f"rank {rank} of {name}"
         self._on_end = on_end
         self._reports: SimpleQueue[Report] = SimpleQueue()
-        #: it has made the file of its pool
-        self._ready = False
-        self._process = subprocess.Popen(
-            # its name is for those who list processes
-            [sys.executable, "-m", "dsengine.rank", f"{start.name}.{start.rank}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        Thread(target=self._listen, name=self._who, daemon=True).start()
-        self.tell(encode(start))
 
-    @property
-    def pid(self) -> int:
-        """Of the process."""
-        return self._process.pid
+    def take(self, report: Report) -> None:
+        """It says something; in any thread."""
+        self._reports.put(report)
+        if report.state == "failed":
+            assert report.error is not None
+            self._on_end(from_info(report.error))
 
-    def tell(self, frame: bytes) -> None:
-        """Waits while the pipe is full; what is told to one that is gone is lost."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError, ValueError):
-            self._process.stdin.write(frame)
-            self._process.stdin.flush()
-
-    def wait_for(self, state: str) -> None:
+    def wait_for(self, state: str) -> Report:
         """Wait until it reports ``state``. Raises why it never will."""
         try:
             report = self._reports.get(timeout=LOAD_S)
@@ -85,7 +61,7 @@ class _Child:
         if report.error is not None:
             raise from_info(report.error)
         assert report.state == state
-        self._ready = state == "ready"
+        return report
 
     def copied(self) -> Report:
         """Wait for the end of a copy; ``failed`` where there will be none, now and ever after."""
@@ -98,73 +74,17 @@ class _Child:
             self._reports.put(report)
         return report
 
-    def end(self) -> None:
-        """Let it end in good order, else make it."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            self._process.wait()
-        self._unlink()
-
-    def kill(self) -> None:
-        """End it now; its end is waited for by nobody."""
-        self._process.kill()
-        self._unlink()
-
-    def _unlink(self) -> None:
-        """Remove the file of its pool, which one that was killed leaves behind."""
-        if self._segment is not None and self._ready:
-            self._segment.unlink(missing_ok=True)
-
-    def _listen(self) -> None:
-        assert isinstance(self._process.stdout, BufferedReader)
-        # unbuffered: nothing that came may hide from select()
-        stream = self._process.stdout.raw
-        loaded, report = False, None
-        while True:
-            if loaded and self._silent(stream):
-                self._reports.put(report := self._frozen())
-                break
-            if (frame := read(stream)) is None:
-                break
-            report = msgspec.msgpack.decode(frame, type=Report)
-            loaded = loaded or report.state == "ready"
-            if report.state != "alive":
-                self._reports.put(report)
-        self._process.stdout.close()
-        if report is None or report.state != "failed":
-            told = f"{self._who} has ended: {_described(self._process.wait())}"
-            error = EngineFailed(told, remedy="`dsctl logs` tells more; a supervisor starts the instance again")
-            report = Report("failed", error.info())
-            self._reports.put(report)
-        assert report.error is not None
-        self._on_end(from_info(report.error))
-
-    def _silent(self, stream: RawIOBase) -> bool:
-        """Whether nothing comes, not even a sign of life."""
-        # Twice: where this process or the whole machine was stopped, the first wait may be over before the rank
-        # has run again. What came meanwhile counts, for the system looks for it before it looks at the clock.
-        return not any(select.select([stream], [], [], SILENCE_S)[0] for _ in range(2))
-
-    def _frozen(self) -> Report:
-        """It cannot be told to end, and others wait for it within a step: end it, which ends their wait."""
-        self._process.kill()
-        told = f"{self._who} is frozen: it gave no sign of life for {2 * SILENCE_S:g} s, and was killed"
-        remedy = "see what stopped process {pid}; a supervisor starts the instance again"
-        return Report("failed", EngineFailed(told, remedy=remedy.format(pid=self.pid)).info())
-
 
 class RankedEngine(Engine):
     """``tp * pp`` ranks that are one replica of a model."""
 
-    def __init__(self, name: str, configs: Sequence[EngineConfig], tp: int, pp: int) -> None:
+    def __init__(
+        self, name: str, configs: Sequence[EngineConfig], tp: int, pp: int, hosts: RankHosts | None = None
+    ) -> None:
         """Start the others and load; ``configs`` go by rank and differ in device and segment.
 
-        Raises what :class:`Engine` raises, here or in another rank, and :class:`StartFailed`.
+        ``hosts`` run the ranks of other nodes. Raises what :class:`Engine` raises, here or in another rank, and
+        :class:`StartFailed`.
         """
         own = drawing_rank(tp, pp)
         self._lock = Lock()
@@ -176,31 +96,39 @@ class RankedEngine(Engine):
         self._on_lost: Callable[[DsError], object] | None = None
         # one that tells in order, so that nobody has to wait while a pipe is full
         self._teller = ThreadPoolExecutor(1, thread_name_prefix="tell")
-        self._children: list[_Child] = []
+        self._hosts = hosts
+        self._children: dict[int, RankProcess] = {}
+        self._others = {rank: _Other(name, rank, self._lose) for rank in range(tp * pp) if rank != own}
         with contextlib.ExitStack() as undo, tempfile.TemporaryDirectory(prefix="ds-ranks-") as directory:
             undo.callback(self._end)
             meeting = Path(directory) / "rendezvous"
-            for rank, config in enumerate(configs):
-                if rank != own:
-                    self._children.append(_Child(Start(name, tp, pp, rank, str(meeting), config), self._lose))
+            wiring = None if hosts is None else hosts.wiring
+            if hosts is not None:
+                hosts.begin({rank: self._others[rank].take for rank in hosts.ranks})
+            for rank, other in self._others.items():
+                if hosts is None or rank not in hosts.ranks:
+                    start = Start(name, tp, pp, rank, str(meeting), configs[rank], wiring)
+                    self._children[rank] = RankProcess(start, other.take)
             part, device = Part(tp, pp, own), device_of(configs[own].device)
-            self._wait_for("joining")
-            torch.set_num_threads(configs[own].threads)
             try:
-                self._peers = GroupPeers(part, device, meeting)
+                wires = None if wiring is None else Wires(part, wiring)
+                self._join(part, wires)
+                torch.set_num_threads(configs[own].threads)
+                self._peers = GroupPeers(part, device, meeting, wires)
             except PeerGone as error:
-                remedy = "see what the ranks log, and that nothing keeps processes of this host from talking"
+                remedy = "see what the ranks log, and that nothing keeps them from talking to each other"
                 raise StartFailed(str(error), remedy=remedy) from error
             undo.callback(self._peers.close)
             super().__init__(configs[own], part, self._peers)
             undo.callback(super().close)
-            self._wait_for("ready")
+            for other in self._others.values():
+                other.wait_for("ready")
             undo.pop_all()
 
     @property
     def pids(self) -> list[int]:
-        """The other ranks' processes."""
-        return [child.pid for child in self._children]
+        """The other ranks' processes, as far as they are on this node."""
+        return [child.pid for child in self._children.values()]
 
     @property
     def lost(self) -> DsError | None:
@@ -244,7 +172,7 @@ class RankedEngine(Engine):
                 super().mirror(blocks, way)
             except DsError as error:
                 failed.append(error)
-            for report in [child.copied() for child in self._children]:
+            for report in [other.copied() for other in self._others.values()]:
                 if report.error is not None:
                     failed.append(from_info(report.error))
                     if report.state == "failed":
@@ -254,7 +182,7 @@ class RankedEngine(Engine):
 
     def abandon(self) -> None:
         """Kill the other ranks and remove the files of all pools. Never blocks: for a process about to end."""
-        for child in self._children:
+        for child in self._children.values():
             child.kill()
         super().abandon()
 
@@ -266,17 +194,30 @@ class RankedEngine(Engine):
         super().close()
 
     def _tell(self, batch: Sequence[StepItem], picked: Sequence[int]) -> None:
-        self._tell_all(encode(RankStep([RankSpan.of(item) for item in batch], list(picked))))
+        step = RankStep.of(batch, picked)
+        self._tell_all(encode(step))
+        if self._hosts is not None:
+            self._teller.submit(self._hosts.step, step)
 
     def _tell_all(self, frame: bytes) -> None:
         if self._lost is not None:
             raise self._lost
-        for child in self._children:
+        for child in self._children.values():
             self._teller.submit(child.tell, frame)
 
-    def _wait_for(self, state: str) -> None:
-        for child in self._children:
-            child.wait_for(state)
+    def _join(self, part: Part, wires: Wires | None) -> None:
+        """Wait until all others are about to look for each other; tell them where to, if they cannot know."""
+        found = {rank: other.wait_for("joining").where for rank, other in self._others.items()}
+        if wires is None:
+            return
+        found[part.rank] = wires.where
+        for rank in self._others:
+            meet = RankMeet(found.get(rank + part.tp, ""))
+            if rank in self._children:
+                self._children[rank].tell(encode(meet))
+            elif self._hosts is not None:
+                self._hosts.meet(rank, meet)
+        wires.meet("")
 
     def _lose(self, error: DsError) -> None:
         with self._lock:
@@ -292,9 +233,5 @@ class RankedEngine(Engine):
         with self._lock:
             self._closed = True
         self._teller.shutdown(wait=False, cancel_futures=True)
-        for child in self._children:
+        for child in self._children.values():
             child.end()
-
-
-def _described(status: int) -> str:
-    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"

@@ -31,8 +31,8 @@ _NONCE_NBYTES = 12
 _TOGETHER = 16
 
 
-class _Seal:
-    """One direction of a sealed stream."""
+class Seal:
+    """One direction of a sealed stream; both ends have one each."""
 
     def __init__(self, secret: bytes) -> None:
         self._cipher = AESGCM(secret)
@@ -61,7 +61,8 @@ class _Seal:
         return self._number.to_bytes(_NONCE_NBYTES, "little")
 
 
-def _pieces(data: memoryview) -> Iterator[memoryview]:
+def pieces(data: memoryview) -> Iterator[memoryview]:
+    """What goes into a record each."""
     for start in range(0, len(data), RECORD_NBYTES):
         yield data[start : start + RECORD_NBYTES]
 
@@ -80,9 +81,9 @@ def send(connection: socket.socket, secret: bytes, pools: RankPools, blocks: Seq
 
 def send_sealed(connection: socket.socket, secret: bytes, data: Iterable[memoryview]) -> None:
     """Send all of ``data`` in records. Raises ``OSError``."""
-    seal = _Seal(secret)
+    seal = Seal(secret)
     for block in data:
-        for piece in _pieces(block):
+        for piece in pieces(block):
             connection.sendall(seal.close(piece))
 
 
@@ -106,7 +107,7 @@ class Stream:
         self._address = address
         self._ticket = ticket
         self._timeout_s = timeout_s
-        self._seal = _Seal(ticket.secret) if ticket.secret else None
+        self._seal = Seal(ticket.secret) if ticket.secret else None
         self._connection: socket.socket | None = None
         self._cut = False
 
@@ -140,7 +141,7 @@ class Stream:
         if self._seal is None:
             self._fill(target)
             return
-        for piece in _pieces(target):
+        for piece in pieces(target):
             self._fill(self._seal.room(len(piece)))
             self._seal.open(piece)
 

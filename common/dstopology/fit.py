@@ -7,7 +7,7 @@ runs and while it does.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from dskv.shards import copies
@@ -114,11 +114,11 @@ def check_memory(
 ) -> None:
     """Tell when this host has too little memory, or too little shared memory, for its part of the topology."""
     local = {node.name for node in nodes if is_local(node.host)}
-    mine = [one for one in instances if one.node in local and one.devices[0].startswith("cpu")]
-    pools = sum(pool_nbytes(one, facts, dtype) for one in mine)
+    mine = [(one, _share(one, local)) for one in instances if one.devices[0].startswith("cpu")]
+    pools = sum(round(share * pool_nbytes(one, facts, dtype)) for one, share in mine)
     kept = sum(relay.keep_nbytes for relay in relays if relay.node in local)
     shared = pools + kept
-    weights = len(mine) * facts.weights_nbytes(dtype, quantization)
+    weights = round(sum(share for _, share in mine) * facts.weights_nbytes(dtype, quantization))
     parts = f"weights {shown(weights)}, KV pools {shown(pools)}"
     if kept:
         parts += f", kept KV {shown(kept)}"
@@ -131,6 +131,11 @@ def check_memory(
     if room is not None and shared > room:
         reason = f"{shm_dir} has room for {shown(room)}, and {shown(shared)} are needed: {parts}"
         problems.add(("kv",), reason, f"{remedy}; or enlarge that mount, or set DS_SHM_DIR to another")
+
+
+def _share(instance: Instance, nodes: Collection[str]) -> float:
+    """Which share of an instance is on ``nodes``, about: stages are of nearly one size."""
+    return sum(node in nodes for node in instance.nodes) / len(instance.nodes)
 
 
 def memory_nbytes() -> int | None:

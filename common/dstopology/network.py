@@ -93,6 +93,10 @@ class Network:
         self._tcp(at, f"the streams of {node.name}", node, Tcp(node.bind_host, port), node.host)
         return Tcp(node.bind_host, port), Tcp(node.host, port)
 
+    def ranks(self, instance: str, node: Node, port: int, at: Key) -> Ends:
+        """Where rank hosts join an instance whose drawing rank is on ``node``."""
+        return self._tcp(at, f"{instance}, for its rank hosts,", node, Tcp(node.bind_host, port), node.host)
+
     def gateway(self, section: GatewaySection, at: Key, node: Node) -> Gateway:
         """The gateway's address."""
         ends = self._written(f"tcp://{section.bind}", at, node, "the gateway")

@@ -2,7 +2,7 @@
 
 Explicit places are taken first; the other instances get free devices, each role going round the nodes from the
 first, so that prefill-N comes to stand beside decode-N where there is room. Invariants of the result: a device
-has one rank at most, and the ranks of an instance share a node.
+has one rank at most, and the ranks of a stage share a node.
 """
 
 from __future__ import annotations
@@ -25,13 +25,19 @@ class Placed:
 
     role: WorkerRole
     index: int
-    node: str
+    #: of each rank
+    nodes: tuple[str, ...]
     devices: tuple[str, ...]
 
     @property
     def name(self) -> str:
         """``prefill-0``"""
         return f"{self.role}-{self.index}"
+
+    @property
+    def node(self) -> str:
+        """Of the last stage, which draws."""
+        return self.nodes[-1]
 
 
 def resolve_nodes(sections: Sequence[NodeSection] | None, ranks: int, problems: Problems) -> tuple[Node, ...]:
@@ -109,10 +115,12 @@ class _Placer:
         keys = [at] if isinstance(item, str) else [(*at, rank) for rank in range(len(item))]
         pairs = [self._take(place, key, owner) for place, key in zip(places, keys, strict=True)]
         known = [pair for pair in pairs if pair is not None]
-        if len({node for node, _ in known}) > 1:
-            reason = "the ranks of one instance are on several nodes"
-            self._problems.add(at, reason, "place all ranks of an instance on one node")
-        return Placed(role, index, known[0][0], tuple(device for _, device in known)) if known else None
+        nodes, devices = tuple(node for node, _ in known), tuple(device for _, device in known)
+        if any(len(set(nodes[first : first + group.tp])) > 1 for first in range(0, len(nodes), group.tp)):
+            reason = "the ranks of one stage are on several nodes"
+            self._problems.add(at, reason, "place all tp ranks of a stage on one node")
+            nodes = nodes[-1:] * len(nodes)
+        return Placed(role, index, nodes, devices) if known else None
 
     def _check_ranks(self, group: GroupSection, count: int, at: Key) -> None:
         ranks = group.tp * group.pp
@@ -155,7 +163,7 @@ class _Placer:
             devices = tuple(self._free[node][:ranks])
             del self._free[node][:ranks]
             self._taken |= {f"{node}/{device}": f"{role}-{index}" for device in devices}
-            found.append(Placed(role, index, node, devices))
+            found.append(Placed(role, index, (node,) * ranks, devices))
             turn = names.index(node) + 1
         return found
 

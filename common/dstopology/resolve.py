@@ -65,9 +65,10 @@ class Resolver:
         ranks = sum((group.replicas or 1) * group.tp * group.pp for group in groups.values())
         nodes = resolve_nodes(self.file.nodes, ranks, self.problems)
         placed = place(groups, nodes, self.problems)
-        instances = tuple(self._instance(one, groups[one.role], nodes, placed) for one in placed)
         network = Network(nodes, self.run_dir, self.problems)
+        instances = tuple(self._instance(one, groups[one.role], nodes, placed) for one in placed)
         router = self._router(network, nodes)
+        instances = self._joined(network, nodes, instances)
         relays = self._relays(network, nodes, instances)
         gateway = self._gateway(network, network.node(router.node, ("router", "node"), nodes[0]))
         network.check_collisions()
@@ -151,13 +152,16 @@ class Resolver:
             name=placed.name,
             role=placed.role,
             node=placed.node,
+            nodes=placed.nodes,
             devices=placed.devices,
+            join_bind=None,
+            join_connect=None,
             tp=group.tp,
             pp=group.pp,
             block_size=self._block_size(group),
             kv_memory_nbytes=memory_nbytes,
             kv_blocks=blocks,
-            threads=group.threads or _threads(placed.node, nodes, everyone),
+            threads=group.threads or _threads(placed, nodes, everyone),
             segment=self.shm_dir / f"ds-{self.digest}-{placed.name}.kv",
             max_queue=group.max_queue,
             max_batch=group.max_batch,
@@ -165,6 +169,22 @@ class Resolver:
             prefix_cache=self._prefix_cache(group),
             prefill_priority=isinstance(group, DecodeSection) and group.prefill_priority,
         )
+
+    def _joined(
+        self, network: Network, nodes: Sequence[Node], instances: Sequence[Instance]
+    ) -> tuple[Instance, ...]:
+        """The same, with addresses where rank hosts of other nodes join; tells of such that cannot be."""
+        spread = [one for one in instances if one.hosts]
+        if spread and self.file.mode != "colocated":
+            reason = f"the ranks of {spread[0].name} are on several nodes, between which no KV is handed over"
+            remedy = "place all ranks of an instance on one node, or have `mode: colocated`"
+            self.problems.add((spread[0].role, "place"), reason, remedy)
+        joined: dict[str, Instance] = {}
+        for port, one in enumerate(spread, self.file.ranks.port):
+            node = next(node for node in nodes if node.name == one.node)
+            ends = network.ranks(one.name, node, port, ("ranks", "port"))
+            joined[one.name] = replace(one, join_bind=ends.bind, join_connect=ends.connect)
+        return tuple(joined.get(one.name, one) for one in instances)
 
     # router, relays, gateway
 
@@ -340,9 +360,10 @@ class Resolver:
         return Security(encrypted, keys_dir)
 
 
-def _threads(node: str, nodes: Sequence[Node], everyone: Sequence[Placed]) -> int:
-    """This host's cores, shared evenly by the ranks on the machine of ``node``."""
-    here = next(one for one in nodes if one.name == node)
-    machine = {one.name for one in nodes if same_machine((one, here))}
-    ranks = sum(len(placed.devices) for placed in everyone if placed.node in machine)
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
+def _threads(placed: Placed, nodes: Sequence[Node], everyone: Sequence[Placed]) -> int:
+    """This host's cores, shared evenly by the ranks on the fullest machine of an instance."""
+    most = 0
+    for here in (one for one in nodes if one.name in placed.nodes):
+        machine = {one.name for one in nodes if same_machine((one, here))}
+        most = max(most, sum(node in machine for other in everyone for node in other.nodes))
+    return max(1, len(os.sched_getaffinity(0)) // most)

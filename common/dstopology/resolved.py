@@ -15,7 +15,7 @@ from typing import Literal
 from dstopology.endpoints import Tcp
 from dswire.errors import TopologyError
 
-Role = Literal["router", "prefill", "decode", "relay", "gateway"]
+Role = Literal["router", "prefill", "decode", "relay", "rankhost", "gateway"]
 #: ways that the relays only keep the books of
 LOCAL = ("shm", "cuda_ipc")
 Transport = Literal["shm", "tcp", "gloo", "nccl", "cuda_ipc"]
@@ -92,9 +92,15 @@ class Instance:
 
     name: str
     role: Literal["prefill", "decode"]
+    #: of the rank that draws, which is the instance to all others
     node: str
-    #: one per rank, ``cpu:N`` or ``cuda:N`` of the instance's node
+    #: one per rank; those of a stage are the same
+    nodes: tuple[str, ...]
+    #: one per rank, ``cpu:N`` or ``cuda:N`` of the rank's node
     devices: tuple[str, ...]
+    #: where the rank hosts of its other nodes join it; None where it has no other nodes
+    join_bind: str | None
+    join_connect: str | None
     tp: int
     pp: int
     #: tokens in a KV block
@@ -116,6 +122,26 @@ class Instance:
     prefix_cache: bool
     #: decode: prompts are read before anybody's next token
     prefill_priority: bool
+
+    @property
+    def hosts(self) -> tuple[RankHost, ...]:
+        """Of its ranks on other nodes."""
+        others = dict.fromkeys(node for node in self.nodes if node != self.node)
+        return tuple(RankHost(f"{self.name}-{node}", node, self.name) for node in others)
+
+    def ranks_on(self, node: str) -> tuple[int, ...]:
+        """Its ranks on a node."""
+        return tuple(rank for rank, one in enumerate(self.nodes) if one == node)
+
+
+@dataclass(frozen=True, slots=True)
+class RankHost:
+    """The process that runs the ranks of an instance on a node other than the instance's own."""
+
+    name: str
+    node: str
+    #: by its name
+    instance: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +227,8 @@ class Topology:
             yield relay.name, "relay", relay.node
         for instance in self.instances:
             yield instance.name, instance.role, instance.node
+        for host in self.hosts:
+            yield host.name, "rankhost", host.node
         yield self.router.name, "router", self.router.node
         if self.gateway is not None:
             yield self.gateway.name, "gateway", self.gateway.node
@@ -241,6 +269,18 @@ class Topology:
             if instance.name == name:
                 return instance
         raise self._unknown("instance", name, tuple(one.name for one in self.instances))
+
+    @property
+    def hosts(self) -> tuple[RankHost, ...]:
+        """Of all instances whose stages are on several nodes."""
+        return tuple(host for instance in self.instances for host in instance.hosts)
+
+    def host(self, name: str) -> RankHost:
+        """The rank host ``name``. Raises TopologyError for an unknown one."""
+        for host in self.hosts:
+            if host.name == name:
+                return host
+        raise self._unknown("rank host", name, tuple(one.name for one in self.hosts))
 
     def role(self, role: Role) -> tuple[Instance, ...]:
         """The instances of a role, in order."""

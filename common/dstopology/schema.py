@@ -160,7 +160,8 @@ class GroupSection:
             Either((PLACE, Many(PLACE, "a list of places"))),
             "a list with the places of each replica such as [[n0/cpu:0], [n0/cpu:1]]",
         ),
-        "for each replica the devices of its tp * pp ranks, stage by stage; default free devices, node by node",
+        "for each replica the devices of its tp * pp ranks, stage by stage; default free devices, node by node; in "
+        "mode colocated the stages may be on several nodes",
         None,
     )
     kv: KvSection | None = key(Mapping(KvSection), "overrides the kv section of the top level", None)
@@ -234,6 +235,17 @@ class RelaySection:
 
 
 @dataclass(frozen=True, slots=True)
+class RanksSection:
+    """Instances whose stages are on several nodes."""
+
+    port: int = key(
+        Number(1, 65_535),
+        "TCP port at which the rank hosts of other nodes join the first such instance; others have the next ones",
+        7300,
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class SecuritySection:
     """Encryption and keys. Short form: the value of curve."""
 
@@ -283,6 +295,7 @@ class File:
     )
     kv: KvSection = key(Mapping(KvSection), "KV pool of every instance", KvSection())
     relay: RelaySection = key(Mapping(RelaySection), "the KV relays", RelaySection())
+    ranks: RanksSection = key(Mapping(RanksSection), "instances whose stages are on several nodes", RanksSection())
     security: str | SecuritySection = key(
         Either((CURVE, Mapping(SecuritySection))), "encryption, or just the value of curve", SecuritySection()
     )

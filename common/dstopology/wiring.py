@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from dsengine.snapshot import identity
-from dstopology.resolved import Topology
+from dstopology.resolved import RankHost, Topology
 from dswire.actor import Route
 from dswire.errors import Unauthorized
 from dswire.keys import CurveKeys, load_system
 from dswire.links import RELAY, ROUTER
-from dswire.messages import kv, worker
+from dswire.messages import kv, ranks, worker
 from dswire.sockets import ConnectedSocket
 
 
@@ -31,6 +31,13 @@ def relay_route(topology: Topology, name: str) -> Route:
     return _connected(topology, endpoint, name, kv.ToKvWorker, RELAY)
 
 
+def host_route(topology: Topology, host: RankHost, incarnation: str, peer: str) -> Route:
+    """A rank host's connection to its instance, which tells when it comes and goes."""
+    endpoint = topology.instance(host.instance).join_connect
+    assert endpoint is not None
+    return _connected(topology, endpoint, f"{host.name}/{incarnation}", ranks.ToHost, peer)
+
+
 def _connected(topology: Topology, endpoint: str, identity: str, union: Any, peer: str) -> Route:
     """A connection within the system; to be turned away there ends the process, since no waiting helps."""
 
@@ -38,7 +45,11 @@ def _connected(topology: Topology, endpoint: str, identity: str, union: Any, pee
         remedy = "start every process from the same topology, with the same keys"
         route.denied(Unauthorized(error.message, remedy=remedy))
 
-    socket = ConnectedSocket(endpoint, identity, keys=system_keys(topology), on_denied=on_denied)
+    def on_link(there: bool) -> None:
+        route.linked(there)
+
+    keys = system_keys(topology)
+    socket = ConnectedSocket(endpoint, identity, keys=keys, on_denied=on_denied, on_link=on_link)
     route = Route(socket, union, peer=peer)
     return route
 

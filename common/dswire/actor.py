@@ -50,10 +50,16 @@ class Route:
         self.peer = peer
         #: what to do when the other side turns our key away; set by the actor
         self.on_denied: Callable[[DsError], None] = _ignore
+        #: what to do when the connection comes and goes, where the socket tells; set by the actor
+        self.on_link: Callable[[bool], None] = _ignore
 
     def denied(self, error: DsError) -> None:
         """For a connected socket to call: the other side turns us away."""
         self.on_denied(error)
+
+    def linked(self, there: bool) -> None:
+        """For a connected socket to call: the connection is there, or gone."""
+        self.on_link(there)
 
     def name(self, identity: str) -> str:
         """The machine's name for a connection."""
@@ -96,7 +102,7 @@ class Actor:
                 for route in self.routes:
                     route.on_denied = self.finish
                     route.socket.start(self._receiver(route))
-                waiting = self._loop.call_later(WELCOME_S, self._still_waiting)
+                waiting = self._loop.call_later(WELCOME_S, self._unless_ready)
                 self._guard(self.started)
                 await asyncio.wait([stopped, self._ended], return_when=asyncio.FIRST_COMPLETED)
                 waiting.cancel()
@@ -222,10 +228,14 @@ class Actor:
         self._timer = None
         self.feed(Tick(self.now()))
 
-    def _still_waiting(self) -> None:
+    def still_waiting(self) -> None:
+        """Called once when this process is not ready after ``WELCOME_S``: tells what it waits for."""
+        remedy = "see that the router is up and reads the same topology, and that both have the same keys"
+        log.warning("not registered: the router does not answer", waited_s=WELCOME_S, remedy=remedy)
+
+    def _unless_ready(self) -> None:
         if self._on_ready is not None:
-            remedy = "see that the router is up and reads the same topology, and that both have the same keys"
-            log.warning("not registered: the router does not answer", waited_s=WELCOME_S, remedy=remedy)
+            self.still_waiting()
 
     def _guard(self, step: Callable[[], None]) -> None:
         try:
@@ -234,7 +244,7 @@ class Actor:
             self.finish(error)
 
 
-def _ignore(_: DsError) -> None:
+def _ignore(_: object) -> None:
     pass
 
 

@@ -132,12 +132,12 @@ def allowed(directory: Path) -> dict[str, bytes]:
     return {path.stem: read_key(path) for path in sorted((directory / ALLOWED).glob("*.pub"))}
 
 
-def start_authenticator(directory: Path) -> ThreadAuthenticator:
-    """Begin to turn away every key but the system's own and those in ``allowed/``; stop it with ``stop()``.
+def start_authenticator(directory: Path, *, clients: bool = True) -> ThreadAuthenticator:
+    """Begin to turn away every key but the system's own and those of ``clients``; stop it with ``stop()``.
 
     The list is read anew for each connection that knocks, so a change to it needs no restart.
     """
-    guard = _AllowList(directory, load_system(directory).public)
+    guard = _AllowList(directory / ALLOWED if clients else None, load_system(directory).public)
     allowed(directory)
     authenticator = ThreadAuthenticator(zmq.Context.instance())
     authenticator.start()
@@ -148,13 +148,16 @@ def start_authenticator(directory: Path) -> ThreadAuthenticator:
 class _AllowList:
     """Asked by the authenticator's thread."""
 
-    def __init__(self, directory: Path, system: bytes) -> None:
+    def __init__(self, directory: Path | None, system: bytes) -> None:
+        """``directory``: that of the keys of clients; None where only the system itself may come in."""
         self._directory = directory
         self._system = system
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Whether the key, in Z85, may come in. A file that is no key lets nobody in, and keeps nobody out."""
-        return key == self._system or any(_holds(path, key) for path in (self._directory / ALLOWED).glob("*.pub"))
+        if key == self._system or self._directory is None:
+            return key == self._system
+        return any(_holds(path, key) for path in self._directory.glob("*.pub"))
 
 
 def _holds(path: Path, key: bytes) -> bool:

@@ -35,11 +35,17 @@ BURST = 64
 #: a closed socket waits this long, in milliseconds, for queued messages to leave
 LINGER_MS = 500
 
+_DENIALS = int(zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+_LINKED = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+_UNLINKED = int(zmq.EVENT_DISCONNECTED)
+
 Frames = Sequence[bytes | memoryview]
 #: called with (peer, frames); ``peer`` is the identity on a bound socket and "" on a connected one
 OnFrames = Callable[[str, list[bytes]], None]
 #: called when the other side turns the connection away; libzmq goes on trying
 OnDenied = Callable[[Unauthorized], None]
+#: called with True when the connection is there, and with False when it is not any more
+OnLink = Callable[[bool], None]
 
 
 class PeerUnreachable(ConnectionError):
@@ -150,6 +156,7 @@ class ConnectedSocket(_Socket):
         keys: CurveKeys | None = None,
         max_nbytes: int = MAX_FRAME_NBYTES,
         on_denied: OnDenied | None = None,
+        on_link: OnLink | None = None,
     ) -> None:
         """``identity``: how the other side names this connection; unique among its peers."""
         super().__init__(zmq.DEALER, max_nbytes)
@@ -158,12 +165,13 @@ class ConnectedSocket(_Socket):
         self._zmq.setsockopt(zmq.RECONNECT_IVL, 100)
         self._zmq.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
         self._on_denied = on_denied
-        #: libzmq's news of failed handshakes
+        self._on_link = on_link
+        #: libzmq's news of handshakes and, where they are wanted, of ends
         self._monitor: zmq.Socket[bytes] | None = None
-        if on_denied is not None:
-            self._monitor = self._zmq.get_monitor_socket(
-                zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-            )
+        denials = _DENIALS if on_denied is not None else 0
+        links = _LINKED | _UNLINKED if on_link is not None else 0
+        if denials | links:
+            self._monitor = self._zmq.get_monitor_socket(denials | links)
         if keys is not None:
             keys.guard_client(self._zmq)
         try:
@@ -201,12 +209,15 @@ class ConnectedSocket(_Socket):
         self._on_frames("", frames)
 
     def _look(self) -> None:
-        while self._monitor is not None and self._on_denied is not None:
+        while self._monitor is not None:
             try:
-                news = recv_monitor_message(self._monitor, zmq.NOBLOCK)
+                event = int(recv_monitor_message(self._monitor, zmq.NOBLOCK)["event"])
             except zmq.Again:
                 return
-            self._on_denied(_denial(self._endpoint, int(news["event"])))
+            if event & _DENIALS and self._on_denied is not None:
+                self._on_denied(_denial(self._endpoint, event))
+            elif event & (_LINKED | _UNLINKED) and self._on_link is not None:
+                self._on_link(event == _LINKED)
 
 
 def _denial(endpoint: str, event: int) -> Unauthorized:

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 import pytest
 
 from dsclient import AsyncClient
-from dsengine import ranks
+from dsengine import rank_process
 from dsengine.ranks import RankedEngine
 from dskv.segment import Segment
 from dswire.errors import DsError, DuplicateName, EngineFailed
@@ -147,7 +147,8 @@ def test_a_rank_that_is_frozen_is_noticed_and_ended(
     assert _moved(engine, tmp_path, 6) == wanted[3][:6]
     (other,) = engine.pids
     os.kill(other, signal.SIGSTOP)
-    monkeypatch.setattr(ranks, "SILENCE_S", 1.0)  # from now on, nothing can be taken for silence that is none
+    # from now on, nothing can be taken for silence that is none
+    monkeypatch.setattr(rank_process, "SILENCE_S", 1.0)
     frozen = "rank 1 of decode-0 is frozen: it gave no sign of life for"
     with ThreadPoolExecutor(1) as beside:
         copying = beside.submit(engine.mirror, (1, 2), "in")

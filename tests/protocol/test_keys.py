@@ -142,6 +142,14 @@ def test_a_file_that_holds_no_key_is_named(home: Path, content: bytes) -> None:
         keys.load_system(home)
 
 
+def test_where_clients_have_no_business_the_systems_key_alone_opens(home: Path, anna: CurveKeys) -> None:
+    keys.allow(home, "anna", anna.public)
+    system = keys.load_system(home).public
+    for directory, wanted in ((home / keys.ALLOWED, [True, True, False]), (None, [True, False, False])):
+        guard = keys._AllowList(directory, system)
+        assert [guard.callback(keys.DOMAIN, key) for key in (system, anna.public, b"x" * 40)] == wanted
+
+
 def test_the_allow_list(home: Path, anna: CurveKeys) -> None:
     assert keys.allowed(home) == {}
     keys.allow(home, "anna", anna.public)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dswire.codec import Decoder, encode
 from dswire.errors import DsError, ErrorInfo, Failed, from_info
-from dswire.messages import PROTOCOL, client, kv, worker
+from dswire.messages import PROTOCOL, client, kv, ranks, worker
 from support.any_message import any_message
 from support.error_tree import leaves
 
@@ -24,6 +24,8 @@ UNIONS = {
     "ToKvWorker": kv.ToKvWorker,
     "FromFetcher": kv.FromFetcher,
     "ToFetcher": kv.ToFetcher,
+    "FromHost": ranks.FromHost,
+    "ToHost": ranks.ToHost,
 }
 MEMBERS = [(union, struct) for union in UNIONS.values() for struct in get_args(union)]
 PUBLIC = [*get_args(client.FromClient), *get_args(client.ToClient)]

@@ -31,6 +31,8 @@ def _of(kind: inspect.Type) -> st.SearchStrategy[Any]:
             return st.lists(_of(item), max_size=3).map(tuple)
         case inspect.TupleType(item_types=items):
             return st.tuples(*map(_of, items))
+        case inspect.LiteralType(values=values):
+            return st.sampled_from(values)
         case inspect.DictType(key_type=key, value_type=value):
             return st.dictionaries(_of(key), _of(value), max_size=3)
     return _plain(kind)

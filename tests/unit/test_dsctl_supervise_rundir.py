@@ -207,6 +207,18 @@ def test_plan_of_one_node_and_of_what_is_here(tmp_path: Path) -> None:
         make_plan(elsewhere, None)
 
 
+def test_a_rank_host_runs_with_the_devices_of_its_own_node(tmp_path: Path) -> None:
+    path = tmp_path / "t.yaml"
+    path.write_text(
+        "model: m\nmode: colocated\ndecode: {pp: 2, place: [[n0/cpu:1, n1/cpu:0]]}\n"
+        "nodes: [{name: n0, devices: [cpu:0, cpu:1]}, {name: n1, devices: [cpu:0]}]\n"
+    )
+    topology = load(path, {"DS_HOME": str(tmp_path), "DS_RUN_DIR": "/tmp/ds-plan"})
+    specs = [[(spec.name, spec.devices) for spec in make_plan(topology, node).specs] for node in ("n0", "n1")]
+    assert specs == [[("decode-0-n0", ("cpu:1",)), ("router-0", ())], [("decode-0", ("cpu:0",))]]
+    assert make_plan(topology, "n0").specs[0].command[2] == "dsrankhost"
+
+
 def test_an_address_of_our_own_is_here(topology: Topology) -> None:
     node = topology.nodes[0]
     assert is_here(replace(node, host="127.0.0.1"))

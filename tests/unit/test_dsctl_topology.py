@@ -191,6 +191,23 @@ def test_mermaid_draws_processes_and_ways(desk: Desk) -> None:
     assert "style decode-0 stroke-dasharray" in near
 
 
+def test_stages_on_several_nodes_are_drawn_where_they_are(desk: Desk) -> None:
+    spread = TWO_NODES.replace("prefill: {place: [a/cpu:0]}", "mode: colocated").replace(
+        "{place: [b/cpu:0]}", "{pp: 2, place: [[a/cpu:0, b/cpu:1]]}"
+    )
+    lines = drawn(desk, spread, Live(None))
+    at = [
+        next(n for n, line in enumerate(lines) if told in line)
+        for told in ("decode-0-a  runs", "stage 1", "node b")
+    ]
+    assert at == sorted(at)
+    assert lines[-1].startswith("decode-0  rank 1, stage 2 of 2")
+    chart = drawing.mermaid(desk.load(spread), Live(None))
+    assert "decode-0 <--> decode-0-a" in chart
+    assert 'decode-0-a["decode-0-a<br/>cpu:0"]' in chart
+    assert 'decode-0["decode-0<br/>cpu:1"]' in chart
+
+
 def test_validate_tells_what_is_there(desk: Desk) -> None:
     result = call("validate", desk.write(TWO_NODES))
     assert result.exit_code == 0

@@ -50,6 +50,7 @@ def test_the_topologies_that_come_with_the_project_can_be_served(path: Path, des
     topology = load(path, desk.env)
     check_servable(topology)
     roles = {"decode", "router"} | (set() if topology.mode == "colocated" else {"prefill", "relay"})
+    roles |= {"rankhost"} if topology.hosts else set()
     assert roles == {topology.role_of(one) for one in topology.process_names()}
 
 
@@ -133,6 +134,22 @@ def test_two_nodes_meet_over_tcp(desk: Desk) -> None:
     ]
     streams = [(str(one.stream_bind), str(one.stream_connect)) for one in topology.relays]
     assert streams == [(f"tcp://10.0.0.{at}",) * 2 for at in ("1:7101", "2:7103")]
+    assert topology.security.encrypted
+
+
+def test_stages_on_several_nodes_have_rank_hosts_and_an_address_to_join(desk: Desk) -> None:
+    text = (
+        f"{TWO_NODES}- {{name: c, host: 10.0.0.3, devices: [cpu:0, cpu:1]}}\nmode: colocated\n"
+        "decode: {tp: 1, pp: 2, place: [[a/cpu:0, c/cpu:0], [c/cpu:1, b/cpu:0]]}\n"
+    )
+    topology = desk.load(text)
+    assert topology.process_names() == ("decode-0", "decode-1", "decode-0-a", "decode-1-c", "router-0")
+    first, second = topology.instances
+    assert [(one.node, one.nodes) for one in (first, second)] == [("c", ("a", "c")), ("b", ("c", "b"))]
+    assert (first.join_bind, second.join_connect) == ("tcp://10.0.0.3:7300", "tcp://10.0.0.2:7301")
+    host = topology.host("decode-1-c")
+    assert (topology.node_of(host.name).name, topology.role_of(host.name)) == ("c", "rankhost")
+    assert (host.instance, second.ranks_on(host.node)) == ("decode-1", (0,))
     assert topology.security.encrypted
 
 

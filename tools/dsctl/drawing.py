@@ -166,6 +166,9 @@ def _add_node(root: Tree, topology: Topology, node: Node, live: Live) -> None:
     for relay in topology.relays:
         if relay.node == node.name:
             _add_relay(branch, relay, live)
+    for host in topology.hosts:
+        if host.node == node.name:
+            branch.add(_line(host.name, f"runs ranks of {host.instance}"))
     for device in node.devices:
         _add_device(branch, topology, node, device, live)
 
@@ -187,8 +190,9 @@ def _add_relay(branch: Tree, relay: Relay, live: Live) -> None:
 def _add_device(branch: Tree, topology: Topology, node: Node, device: str, live: Live) -> None:
     here = branch.add(_line(device))
     for instance in topology.instances:
-        if instance.node == node.name and device in instance.devices:
-            _add_rank(here, instance, instance.devices.index(device), live)
+        places = list(zip(instance.nodes, instance.devices, strict=True))
+        if (node.name, device) in places:
+            _add_rank(here, instance, places.index((node.name, device)), live)
     if not here.children:
         here.add(Text("idle", style="dim"))
 
@@ -245,6 +249,7 @@ def mermaid(topology: Topology, live: Live) -> str:
         lines += [f"    {line}" for line in _boxes(topology, node)]
         lines += ["  end"]
     lines += [f"  {topology.router.name} --> {instance.name}" for instance in topology.instances]
+    lines += [f"  {host.instance} <--> {host.name}" for host in topology.hosts]
     drawn: dict[str, None] = {}
     for one in handoffs(topology):
         drawn |= dict.fromkeys(_edges(one))
@@ -261,9 +266,11 @@ def _boxes(topology: Topology, node: Node) -> Iterator[str]:
         if relay.node == node.name:
             yield f'{relay.name}[["{relay.name}"]]'
     for instance in topology.instances:
-        if instance.node == node.name:
-            devices = textwrap.shorten(" ".join(instance.devices), 40)
-            yield f'{instance.name}["{instance.name}<br/>{devices}"]'
+        host = next((one.name for one in instance.hosts if one.node == node.name), None)
+        name = instance.name if instance.node == node.name else host
+        if name is not None:
+            devices = " ".join(instance.devices[rank] for rank in instance.ranks_on(node.name))
+            yield f'{name}["{name}<br/>{textwrap.shorten(devices, 40)}"]'
 
 
 def _edges(one: Handoff) -> Iterator[str]:

@@ -52,9 +52,18 @@ def make_plan(topology: Topology, node: str | None) -> Plan:
 
 def _spec(topology: Topology, name: str) -> Spec:
     role = topology.role_of(name)
-    devices = topology.instance(name).devices if role in ("prefill", "decode") else ()
+    node = topology.node_of(name).name
+    devices = _devices(topology, name, role, node)
     command = (sys.executable, "-m", f"ds{role}", "--topology", str(topology.path), "--name", name)
-    return Spec(name, role, topology.node_of(name).name, devices, command)
+    return Spec(name, role, node, devices, command)
+
+
+def _devices(topology: Topology, name: str, role: str, node: str) -> tuple[str, ...]:
+    """Those of a process's own node."""
+    if role not in ("prefill", "decode", "rankhost"):
+        return ()
+    instance = topology.instance(topology.host(name).instance if role == "rankhost" else name)
+    return tuple(instance.devices[rank] for rank in instance.ranks_on(node))
 
 
 def is_here(node: Node) -> bool:

@@ -52,7 +52,7 @@ GRACE_S = 10.0
 TIER_PATIENCE_S = 3.0
 
 #: tier in which a role is stopped
-TIERS = {"router": 0, "gateway": 0, "prefill": 1, "decode": 1, "relay": 2}
+TIERS = {"router": 0, "gateway": 0, "prefill": 1, "decode": 1, "relay": 2, "rankhost": 2}
 #: exit statuses that no restart mends: the input is wrong, or the process was refused
 FINAL = (BadInput.exit_code, Refused.exit_code)
 

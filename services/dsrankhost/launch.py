@@ -1,0 +1,37 @@
+"""What a rank host knows of its ranks before their instance tells more."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from dsengine.configs import rank_configs
+from dsengine.rank_orders import Start, Wiring
+from dstopology.resolved import Instance, RankHost, Topology
+
+
+class Launch:
+    """Makes the starts of all ranks of the host. It has a directory, until it is closed."""
+
+    def __init__(self, topology: Topology, host: RankHost, model_dir: Path) -> None:
+        self._topology = topology
+        self._node = topology.node(host.node)
+        self._model_dir = model_dir
+        self._directory = tempfile.TemporaryDirectory(prefix="ds-ranks-")
+        self._numbers = itertools.count()
+        self.instance: Instance = topology.instance(host.instance)
+        self.ranks = frozenset(self.instance.ranks_on(host.node))
+
+    def starts(self, blocks: int, secret: bytes) -> Iterator[Start]:
+        """Of ranks that have never met; ``blocks``: of the KV pool."""
+        one, wiring = self.instance, Wiring(self._node.bind_host, self._node.host, secret)
+        configs = rank_configs(self._topology, one, self._model_dir, blocks, mapped=False)
+        meeting = str(Path(self._directory.name) / f"rendezvous-{next(self._numbers)}")
+        for rank in sorted(self.ranks):
+            yield Start(one.name, one.tp, one.pp, rank, meeting, configs[rank], wiring)
+
+    def close(self) -> None:
+        """Remove the directory."""
+        self._directory.cleanup()
