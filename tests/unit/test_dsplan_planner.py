@@ -28,7 +28,7 @@ from dsplan.reasons import reasons, verdict
 from dsplan.roofline import RooflineLatency
 from dsplan.search import Mixed, Parallel, algorithm1, algorithm2, best_of, pairs_of, pruned, unbounded
 from dsplan.shapes import find_model
-from dsplan.topology_file import model, text
+from dsplan.topology_file import document, model, text
 from dssim.times import FlatTransfer
 from dstopology.load import load
 
@@ -269,6 +269,26 @@ def test_a_choice_over_several_nodes_names_the_best_that_the_servers_can_start(p
     told = dataclasses.replace(plan, question=wide, chosen=worse, placements=[worse], notes=[])
     startable.tell(told)
     assert (told.placements, told.startable, told.notes) == ([told.chosen, worse], None, [])
+
+
+def test_colocated_instances_over_several_nodes_are_written_stage_by_stage(plan: Plan) -> None:
+    def spread(tp: int, pp: int, replicas: int) -> Spec:
+        none, each = Group(Parallel(tp, pp), 0), Group(Parallel(tp, pp), replicas)
+        return Spec("", none, each, mode="colocated", budget=512)
+
+    wide = dataclasses.replace(plan.question, nodes=3, devices_per_node=4)
+    places = document(wide, spread(2, 3, 2))["decode"]["place"]
+    assert [[place.replace("cuda:", "") for place in one] for one in places] == [
+        ["n0/0", "n0/1", "n0/2", "n0/3", "n1/0", "n1/1"],
+        ["n1/2", "n1/3", "n2/0", "n2/1", "n2/2", "n2/3"],
+    ]
+    # three devices of a stage leave one of each node
+    assert startable.startable(wide, spread(3, 3, 1))
+    assert not startable.startable(wide, spread(3, 4, 1))
+    assert not startable.startable(wide, spread(2, 3, 3))
+    told = dataclasses.replace(plan, question=wide, chosen=dataclasses.replace(plan.chosen, spec=spread(2, 3, 2)))
+    startable.tell(told)
+    assert told.startable is None
 
 
 def test_a_rate_of_many_clusters_is_refused_at_once() -> None:

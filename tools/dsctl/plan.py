@@ -65,7 +65,11 @@ CHECKED_REQUESTS = 400
     metavar="[DEVICE=]PRICE",
     help="Of a device-hour; with it placements are compared by goodput for the money.",
 )
-@click.option("--startable", is_flag=True, help="Only what `dsctl up` can start: each instance on one node.")
+@click.option(
+    "--startable",
+    is_flag=True,
+    help="Only what `dsctl up` can start: instances over several nodes in mode colocated only.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--check/--no-check", default=True, show_default=True, help="Simulate the choice and the runner-up.")
 @click.option("--compare", type=click.Path(path_type=Path), metavar="T.yaml", help="Hold a topology against it.")

@@ -37,7 +37,8 @@ def read(path: Path, planner: Planner) -> Spec:
     planned, named = planner.question.shape.name, model_name(topology.model.path)
     if planned.lower() not in named.lower():
         planner.notes.append(f"{path} names the model {named}; it is compared as if it were of {planned}")
-    for group, allowed in ((spec.prefill, planner.allowed[0]), (spec.decode, planner.allowed[-1])):
+    decodes = (planner.mixed if spec.mode == "colocated" else planner.allowed)[-1]
+    for group, allowed in ((spec.prefill, planner.allowed[0]), (spec.decode, decodes)):
         if group.replicas and group.parallel not in allowed:
             raise PlanInput(
                 f"{path}: {group.parallel} cannot hold {planner.question.shape.name} and its longest sequence, "

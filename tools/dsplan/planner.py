@@ -67,15 +67,20 @@ class Planner:
         self.oracles = Oracles(question)
         self.progress = progress
         self.notes: list[str] = []
-        self.allowed = [self._allowed(kind) for kind in range(len(question.kinds))]
+        #: parallelisms in mode colocated, and in others
+        self.mixed = [self._allowed(kind, question.nodes) for kind in range(len(question.kinds))]
+        self.allowed = self.mixed
+        if question.instance_nodes < question.nodes:
+            self.allowed = [self._allowed(kind, question.instance_nodes) for kind in range(len(question.kinds))]
+            self.notes = list(dict.fromkeys(self.notes))
 
-    def _allowed(self, kind: int) -> set[Parallel]:
-        """Parallelisms that cut the model, have a profile, and hold weights and the longest sequence."""
+    def _allowed(self, kind: int, nodes: int) -> set[Parallel]:
+        """Parallelisms over ``nodes`` that cut the model, have a profile, hold weights and the longest sequence."""
         question, shape, hardware = self.question, self.question.shape, self.question.kinds[kind]
         known = hardware.latency.degrees()
         cut = [
             (one.tp, one.pp)
-            for one in space(question.instance_nodes, question.devices_per_node)
+            for one in space(nodes, question.devices_per_node)
             if shape.heads % one.tp == 0 and shape.layers % one.pp == 0
             if shape.kv_heads % one.tp == 0 or one.tp % shape.kv_heads == 0
             if known is None or one.tp in known
@@ -119,7 +124,7 @@ class Planner:
         prefill = max(oracles.prefill_cap(one) / one.devices for one in self.allowed[0])
         decode = max(oracles.decode_cap(one) / one.devices for one in self.allowed[-1])
         each = [1 / (1 / prefill + 1 / decode)]
-        for kind, allowed in enumerate(self.allowed):
+        for kind, allowed in enumerate(self.mixed):
             each += [oracles.mixed_cap(Mixed(one, max(BUDGETS)), kind) / one.devices for one in allowed]
         least, room = math.ceil(rate / max(each)), self.question.devices
         if least > MOST_CLUSTERS * room:
@@ -316,7 +321,7 @@ class Planner:
         every: list[Tried] = []
         placements = []
         for kind in range(len(self.question.kinds)):
-            candidates = [Mixed(one, budget) for one in sorted(self.allowed[kind]) for budget in BUDGETS]
+            candidates = [Mixed(one, budget) for one in sorted(self.mixed[kind]) for budget in BUDGETS]
 
             def rate(one: Mixed, kind: int = kind) -> float:
                 return self.oracles.mixed_rate(one, kind)

@@ -49,12 +49,12 @@ class Question:
     modes: tuple[str, ...] = MODES
     #: device -> its price an hour
     prices: Mapping[str, float] = field(default_factory=dict)
-    #: only systems with each instance on one node (:mod:`dsplan.startable`)
+    #: only systems that the servers can start (:mod:`dsplan.startable`)
     startable: bool = False
 
     @property
     def instance_nodes(self) -> int:
-        """Node limit of an instance."""
+        """Node limit of an instance, unless it is of mode colocated."""
         return 1 if self.startable else self.nodes
 
     @property

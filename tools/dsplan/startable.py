@@ -1,4 +1,8 @@
-"""What ``dsctl up`` can start: every instance on one node. And the best of that, where the best of all is not."""
+"""What ``dsctl up`` can start, and the best of that, where the best of all is not.
+
+Between nodes KV is handed over by whole instances, so each is on one; in mode colocated nothing is handed over, and
+stages may be on several.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,19 @@ from dswire.errors import DsError
 
 
 def startable(question: Question, spec: Spec) -> bool:
-    """Whether a topology can say it: processes of an instance talk over one node's memory."""
+    """Whether a topology can say it."""
+    if spec.mode == "colocated":
+        return nodes_of(spec, question.devices_per_node) <= question.nodes
     largest = max(one.parallel.devices for one in (spec.prefill, spec.decode))
     return largest <= question.devices_per_node and spec.stages == 1
+
+
+def nodes_of(spec: Spec, per_node: int) -> int:
+    """Nodes that a colocated system takes: an instance is on one where it can be, else every stage is."""
+    one = spec.decode.parallel
+    if one.devices <= per_node:
+        return -(-spec.decode.replicas // (per_node // one.devices))
+    return -(-spec.decode.replicas * one.pp // (per_node // one.tp))
 
 
 def check(question: Question, spec: Spec) -> None:
@@ -25,9 +39,9 @@ def check(question: Question, spec: Spec) -> None:
     weights, per_node = question.shape.weights_nbytes, question.devices_per_node
     holds = weights < per_node * min(kind.device.memory_nbytes for kind in question.kinds)
     raise PlanInput(
-        "an instance of this placement has stages on several nodes; the servers, and so a topology, have each "
-        "instance on one node: it can be planned and compared, not started",
-        remedy="plan with --startable, among placements that have each instance on one node"
+        "an instance of this placement has stages on several nodes; the servers, and so a topology, have that in "
+        "mode colocated only: it can be planned and compared, not started",
+        remedy="plan with --startable, among placements that can be started"
         if holds
         else f"its weights take {weights / 2**30:.0f} GiB, more than a node of {per_node} has: plan for nodes with "
         "more devices, or for devices with more memory",
@@ -44,7 +58,7 @@ def tell(plan: Plan, progress: Progress = silent, processes: int = 1) -> None:
     try:
         other = Planner(replace(plan.question, startable=True), progress).run(processes)
     except DsError as error:
-        plan.notes.append(f"no system with each instance on one node, as the servers want it: {error.message}")
+        plan.notes.append(f"no system that the servers can start: {error.message}")
         return
     one = other.chosen
     if one.worth >= plan.chosen.worth:
@@ -52,8 +66,9 @@ def tell(plan: Plan, progress: Progress = silent, processes: int = 1) -> None:
         plan.chosen, plan.strict = one, other.strict
         return
     plan.startable = one
+    devices = counted(one.spec.devices, "device")
     plan.notes.append(
-        f"the choice has instances over several nodes, which the servers cannot start; the best that they can is "
-        f"{one.spec} on {counted(one.spec.devices, 'device')}, {one.per_device.rate:.3g} requests/s a device, "
+        "the choice hands KV over between instances over several nodes, which the servers cannot start; the best "
+        f"that they can is {one.spec} on {devices}, {one.per_device.rate:.3g} requests/s a device, "
         f"{1 - one.worth / plan.chosen.worth:.0%} less: --startable plans for that"
     )

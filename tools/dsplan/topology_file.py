@@ -22,7 +22,7 @@ BOUND = 1_000_000.0
 def document(question: Question, spec: Spec) -> dict[str, Any]:
     """The file's content.
 
-    Raises :class:`PlanInput` where an instance spans nodes, which no topology can say.
+    Raises :class:`PlanInput` for what no topology can say.
     """
     per_node = question.devices_per_node
     startable.check(question, spec)
@@ -94,8 +94,13 @@ def _group(shape: ModelShape, device: Device, group: Group, place: list[list[str
 
 
 def _places(spec: Spec, per_node: int, *, apart: bool) -> dict[str, list[list[str]]]:
-    """Each instance on one node. Pairs of the low algorithm stay together; else the largest come first. ``apart``:
-    the phases have nodes of their own."""
+    """Each instance on one node, if it is not larger.
+
+    Pairs of the low algorithm stay together; else the largest come first. ``apart``: the phases have nodes of their
+    own.
+    """
+    if spec.mode == "colocated" and spec.decode.parallel.devices > per_node:
+        return {"prefill": [], "decode": _stage_by_stage(spec.decode, per_node)}
     wanted = [("prefill", spec.prefill), ("decode", spec.decode)]
     if spec.algorithm == "low":
         order = [pair for _ in range(spec.decode.replicas) for pair in wanted]
@@ -117,6 +122,18 @@ def _places(spec: Spec, per_node: int, *, apart: bool) -> dict[str, list[list[st
         found[role].append([f"n{node}/{first + i}" for i in range(group.parallel.devices)])
         taken[node] = taken[node][0], first + group.parallel.devices
     return found
+
+
+def _stage_by_stage(group: Group, per_node: int) -> list[list[str]]:
+    """Each stage on one node."""
+    one = group.parallel
+    here = per_node // one.tp
+    ranks = [
+        f"n{stage // here}/{stage % here * one.tp + i}"
+        for stage in range(group.replicas * one.pp)
+        for i in range(one.tp)
+    ]
+    return [ranks[first : first + one.devices] for first in range(0, len(ranks), one.devices)]
 
 
 def text(plan: Plan, one: Placement | None = None) -> str:
