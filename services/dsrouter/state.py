@@ -65,6 +65,8 @@ class RouterState:
         #: ("ping", ""), ("keep", ""), ("claim", worker), ("deadline", request) and ("forget", request)
         self._timers: Timers[tuple[str, str]] = Timers()
         self._timers.set(("ping", ""), now)
+        #: when the next ping is due
+        self._ping_at = now
         if config.keep_extend_s:
             self._timers.set(("keep", ""), now + config.keep_extend_s)
         self._out: list[Action] = []
@@ -342,7 +344,14 @@ class RouterState:
                 self._forget(name)
 
     def _ping(self, now: float) -> None:
-        self._timers.set(("ping", ""), now + PING_S)
+        slept_s = now - self._ping_at
+        if slept_s > PING_S:
+            # nobody is to blame for a silence in which we did not listen: what they said waits to be read
+            self.clients.forgive(now, slept_s)
+            self.workers.forgive(now, slept_s)
+            self._note(Note("slept", {"seconds": f"{slept_s:.1f}"}, warning=True))
+        self._ping_at = now + PING_S
+        self._timers.set(("ping", ""), self._ping_at)
         self._registrar.ping(now)
         for gone in self.clients.silent(now):
             self._client_gone(now, gone, "its client fell silent")

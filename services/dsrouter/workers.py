@@ -182,6 +182,11 @@ class Workers:
         capacities = [one.hello.capacity for one in self._up.values() if one.hello.capacity is not None]
         return min((one.blocks * one.layout.block_size for one in capacities), default=None)
 
+    def forgive(self, now: float, seconds: float) -> None:
+        """The silence of every worker counts for so much less."""
+        for worker in self._up.values():
+            worker.heard_at = min(now, worker.heard_at + seconds)
+
     def down_since(self, role: str, started: float) -> float | None:
         """Since when no worker of the role is up, its relay included (``started`` when none ever was); None while
         one is."""

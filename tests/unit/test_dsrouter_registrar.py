@@ -76,10 +76,30 @@ def test_comings_and_goings_are_told_with_their_reason(desk: Desk) -> None:
     desk.feed(PeerLost(desk.now, "decode-0"))
     why = "nothing can be sent to it"
     assert desk.did(Note) == [Note("worker lost", {"worker": "decode-0", "why": why}, warning=True)]
-    desk.now = 7.5
-    desk.feed(Tick(desk.now))
+    while desk.now < 6.0:
+        assert desk.did(Note) == [] or desk.now == 0.0
+        desk.now += 1.0
+        desk.feed(Tick(desk.now))
     (lost,) = desk.did(Note)
-    assert (lost.about, lost.warning) == ({"worker": "prefill-0", "why": "silent for 7.5 s"}, True)
+    assert (lost.about, lost.warning) == ({"worker": "prefill-0", "why": "silent for 6.0 s"}, True)
+
+
+def test_a_router_that_stood_still_blames_nobody_for_it(desk: Desk) -> None:
+    desk.submit()
+    desk.now = 1.0
+    desk.feed(Tick(desk.now))
+    # far longer than any lease: what others said in the meantime is still to be read
+    desk.now = 60.0
+    desk.feed(Tick(desk.now))
+    assert desk.did(Note) == [Note("slept", {"seconds": "58.0"}, warning=True)]
+    assert desk.state.workers.get("prefill-0") is not None
+    assert desk.state.requests["r"].live
+    # from now on silence counts again
+    while desk.now < 67.0:
+        desk.now += 1.0
+        desk.feed(Tick(desk.now))
+    assert desk.state.workers.get("prefill-0") is None
+    assert "r" not in desk.state.requests
 
 
 def test_a_name_that_is_taken_over_is_told(desk: Desk) -> None:

@@ -327,12 +327,24 @@ def test_a_client_that_cannot_be_reached_is_sent_nothing_until_it_is_heard(desk:
 
 def test_everything_due_at_once() -> None:
     desk = Desk().join("prefill-0")
+    desk.say(CLIENT, Submit("r", prompt_ids=(1,), deadline_s=6.5))
+    while desk.now < 7.0:
+        assert desk.state.requests["r"].live
+        desk.now += 1.0
+        desk.feed(Tick(desk.now))
+    # the deadline and the client's lease in one tick
+    assert dict(desk.state.ended) == {"deadline_exceeded": 1}
+    assert desk.state.requests == {}
+    assert desk.state.workers.get("prefill-0") is None
+
+
+def test_a_deadline_that_passed_while_the_router_stood_still_is_over() -> None:
+    desk = Desk().join("prefill-0")
     desk.say(CLIENT, Submit("r", prompt_ids=(1,), deadline_s=3.0))
     desk.now = 1000.0
     desk.feed(Tick(desk.now))
-    assert dict(desk.state.ended) == {"cancelled": 1}
-    assert desk.state.requests == {}
-    assert desk.state.workers.get("prefill-0") is None
+    assert dict(desk.state.ended) == {"deadline_exceeded": 1}
+    assert desk.told(CLIENT, client.Failed)
 
 
 def test_stopping_ends_every_request(desk: Desk) -> None:
