@@ -32,6 +32,10 @@ from dswire.keys import CurveKeys
 HIGH_WATER = 10_000
 #: messages taken in one go before other events of the loop get their turn
 BURST = 64
+#: a TCP connection that is silent for so many seconds is asked whether it stands, and again after as many
+KEEPALIVE_S = 2
+#: what is sent over TCP and neither acknowledged nor let in for so many milliseconds ends the connection
+UNACKNOWLEDGED_MS = 10_000
 #: a closed socket waits this long, in milliseconds, for queued messages to leave
 LINGER_MS = 500
 
@@ -61,9 +65,13 @@ class _Socket:
         self._zmq.setsockopt(zmq.SNDHWM, HIGH_WATER)
         self._zmq.setsockopt(zmq.RCVHWM, HIGH_WATER)
         self._zmq.setsockopt(zmq.MAXMSGSIZE, max_nbytes)
-        # a host that vanished without a FIN is noticed too
-        self._zmq.setsockopt(zmq.HEARTBEAT_IVL, 2_000)
-        self._zmq.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6_000)
+        # A host that vanished without a FIN is noticed too, by TCP: libzmq's own heartbeats end the process when
+        # they are due on a connection whose peer left while messages from it were waiting for room in the queue.
+        self._zmq.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        self._zmq.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
+        self._zmq.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_S)
+        self._zmq.setsockopt(zmq.TCP_KEEPALIVE_CNT, 2)
+        self._zmq.setsockopt(zmq.TCP_MAXRT, UNACKNOWLEDGED_MS)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_frames: OnFrames | None = None
         self._drain_queued = False

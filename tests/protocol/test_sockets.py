@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Protocol
 
 import pytest
+import zmq
 
 from dstopology.endpoints import free_ports
 from dswire.errors import PortInUse, StartFailed
@@ -295,3 +299,50 @@ def test_an_address_that_cannot_be_bound_says_so(address: str) -> None:
 def test_an_address_that_cannot_be_called_says_so() -> None:
     with pytest.raises(StartFailed, match="nonsense"):
         ConnectedSocket("nonsense", "ann")
+
+
+#: a process that binds or connects, takes nothing for a while, and then says what it has got
+BUSY = """
+import asyncio, sys, time
+from dswire import sockets
+sockets.HIGH_WATER = 100
+kind, address = sys.argv[1:]
+async def main():
+    got = []
+    end = sockets.BoundSocket(address) if kind == "bound" else sockets.ConnectedSocket(address, "busy")
+    end.start(lambda peer, frames: got.append(frames))
+    if kind == "connected":
+        end.send("", [b"here"])
+    print("up", flush=True)
+    time.sleep(5.0)
+    while not got:
+        await asyncio.sleep(0.01)
+    end.close()
+    print("alive", flush=True)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("kind", ["bound", "connected"])
+def test_a_peer_that_floods_and_leaves_ends_nobody(kind: str) -> None:
+    """libzmq's heartbeats end a process whose queue such a peer has filled (its issue 4841)."""
+    address = f"tcp://127.0.0.1:{free_ports()}"
+    rude: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER if kind == "bound" else zmq.ROUTER)
+    with rude, Popen([sys.executable, "-c", BUSY, kind, address], stdout=PIPE) as busy:
+        rude.setsockopt(zmq.LINGER, 0)
+        rude.setsockopt(zmq.SNDHWM, 0)
+        to = [] if kind == "bound" else [b"busy"]
+        if kind == "connected":
+            rude.bind(address)
+            assert rude.poll(1000 * PATIENCE_S)
+        assert busy.stdout is not None
+        assert busy.stdout.readline() == b"up\n"
+        if kind == "bound":
+            rude.connect(address)
+        # more than the system's buffers hold, so that the connection ends with messages on their way
+        for _ in range(200):
+            rude.send_multipart([*to, bytes(200_000)])
+        time.sleep(0.5)
+        rude.close()
+        assert busy.stdout.readline() == b"alive\n"
+        assert busy.wait(PATIENCE_S) == 0
