@@ -334,7 +334,7 @@ def test_a_peer_that_floods_and_leaves_ends_nobody(kind: str) -> None:
         to = [] if kind == "bound" else [b"busy"]
         if kind == "connected":
             rude.bind(address)
-            assert rude.poll(1000 * PATIENCE_S)
+            assert rude.poll(int(1000 * PATIENCE_S))
         assert busy.stdout is not None
         assert busy.stdout.readline() == b"up\n"
         if kind == "bound":
