@@ -7,14 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
-from click.testing import CliRunner
 
-from dsctl.plan import command
 from dsplan import branches, pareto, report, startable
 from dsplan.confirm import agreed, checked, confirm, confirmations, simulated
 from dsplan.devices import find_device
-from dsplan.errors import DoesNotFit, PlanInput, ProfileMismatch, UnreachableSlo
+from dsplan.errors import DoesNotFit, PlanInput, UnreachableSlo
 from dsplan.given import read
 from dsplan.goodput import Goodput, Slo, make_workload
 from dsplan.linear import distserve_latency
@@ -368,61 +365,3 @@ def test_an_objective_out_of_reach_is_named_with_the_best(slo: Slo, words: str) 
 def test_absurd_numbers_are_refused(changes: dict[str, object], words: str) -> None:
     with pytest.raises(PlanInput, match=words):
         Planner(question(**changes))
-
-
-ARGUMENTS = [
-    "--model",
-    "OPT-13B",
-    "--devices-per-node",
-    "2",
-    "--algorithm",
-    "low",
-    "--workload",
-    "fixed:200,20",
-    "--no-check",
-]
-
-
-def test_the_command_writes_json_a_topology_and_a_report(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    path, page = tmp_path / "t.yaml", tmp_path / "r.html"
-    arguments = [*ARGUMENTS, "--mode", "disaggregated", "--price", "2", "--json", "--write", str(path)]
-    result = CliRunner().invoke(command, [*arguments, "--report", str(page)], catch_exceptions=False)
-    assert result.exit_code == 0
-    found = json.loads(result.stdout)
-    assert (found["prefill"]["replicas"], found["decode"]["replicas"], found["devices"]) == (1, 1, 2)
-    assert found["cost_per_million_tokens"] > 0
-    assert yaml.safe_load(path.read_text())["prefill"]["tp"] == found["prefill"]["tp"]
-    html = page.read_text()
-    # two devices hold one system, of which there is no front
-    assert html.count("<svg") == html.count("</svg>") == 1
-    assert "Only one system was found" in html
-    assert "src=" not in html
-    again = CliRunner().invoke(
-        command, [*ARGUMENTS, "--mode", "disaggregated", "--compare", str(path)], catch_exceptions=False
-    )
-    assert "yours" in again.output
-
-
-@pytest.mark.parametrize(
-    ("option", "words"),
-    [
-        (["--price", "cheap"], "is not understood"),
-        (["--price", "h100=2"], "names h100, which is not planned for"),
-        (["--network", "0.0001"], "0.0001 Gbit/s is absurd"),
-        (["--compare", "/nowhere.yaml"], "cannot be read"),
-        (["--stack", "nothing"], "there is no stack nothing"),
-        (["--device", "h900"], "device h900 is not known"),
-        (["--workload", "/nowhere.csv"], "/nowhere.csv"),
-    ],
-)
-def test_bad_options_are_refused_with_a_sentence(option: list[str], words: str) -> None:
-    result = CliRunner().invoke(command, [*ARGUMENTS, *option])
-    assert words in str(result.exception)
-
-
-def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "p.json"
-    Profile(Subject("machine", "smollm2", "fingerprint", "float32", 1)).save(path)
-    result = CliRunner().invoke(command, [*ARGUMENTS, "--profile", str(path)])
-    assert isinstance(result.exception, ProfileMismatch)
