@@ -48,13 +48,26 @@ def test_own_measurements_are_read_and_compared(tmp_path: Path) -> None:
     assert row.error == pytest.approx(0.5)
 
 
+def test_what_a_table_leaves_out_may_be_said_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("phase,batch,tokens,ms\ndecode,8,512,9\n")
+    said = {"model": "OPT-13B", "device": "h100", "tp": "2", "pp": "1"}
+    (row,) = measured(path, STACKS["graphs"], said)
+    assert row.table == "OPT-13B h100 decode"
+    with pytest.raises(PlanInput, match="line 2: there is no model"):
+        measured(path, STACKS["graphs"])
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
         ("OPT-13B,h100,2,1,reading,8,512,9", "line 2: phase is 'reading'"),
         ("OPT-13B,h100,2,1,decode,0,512,9", "line 2: batch is 0"),
         ("OPT-13B,h100,2,1,decode,8,512,fast", "line 2: could not convert"),
-        ("OPT-13B,h900,2,1,decode,8,512,9", "device h900 is not known"),
+        ("OPT-13B,h900,2,1,decode,8,512,9", "line 2: device h900 is not known"),
+        ("OPT-99B,h100,2,1,decode,8,512,9", "line 2: model OPT-99B"),
+        ("OPT-13B,h100,7,1,decode,8,512,9", "line 2: OPT-13B with 40 heads"),
+        ("OPT-13B,h100,2,1,decode,8,512", "line 2: there is no ms"),
         ("", "has no rows"),
     ],
 )

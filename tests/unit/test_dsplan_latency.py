@@ -288,3 +288,55 @@ def test_a_model_of_this_hosts_store_is_found_by_its_name(tmp_path: Path, monkey
     assert find_model("mine-8b").name == "mine-8b"
     with pytest.raises(PlanInput, match=r"config.json \(No such file or directory\)"):
         find_model("mine-9b")
+
+
+SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 8, "intermediate_size": 128}
+SMALL |= {"vocab_size": 100}
+
+
+@pytest.mark.parametrize(
+    ("told", "share"),
+    [
+        ({"sliding_window": 512}, 1.0),
+        ({"sliding_window": None}, 0.0),
+        ({"sliding_window": 512, "use_sliding_window": False}, 0.0),
+        ({"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 6}, 0.25),
+        ({"sliding_window": 512, "sliding_window_pattern": 4}, 0.75),
+        ({"sliding_window": 512, "model_type": "gemma2"}, 0.5),
+        ({"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"] * 4}, 0.5),
+    ],
+)
+def test_sliding_windows_are_read_from_the_config(told: dict[str, object], share: float) -> None:
+    assert shape_of("w", SMALL | told).windowed == share
+
+
+@given(length=st.integers(1, 60_000), batch=st.integers(1, 64))
+def test_a_window_bounds_attention_and_nothing_else(length: int, batch: int) -> None:
+    whole = find_model("Llama-3-8B")
+    times = []
+    for window, share in ((0, 0.0), (4096, 0.5), (4096, 1.0)):
+        shape = dataclasses.replace(whole, window=window, windowed=share)
+        one = RooflineLatency(shape, find_device("h100")).instance(1, 1)
+        times.append((one.prefill_stage_s(length, length**2, 1), one.decode_step_s(batch, batch * length)))
+    for some, half, every in zip(*times, strict=True):
+        if length <= 4096:
+            assert some == half == every
+        elif length > 3 * 4096:
+            assert some > half > every
+        else:
+            # kernels work in tiles: a little less work may take as long, or a little longer
+            assert some > every * 0.98
+
+
+def test_ranks_of_several_nodes_wait_for_the_network() -> None:
+    latency = RooflineLatency(find_model("Llama-3-70B"), find_device("h100"), node_devices=4)
+    within, across = (latency.instance(tp, 1) for tp in (4, 8))
+    near = RooflineLatency(find_model("Llama-3-70B"), find_device("h100"), node_devices=8).instance(8, 1)
+    for nbytes in (1 << 14, 1 << 20, 1 << 26):
+        assert across.allreduce_s(nbytes) > near.allreduce_s(nbytes)
+        assert across.allreduce_s(nbytes) > within.allreduce_s(nbytes)
+
+
+def test_quantised_checkpoints_are_not_taken_for_16_bits() -> None:
+    with pytest.raises(PlanInput, match="quantised"):
+        shape_of("q", SMALL | {"quantization_config": {"quant_method": "fp8"}})

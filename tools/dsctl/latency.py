@@ -32,7 +32,8 @@ BATCHES = "1,8,32,64,128"
     "--measured",
     type=click.Path(path_type=Path),
     metavar="FILE.csv",
-    help="Hold against measurements: columns model, device, tp, pp, phase, batch, tokens, ms.",
+    help="Hold against measurements: columns phase, batch, tokens, ms; model, device, tp and pp where the options "
+    "do not say them.",
 )
 @click.option("--check", type=click.Path(path_type=Path), metavar="DIR", help="Hold against public tables in DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -55,7 +56,7 @@ def command(
 
     \b
     dsctl latency --model Llama-3-70B --device h100 --tp 8
-    dsctl latency --measured mine.csv
+    dsctl latency --model Llama-3-8B --device l40s --measured mine.csv
     dsctl latency --check ../gpu-measurements
     """
     from dsplan import accuracy
@@ -63,7 +64,9 @@ def command(
 
     if check is not None or measured is not None:
         rows = accuracy.published(check) if check is not None else []
-        rows += accuracy.measured(measured, _stack(stack)) if measured is not None else []
+        if measured is not None:
+            otherwise = {"device": device, "tp": str(tp), "pp": str(pp), **({"model": model} if model else {})}
+            rows += accuracy.measured(measured, _stack(stack), otherwise)
         _show_errors(accuracy.errors(rows), as_json)
         return
     if model is None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
+from types import MappingProxyType
 
 from dsplan import kernels, vidur
 from dsplan.devices import find_device, unseen
@@ -25,6 +26,7 @@ from dsplan.linear import distserve_latency
 from dsplan.linear import published as distserve
 from dsplan.roofline import STACKS, STEADY_TOKENS, RooflineInstance, RooflineLatency, Stack, efficiencies
 from dsplan.shapes import find_model
+from dswire.errors import DsError
 
 COLUMNS = ("model", "device", "tp", "pp", "phase", "batch", "tokens", "ms")
 #: Splitwise's table, and the mean number of output tokens before one of which it tells the time
@@ -99,10 +101,14 @@ def step_s(instance: Instance, phase: str, batch: int, tokens: int) -> float:
 # measurements of one's own
 
 
-def measured(path: Path, stack: Stack) -> list[Row]:
-    """The rows of a CSV. Raises :class:`PlanInput` naming the row and column that make no sense."""
+def measured(path: Path, stack: Stack, otherwise: Mapping[str, str] = MappingProxyType({})) -> list[Row]:
+    """The rows of a CSV; columns that it has not are ``otherwise``.
+
+    Raises :class:`PlanInput` naming the row and column that make no sense.
+    """
     rows = []
-    for number, row in enumerate(vidur.lines(path), 2):
+    for number, told in enumerate(vidur.lines(path), 2):
+        row = {**otherwise, **{name: value for name, value in told.items() if value}}
         try:
             instance = _instance(row, stack)
             phase = row["phase"]
@@ -111,10 +117,14 @@ def measured(path: Path, stack: Stack) -> list[Row]:
             batch, tokens, ms = _positive(row, "batch"), _positive(row, "tokens"), float(row["ms"])
             if not 0 < ms < 1e9:
                 raise ValueError(f"ms is {ms:g}")
-        except (KeyError, ValueError) as error:
+        except KeyError as error:
             raise PlanInput(
-                f"{path}, line {number}: {error}", remedy=f"give the columns {', '.join(COLUMNS)}"
+                f"{path}, line {number}: there is no {error.args[0]}",
+                remedy=f"give the columns {', '.join(COLUMNS)}",
             ) from error
+        except (ValueError, DsError) as error:
+            remedy = getattr(error, "remedy", "") or f"give the columns {', '.join(COLUMNS)}"
+            raise PlanInput(f"{path}, line {number}: {error}", remedy=remedy) from error
         rows.append(
             Row(f"{row['model']} {row['device']} {phase}", ms / 1e3, step_s(instance, phase, batch, tokens))
         )

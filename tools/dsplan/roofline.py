@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 
@@ -101,7 +101,7 @@ def efficiencies(name: str) -> dict[str, Parameters]:
 
 @dataclass(frozen=True, slots=True)
 class RooflineInstance:
-    """One instance. ``spread``: whether its stages are on different nodes."""
+    """One instance. ``spread``: whether its stages are on different nodes; ``across``: whether its ranks are."""
 
     shape: ModelShape
     device: Device
@@ -109,6 +109,7 @@ class RooflineInstance:
     tp: int
     stages: int
     spread: bool = False
+    across: bool = False
     #: times of a layer without attention, by rows: they do not depend on anything else
     _dense: dict[int, float] = field(default_factory=dict, compare=False, repr=False)
     #: times of GEMMs by their sizes, shared by the instances of a latency model
@@ -173,11 +174,15 @@ class RooflineInstance:
         """Sum over the TP ranks: by NCCL or, below a size and where that is quicker, over peer memory."""
         if self.tp == 1:
             return 0.0
-        fitted, size = self._kernels(), (self.device, self.tp, nbytes)
+        device = self.device
+        if self.across:
+            # a ring is as fast as its slowest link, and no switch or peer reaches into another node
+            device = replace(device, node_bytes_per_s=device.network_bytes_per_s, switch_adds=False)
+        fitted, size = self._kernels(), (device, self.tp, nbytes)
         if self.stack.library:
             return float(kernels.nccl_s(fitted[f"allreduce{self.stack.library}"], *size))
         large = float(kernels.switched_allreduce_s(fitted["allreduce_large"], *size))
-        if nbytes >= kernels.LARGE_ALLREDUCE:
+        if nbytes >= kernels.LARGE_ALLREDUCE or self.across:
             return large
         return min(large, float(kernels.allreduce_s(fitted["allreduce_small"], *size)))
 
@@ -202,14 +207,30 @@ class RooflineInstance:
         s, each = self.shape, squares / tokens
         kv = max(s.kv_heads / self.tp, 1)
         fitted = self._kernels()["context"]
-        return float(kernels.context_s(fitted, self.device, tokens / each, each, s.heads / self.tp, kv, s.head_dim))
+
+        def layer_s(length: float) -> float:
+            size = (tokens / length, length, s.heads / self.tp, kv, s.head_dim)
+            return float(kernels.context_s(fitted, self.device, *size))
+
+        if each <= s.window or not s.windowed:
+            return layer_s(each)
+        # a prompt whose tokens look back as far, on average, as those of this one through the window
+        near = 2 * s.window - s.window**2 / each
+        return (1 - s.windowed) * layer_s(each) + s.windowed * layer_s(near)
 
     def _making_s(self, batch: float, context: float) -> float:
         """Attention of a layer over one token for each sequence."""
         s, fitted = self.shape, self._kernels()["generation"]
         kv = max(s.kv_heads / self.tp, 1)
         each = context / batch
-        return float(kernels.generation_s(fitted, self.device, batch, each, s.heads / self.tp, kv, s.head_dim))
+
+        def layer_s(length: float) -> float:
+            size = (batch, length, s.heads / self.tp, kv, s.head_dim)
+            return float(kernels.generation_s(fitted, self.device, *size))
+
+        if each <= s.window or not s.windowed:
+            return layer_s(each)
+        return (1 - s.windowed) * layer_s(each) + s.windowed * layer_s(s.window)
 
     def prefill_stage_s(self, tokens: int, squares: int, count: int) -> float:
         """Kernels of the last stage (the output matrix is its), which is the slowest."""
@@ -263,5 +284,5 @@ class RooflineLatency:
                 f"by TP {tp} and PP {pp}",
                 remedy="choose a TP that divides the heads and a PP of at most the layers",
             )
-        spread = tp * pp > self.node_devices
-        return RooflineInstance(self.shape, self.device, self.stack, tp, pp, spread, _gemms=self._gemms)
+        spread, across = tp * pp > self.node_devices, tp > self.node_devices
+        return RooflineInstance(self.shape, self.device, self.stack, tp, pp, spread, across, _gemms=self._gemms)

@@ -56,6 +56,9 @@ class ModelShape:
     shared_width: int = 0
     #: layers of a mixture that have the dense MLP of ``intermediate``
     dense_layers: int = 0
+    #: tokens back that attention looks in a share of the layers, where that is bounded
+    window: int = 0
+    windowed: float = 0.0
 
     @property
     def sparse(self) -> float:
@@ -143,6 +146,11 @@ def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
             f"model {name}: multi-head latent attention is not modelled",
             remedy="plan with a model of grouped-query attention of about that size",
         )
+    if config.get("quantization_config"):
+        raise PlanInput(
+            f"model {name}: its weights are quantised, which is not modelled",
+            remedy="plan with the config of the model in 16 bits",
+        )
     return ModelShape(
         name=name,
         hidden=hidden,
@@ -156,7 +164,23 @@ def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
         tied=bool(config.get("tie_word_embeddings", ungated)),
         item_nbytes=ITEM_NBYTES.get(stored, 2),
         **_experts(name, config),
+        **_window(name, config),
     )
+
+
+def _window(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sliding attention, by the names of Mistral, Qwen and Gemma."""
+    if not config.get("sliding_window") or config.get("use_sliding_window") is False:
+        return {}
+    layers, window = _count(name, config, "num_hidden_layers", "n_layer"), _count(name, config, "sliding_window")
+    if types := config.get("layer_types"):
+        share = sum(one == "sliding_attention" for one in types) / len(types)
+    elif every := config.get("sliding_window_pattern") or (2 if config.get("model_type") == "gemma2" else 0):
+        # one in so many looks back all the way
+        share = 1 - 1 / every
+    else:
+        share = 1 - min(int(config.get("max_window_layers") or 0), layers) / layers
+    return {"window": window, "windowed": share}
 
 
 def _experts(name: str, config: Mapping[str, Any]) -> dict[str, int]:
