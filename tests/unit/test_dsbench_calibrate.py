@@ -7,7 +7,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner
@@ -155,6 +155,40 @@ def test_the_knee_is_where_attainment_falls_below_what_is_wanted(
     assert at >= SLO.attainment > above
     with pytest.raises(BadInput, match="at any rate"):
         Prediction(topology, prediction.profile, replace(SLO, ttft_s=0.01)).knee(wish)
+
+
+@pytest.mark.parametrize(
+    ("said", "knees", "loads"),
+    [
+        (None, [10.0, 9.5], [9.0]),
+        (None, [17.0, 12.5, 12.0], [15.3, 11.25]),
+        (None, [17.0, 12.5, 9.0], [15.3, 11.25]),
+        (10.0, [], [9.0]),
+    ],
+)
+def test_a_first_load_that_was_too_much_is_followed_by_another(
+    topology: Topology,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: float | None,
+    knees: list[float],
+    loads: list[float],
+) -> None:
+    plan = calibration.Plan(1, 0.0, 0.05, 1)
+    one = Calibration(topology, tmp_path / "p.json", SLO, Wish("fixed:60,20", None), plan, Console())
+    foretold, tried = iter(knees), list[float]()
+
+    def reference(_: object, __: object, rate: float, ___: int) -> str:
+        tried.append(rate)
+        return f"at {rate}"
+
+    monkeypatch.setattr(Calibration, "knee", lambda _: next(foretold))
+    monkeypatch.setattr(Calibration, "reference", reference)
+    monkeypatch.setattr(Calibration, "learn", lambda *_: None)
+    made: Any = one.begin(cast("Any", None), cast("Any", None), said)
+    assert tried == pytest.approx(loads)
+    assert made == (tried[-1], knees[-1] if knees else said, f"at {tried[-1]}")
+    assert not list(foretold)
 
 
 def served(ttft_s: float, tpot_s: float, slow: int = 0) -> Served:

@@ -105,13 +105,9 @@ class Calibration:
             target = find_target(self.topology.path, None, None)
             known = Known(self.profile, self.mine, self.probe(target))
             known.write()
-            busy = BUSY * (median(rates) if rates else self.knee())
-            self.console.print(f"{busy:.2f} requests/s before and after each round, to see how fast the machine is")
-            references = [self.reference(target, busy, 0)]
-            self.learn(known, references)
-            if not rates:
-                knee = self.knee()
-                rates = [knee * factor for factor in FACTORS]
+            busy, knee, first = self.begin(known, target, median(rates) if rates else None)
+            rates = rates or [knee * factor for factor in FACTORS]
+            references = [first]
             tried: list[tuple[Turn, Tries]] = []
             for number, turns_of in groupby(
                 turns(rates, self.plan.rounds, self.wish.seed), lambda turn: turn.round
@@ -125,6 +121,23 @@ class Calibration:
         self.learn(known, references)
         for rate in rates:
             yield self.row(rate, [one for one in taken if one.turn.rate == rate])
+
+    def begin(self, known: Known, target: Target, knee: float | None) -> tuple[float, float, Reference]:
+        """The rate of the reference loads, the knee by what the first of them told, and that one.
+
+        What was foretold before anything was seen may be more than the system holds, and a load that it does not
+        hold says little of one that it does: then there is another one, once.
+        """
+        found = knee or self.knee()
+        for _ in range(2):
+            busy = BUSY * found
+            self.console.print(f"{busy:.2f} requests/s before and after each round, to see how fast the machine is")
+            first = self.reference(target, busy, 0)
+            self.learn(known, [first])
+            found = knee or self.knee()
+            if busy <= found:
+                break
+        return busy, found, first
 
     def probe(self, target: Target) -> Constants:
         """What is needed beyond the engine."""
