@@ -7,6 +7,8 @@ import secrets
 import socket
 import time
 
+from dskv.stream import fill
+
 TOKEN_NBYTES = 16
 #: for which a stranger at the door may keep silent, in seconds
 _STRANGER_S = 1.0
@@ -47,13 +49,9 @@ def knock(where: str, timeout_s: float) -> socket.socket:
 
 def receive(connection: socket.socket, nbytes: int) -> bytes:
     """Exactly so many bytes. Raises ``OSError``, also when the other side has left."""
-    data = b""
-    while len(data) < nbytes:
-        more = connection.recv(nbytes - len(data))
-        if not more:
-            raise ConnectionResetError("the other side has left")
-        data += more
-    return data
+    data = bytearray(nbytes)
+    fill(connection, memoryview(data))
+    return bytes(data)
 
 
 def _made(connection: socket.socket, timeout_s: float) -> socket.socket:

@@ -28,7 +28,7 @@ from dsengine.model import load_shape
 from dsengine.runner import Engine, StepItem
 from dsengine.sampler import Sampled
 from dsengine.store import resolve
-from dskv.copying import SMALL_NBYTES, copier
+from dskv.copying import SMALL_NBYTES
 from dskv.handle import KvHandle, KvKey
 from dskv.layout import KvLayout
 from dskv.memory import RankPools
@@ -179,10 +179,9 @@ class RunningInstance:
         """Read a short prompt and decode a token. Blocks; raises what steps raise, and gives everything back then.
 
         What happens once would happen in somebody's first request otherwise: memory of its own for the kernels, at
-        all ranks, the compiled copier, and the first look at weights that came from the disk a moment ago, which
-        costs a virtual machine more than reading them did.
+        all ranks, and the first look at weights that came from the disk a moment ago, which costs a virtual machine
+        more than reading them did.
         """
-        copier()
         engine = self.engine
         room = min(engine.model.max_model_len, engine.pool.num_blocks * engine.layout.block_size)
         count = min(WARM_UP_TOKENS, room - 1)

@@ -16,8 +16,8 @@ from dssched.steps import ForgetSequence, Made, RunStep, StartSequence, Stepped
 from dstopology.resolved import Instance, Topology
 from dstopology.wiring import relay_route, router_route
 from dswire.actor import Actor, Route
-from dswire.errors import DsError, ErrorInfo, from_info
-from dswire.links import ROUTER, End, Ready
+from dswire.errors import DsError, ErrorInfo
+from dswire.links import ROUTER
 from dswire.messages import worker
 
 
@@ -63,10 +63,6 @@ class InstanceActor(Actor):
                 )
             case ForgetSequence(key):
                 self._samplers.pop(key, None)
-            case Ready():
-                self.ready()
-            case End(error):
-                self.finish(from_info(error))
             case _:
                 super().perform(action)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from dsengine import door
 from dsengine.parallel import Part
 from dsengine.rank_orders import PATIENCE_S, Wiring
-from dskv.stream import SECRET_NBYTES, Seal, pieces
+from dskv.stream import SECRET_NBYTES, Seal, fill, pieces
 from dswire.errors import TransferFailed
 
 
@@ -103,7 +103,7 @@ class _End:
         """All of ``x``, which is on the CPU."""
         try:
             for piece in pieces(_bytes(x)):
-                self._fill(self._seal.room(len(piece)) if self._seal is not None else piece)
+                fill(self._connection, self._seal.room(len(piece)) if self._seal is not None else piece)
                 if self._seal is not None:
                     self._seal.open(piece)
         except (OSError, TransferFailed) as error:
@@ -112,14 +112,6 @@ class _End:
     def close(self) -> None:
         """Leave."""
         self._connection.close()
-
-    def _fill(self, target: memoryview) -> None:
-        come = 0
-        while come < len(target):
-            count = self._connection.recv_into(target[come:])
-            if not count:
-                raise ConnectionResetError("it has left")
-            come += count
 
 
 def _bytes(x: Tensor) -> memoryview:

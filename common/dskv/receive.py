@@ -17,6 +17,15 @@ from dskv.reshard import difference
 from dswire.errors import KvCorrupt, TransferFailed
 
 
+def compare(handle: KvHandle, found: int) -> None:
+    """Raises :class:`KvCorrupt` where ``found`` is not the checksum that was announced."""
+    if found != handle.checksum:
+        raise KvCorrupt(
+            f"{handle.key}: the KV from {handle.owner} has checksum {found:016x}, "
+            f"{handle.checksum:016x} was announced"
+        )
+
+
 class Receiver:
     """Receives the KV of one handle. Its methods block for the time of a copy: call them in a worker thread."""
 
@@ -85,11 +94,7 @@ class Receiver:
         if not self._summed:
             return
         found = checksum(self._sums)
-        if found != self.handle.checksum:
-            raise KvCorrupt(
-                f"{self.handle.key}: the KV from {self.handle.owner} has checksum {found:016x}, "
-                f"{self.handle.checksum:016x} was announced"
-            )
+        compare(self.handle, found)
 
     def _copy(self, source: KvMemory, numbers: Sequence[int], first: int, count: int) -> None:
         """Copy ``count`` of the owner's blocks, and sum what lies in the own ones."""

@@ -61,6 +61,20 @@ class Seal:
         return self._number.to_bytes(_NONCE_NBYTES, "little")
 
 
+class Left(ConnectionResetError):
+    """The other side has closed the connection in good order."""
+
+
+def fill(connection: socket.socket, target: memoryview) -> None:
+    """Read until ``target`` is full; each wait has the connection's bound. Raises :class:`Left` and ``OSError``."""
+    come = 0
+    while come < len(target):
+        count = connection.recv_into(target[come:])
+        if not count:
+            raise Left("the other side has left")
+        come += count
+
+
 def pieces(data: memoryview) -> Iterator[memoryview]:
     """What goes into a record each."""
     for start in range(0, len(data), RECORD_NBYTES):
@@ -159,17 +173,14 @@ class Stream:
 
     def _fill(self, target: memoryview) -> None:
         assert self._connection is not None
-        come = 0
-        while come < len(target):
-            try:
-                count = self._connection.recv_into(target[come:])
-            except TimeoutError as error:
-                raise self._failed(f"sent nothing for {self._timeout_s:g} s") from error
-            except OSError as error:
-                raise self._failed(f"has gone: {error}") from error
-            if not count:
-                raise self._failed("ended the stream of KV too early")
-            come += count
+        try:
+            fill(self._connection, target)
+        except TimeoutError as error:
+            raise self._failed(f"sent nothing for {self._timeout_s:g} s") from error
+        except Left as error:
+            raise self._failed("ended the stream of KV too early") from error
+        except OSError as error:
+            raise self._failed(f"has gone: {error}") from error
 
     def _failed(self, what: str) -> TransferFailed:
         host, port = self._address

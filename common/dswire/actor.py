@@ -16,7 +16,8 @@ import msgspec
 import structlog
 
 from dswire.codec import Decoder, encode
-from dswire.errors import DsError, ProtocolError
+from dswire.errors import DsError, ProtocolError, from_info
+from dswire.links import End, Ready
 from dswire.machine import Machine, PeerLost, Received, Send, Tick
 from dswire.sockets import OnFrames, PeerUnreachable
 
@@ -166,8 +167,17 @@ class Actor:
         self._loop.call_soon(self._guard, lambda: self.feed(event))
 
     def perform(self, action: Any) -> None:
-        """Perform a service's own action. Raises ``TypeError`` for one that nobody knows."""
-        raise TypeError(f"no way to perform {action!r}")
+        """Perform a service's own action, or what the links of all ask for.
+
+        Raises ``TypeError`` for one that nobody knows.
+        """
+        match action:
+            case Ready():
+                self.ready()
+            case End(error):
+                self.finish(from_info(error))
+            case _:
+                raise TypeError(f"no way to perform {action!r}")
 
     def send(self, peer: str, message: msgspec.Struct) -> None:
         """Send a message."""

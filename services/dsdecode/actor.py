@@ -13,6 +13,7 @@ from dsdecode.state import DecodeState
 from dsdecode.transports import Transports
 from dsengine.instance import RunningInstance
 from dsengine.instance_actor import InstanceActor, routes, settings
+from dskv.copying import copier
 from dskv.handle import KvHandle, KvKey
 from dskv.transport import Transport
 from dstopology.resolved import Topology
@@ -104,6 +105,9 @@ async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> 
     """Load and wire the instance ``name``."""
     instance = topology.instance(name)
     running = await RunningInstance.load(topology, instance, phase)
+    if topology.relays:
+        # it may have to be compiled, which no request is to wait for
+        await asyncio.to_thread(copier)
     config = DecodeConfig(
         **settings(topology, instance, running),
         relayed=bool(topology.relays),

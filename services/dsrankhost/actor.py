@@ -22,8 +22,6 @@ from dsrankhost.state import INSTANCE, HostState
 from dstopology.resolved import Topology
 from dstopology.wiring import host_route, model_identity
 from dswire.actor import WELCOME_S, Actor, Route
-from dswire.errors import from_info
-from dswire.links import End, Ready
 
 log = structlog.get_logger()
 
@@ -79,10 +77,6 @@ class HostActor(Actor):
                 for process in self._ranks.values():
                     process.kill()
                 self._ranks.clear()
-            case Ready():
-                self.ready()
-            case End(error):
-                self.finish(from_info(error))
             case _:
                 super().perform(action)
 

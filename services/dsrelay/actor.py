@@ -43,9 +43,8 @@ from dsrelay.streams import PROOF_NBYTES, Streams, read_proof
 from dstopology.resolved import LOCAL, Topology
 from dstopology.wiring import router_route, system_keys
 from dswire.actor import Actor, Route
-from dswire.errors import DsError, ProtocolError, from_info
+from dswire.errors import DsError, ProtocolError
 from dswire.keys import start_authenticator
-from dswire.links import End, Ready
 from dswire.machine import PeerLost, Send
 from dswire.messages import kv, worker
 from dswire.sockets import BoundSocket, ConnectedSocket
@@ -112,10 +111,6 @@ class RelayActor(Actor):
                 _tell(path)
             case Complain(peer, error):
                 self._complain(peer, error)
-            case Ready():
-                self.ready()
-            case End(error):
-                self.finish(from_info(error))
             case _:
                 super().perform(action)
 

@@ -342,12 +342,11 @@ class Flow:
                 continue
             for sequence in list(queue):
                 request, choice = self.choices.get(sequence, (None, None))
-                if request is None or choice is None:
+                if request is None or choice is None or now - max(since, choice.life.since) < INSTANCE_WAIT_S:
                     continue
-                if now - max(since, choice.life.since) >= INSTANCE_WAIT_S:
-                    what = f"relay beside a {role}" if self.workers.role(role) else role
-                    error = NoInstance(f"no {what} instance was up for {INSTANCE_WAIT_S:.0f} s")
-                    self._sink.fail(request, error, now)
+                what = f"relay beside a {role}" if self.workers.role(role) else role
+                error = NoInstance(f"no {what} instance was up for {INSTANCE_WAIT_S:.0f} s")
+                self._sink.fail(request, error, now)
 
     # ends
 

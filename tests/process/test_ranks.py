@@ -22,8 +22,7 @@ from dskv.segment import Segment
 from dswire.errors import DsError, DuplicateName, EngineFailed
 from dswire.messages.client import Sampling
 from support.system import System, ask, running_system
-from support.tiny_llama import Run, engine_alone, engine_config, generate, make_model, prompt_of
-from support.tokenizers_here import byte_level, save
+from support.tiny_llama import Run, engine_alone, engine_config, generate, odd_model, prompt_of
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -42,9 +41,7 @@ END_LIMIT_S = 30.0
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a vocabulary that two ranks cannot halve."""
-    path = save(tmp_path_factory.mktemp("model"), byte_level())
-    return make_model(path, vocab_size=301, num_hidden_layers=3, max_position_embeddings=256)
+    return odd_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,7 @@ from dsclient import AsyncClient
 from dswire.errors import EngineFailed
 from dswire.keys import SYSTEM_PUBLIC, SYSTEM_SECRET, load_system, write_pair
 from support.system import System, ask, running_system
-from support.tiny_llama import engine_alone, make_model, prompt_of
-from support.tokenizers_here import byte_level, save
+from support.tiny_llama import engine_alone, odd_model, prompt_of
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -38,8 +37,7 @@ PROMPTS = [prompt_of(length) for length in (1, 17, 33, 60, 5, 90)]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = save(tmp_path_factory.mktemp("model"), byte_level())
-    return make_model(path, vocab_size=301, num_hidden_layers=3, max_position_embeddings=256)
+    return odd_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

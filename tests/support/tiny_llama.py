@@ -15,6 +15,7 @@ from dsengine.config import EngineConfig
 from dsengine.runner import Engine, StepItem
 from dsengine.sampler import Sampled, SamplerState
 from dswire.messages.client import Sampling
+from support.tokenizers_here import byte_level, save
 
 disable_progress_bar()
 
@@ -179,6 +180,12 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
     """``length`` random tokens."""
     generator = torch.Generator().manual_seed(1000 * seed + length)
     return [int(token) for token in torch.randint(3, VOCAB, (length,), generator=generator)]
+
+
+def odd_model(path: Path) -> Path:
+    """A tokenizer, and a model with a vocabulary and layers that two ranks cannot halve."""
+    made = save(path, byte_level())
+    return make_model(made, vocab_size=301, num_hidden_layers=3, max_position_embeddings=256)
 
 
 def engine_alone(model_dir: Path, prompts: Sequence[Sequence[int]], count: int, **changes: Any) -> list[list[int]]:

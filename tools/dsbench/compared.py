@@ -37,8 +37,7 @@ class Compared:
     @property
     def covered(self) -> bool:
         """Whether the predicted attainment lies in the interval of the measured one."""
-        share = self.measured.attainment
-        return share.low <= self.predicted.attainment.value <= share.high
+        return self.measured.attainment.covers(self.predicted.attainment.value)
 
     @property
     def points(self) -> float:
@@ -53,7 +52,7 @@ class Compared:
     def possible(self, name: str, percent: int) -> bool:
         """Whether the interval of the measured percentile covers the predicted one: chance may explain the rest."""
         ours, theirs = (getattr(side, name).get(percent) for side in (self.predicted, self.measured))
-        return ours is not None and theirs is not None and theirs.low <= ours.value <= theirs.high
+        return ours is not None and theirs is not None and theirs.covers(ours.value)
 
 
 #: (heading, figure, percentile, aim)

@@ -28,6 +28,10 @@ class Estimate:
     low: float
     high: float
 
+    def covers(self, value: float) -> bool:
+        """Whether ``value`` lies in the interval."""
+        return self.low <= value <= self.high
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
