@@ -70,7 +70,7 @@ def test_a_stage_that_is_gone_ends_the_waits_of_its_neighbours(stack: ExitStack)
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(last.receive, (1, 4), torch.float32)
         middle.close()
-        with pytest.raises(PeerGone, match="the stage before does not answer: it has left"):
+        with pytest.raises(PeerGone, match="the stage before does not answer: the other side has left"):
             waiting.result(PATIENCE_S)
     with pytest.raises(PeerGone, match="the next stage"):
         _send_until_it_fails(first)
