@@ -5,8 +5,6 @@ Blocks are summed one by one, so that each is summed while the caches hold it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import xxhash
 
 #: of one block's sum
@@ -18,6 +16,6 @@ def block_sum(data: memoryview) -> bytes:
     return xxhash.xxh3_64_digest(data)
 
 
-def checksum(sums: Iterable[bytes]) -> int:
+def checksum(sums: bytes | bytearray) -> int:
     """Of all, from those of the blocks in order."""
-    return xxhash.xxh3_64_intdigest(b"".join(sums))
+    return xxhash.xxh3_64_intdigest(sums)

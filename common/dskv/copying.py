@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dshost.library import build, load, native_flags
-from dskv.checksum import SUM_NBYTES, block_sum
+from dskv.checksum import block_sum
 from dswire.errors import Failed
 
 _log = logging.getLogger(__name__)
@@ -31,8 +31,8 @@ class Copier(Protocol):
 
     def __call__(
         self, target: int, source: int, nbytes: int, mine: Sequence[int], theirs: Sequence[int], *, summed: bool
-    ) -> list[bytes]:
-        """The sums of the blocks (:func:`dskv.checksum.block_sum`), or nothing unless ``summed``."""
+    ) -> bytes:
+        """The sums of the blocks (:func:`dskv.checksum.block_sum`) in order, or nothing unless ``summed``."""
         ...
 
 
@@ -50,7 +50,7 @@ def copier() -> Copier:
 
     def fused(
         target: int, source: int, nbytes: int, mine: Sequence[int], theirs: Sequence[int], *, summed: bool
-    ) -> list[bytes]:
+    ) -> bytes:
         if nbytes <= _SHORT_NBYTES:
             return plain(target, source, nbytes, mine, theirs, summed=summed)
         count = len(mine)
@@ -58,20 +58,19 @@ def copier() -> Copier:
         sums = (c_uint64 * count)() if summed else None
         past = count * nbytes > SMALL_NBYTES
         compiled(target, source, nbytes, count, places(*mine), places(*theirs), sums, past)
-        digests = b"" if sums is None else bytes(sums)
-        return [digests[at : at + SUM_NBYTES] for at in range(0, len(digests), SUM_NBYTES)]
+        return b"" if sums is None else bytes(sums)
 
     return fused
 
 
 def plain(
     target: int, source: int, nbytes: int, mine: Sequence[int], theirs: Sequence[int], *, summed: bool
-) -> list[bytes]:
+) -> bytes:
     """A :class:`Copier` for any host."""
-    sums = []
+    sums = bytearray()
     for to, block in zip(mine, theirs, strict=True):
         ctypes.memmove(target + to * nbytes, source + block * nbytes, nbytes)
         if summed:
             # while the processor's caches still hold it: memory is read once, not twice
-            sums.append(block_sum(memoryview((ctypes.c_char * nbytes).from_address(target + to * nbytes))))
-    return sums
+            sums += block_sum(memoryview((ctypes.c_char * nbytes).from_address(target + to * nbytes)))
+    return bytes(sums)

@@ -87,7 +87,7 @@ class RankPools:
 
     def checksum(self, numbers: Sequence[int]) -> int:
         """Over canonical blocks in order."""
-        return checksum(map(block_sum, self.canonical(numbers)))
+        return checksum(b"".join(map(block_sum, self.canonical(numbers))))
 
     def canonical(self, numbers: Sequence[int]) -> Iterator[memoryview]:
         """Canonical blocks, one by one; those of several ranks share one buffer, and are good until the next."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dskv.checksum import block_sum, checksum
+from dskv.checksum import SUM_NBYTES, block_sum, checksum
 from dskv.handle import KvHandle
 from dskv.memory import CanonicalBlocks, KvMemory, RankPools, copy
 from dskv.reshard import difference
@@ -54,7 +54,7 @@ class Receiver:
         self._alike = pool.single if handle.layout == own else None
         self._summed = summed
         #: of the owner's blocks, as they lie here
-        self._sums = [b""] * len(handle.blocks)
+        self._sums = bytearray(SUM_NBYTES * len(handle.blocks))
 
     @property
     def complete(self) -> bool:
@@ -93,8 +93,7 @@ class Receiver:
             raise TransferFailed(f"{self.handle.key}: {self.taken} of {len(self.handle.blocks)} blocks have come")
         if not self._summed:
             return
-        found = checksum(self._sums)
-        compare(self.handle, found)
+        compare(self.handle, checksum(self._sums))
 
     def _copy(self, source: KvMemory, numbers: Sequence[int], first: int, count: int) -> None:
         """Copy ``count`` of the owner's blocks, and sum what lies in the own ones."""
@@ -112,4 +111,4 @@ class Receiver:
 
     def _sum(self, place: int, data: memoryview) -> None:
         if self._summed:
-            self._sums[place] = block_sum(data)
+            self._sums[place * SUM_NBYTES : (place + 1) * SUM_NBYTES] = block_sum(data)

@@ -13,6 +13,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -31,10 +32,14 @@ _WARM_NBYTES = 2 << 20
 class Segment:
     """``slots`` slots of ``slot_nbytes`` bytes each, mapped into this process."""
 
-    def __init__(self, path: Path, slots: int, slot_nbytes: int, mapped: mmap.mmap, *, owner: bool) -> None:
+    def __init__(
+        self, path: Path, slots: int, slot_nbytes: int, file: int, mapped: mmap.mmap, *, owner: bool
+    ) -> None:
         self.path = path
         self.slots = slots
         self.slot_nbytes = slot_nbytes
+        #: its descriptor, which holds the creator's lock
+        self._file = file
         self._map = mapped
         self._view = memoryview(mapped)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
@@ -62,13 +67,13 @@ class Segment:
         path.unlink(missing_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            # the mapping keeps a duplicate of the descriptor, and with it the lock, for as long as it lives
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(fd, nbytes)
             mapped = mmap.mmap(fd, nbytes)
-        finally:
+        except BaseException:
             os.close(fd)
-        return cls(path, slots, slot_nbytes, mapped, owner=True)
+            raise
+        return cls(path, slots, slot_nbytes, fd, mapped, owner=True)
 
     @classmethod
     def open(cls, path: Path, slots: int, slot_nbytes: int, *, writable: bool = False) -> Segment:
@@ -84,9 +89,10 @@ class Segment:
             if size != slots * slot_nbytes:
                 raise TransferFailed(f"{path}: has {size} bytes, {slots} slots of {slot_nbytes} were announced")
             mapped = mmap.mmap(fd, size, access=access)
-        finally:
+        except BaseException:
             os.close(fd)
-        return cls(path, slots, slot_nbytes, mapped, owner=False)
+            raise
+        return cls(path, slots, slot_nbytes, fd, mapped, owner=False)
 
     @property
     def buffer(self) -> mmap.mmap:
@@ -106,7 +112,7 @@ class Segment:
 
     def copy_from(
         self, source: Segment, theirs: Sequence[int], mine: Sequence[int], *, summed: bool = False
-    ) -> list[bytes]:
+    ) -> bytes:
         """Copy slots of ``source``, of the same size, and tell their sums where ``summed``.
 
         Other threads of this process go on meanwhile.
@@ -119,25 +125,37 @@ class Segment:
                 segment.check(index)
         return copier()(self._address, source._address, nbytes, mine, theirs, summed=summed)
 
+    def send(self, connection: socket.socket, indices: Sequence[int]) -> None:
+        """Send slots in order, as the file's own pages, which nobody copies on this side.
+
+        What is on its way shows what is written meanwhile. ``connection`` blocks. Raises ``OSError`` and
+        :class:`TransferFailed`.
+        """
+        # whole packets, however small the slots
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        for index in indices:
+            self.check(index)
+            at, end = index * self.slot_nbytes, (index + 1) * self.slot_nbytes
+            while at < end:
+                sent = os.sendfile(connection.fileno(), self._file, at, end - at)
+                if not sent:
+                    raise TransferFailed(f"{self.path}: was cut short")
+                at += sent
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+
     def reserve(self, indices: Sequence[int]) -> None:
         """Have the pages of these slots, as writing would, which ends a process that finds none.
 
         Raises :class:`TransferFailed`.
         """
         try:
-            fd = os.open(self.path, os.O_RDWR)
-        except OSError as error:
-            raise TransferFailed(f"{self.path}: cannot be written: {error.strerror}") from error
-        try:
             for first, count in _runs(indices):
-                os.posix_fallocate(fd, first * self.slot_nbytes, count * self.slot_nbytes)
+                os.posix_fallocate(self._file, first * self.slot_nbytes, count * self.slot_nbytes)
         except OSError as error:
             raise TransferFailed(
                 f"{self.path}: no room for {len(indices)} slots of {self.slot_nbytes} bytes: {error.strerror}",
                 remedy="enlarge the shared-memory mount, or lower kv.memory or relay.keep in the topology",
             ) from error
-        finally:
-            os.close(fd)
 
     def discard(self, indices: Sequence[int]) -> None:
         """Give back the pages that hold nothing but these slots, whose bytes mean nothing from now on."""
@@ -170,20 +188,17 @@ class Segment:
         # unlike mmap.madvise, a call by ctypes lets the other threads run
         madvise = ctypes.CDLL(None).madvise
         first = ctypes.c_char.from_buffer(self._map)
-        nbytes, advice = self.slots * self.slot_nbytes, _MADV_POPULATE_READ
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.suppress(OSError))
-            file = stack.enter_context(self.path.open("rb+" if self._owner else "rb"))
-            if self._owner:
-                advice = _MADV_POPULATE_WRITE
+        nbytes = self.slots * self.slot_nbytes
+        advice = _MADV_POPULATE_WRITE if self._owner else _MADV_POPULATE_READ
+        with contextlib.suppress(OSError):
             for at in range(0, nbytes, _WARM_NBYTES):
                 if self._cooling.is_set():
                     return
                 length = min(_WARM_NBYTES, nbytes - at)
                 if self._owner:
                     # pages for the file first: that holds up nobody, mapping holds up who maps
-                    os.posix_fallocate(file.fileno(), at, length)
-                elif os.lseek(file.fileno(), at, os.SEEK_HOLE) < at + length:
+                    os.posix_fallocate(self._file, at, length)
+                elif os.lseek(self._file, at, os.SEEK_HOLE) < at + length:
                     continue
                 place = ctypes.c_void_p(ctypes.addressof(first) + at)
                 madvise(place, ctypes.c_size_t(length), advice)
@@ -204,11 +219,12 @@ class Segment:
             self._warming.join()
         self._view.release()
         self.unlink()
-        try:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        # with somebody (a tensor) who still looks at the pages they stay, until that object goes
+        with contextlib.suppress(BufferError):
             self._map.close()
-        except BufferError:
-            # somebody (a tensor) still looks at the pages; they go with that object
-            return
 
 
 def _runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:

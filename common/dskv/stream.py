@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 
 from cryptography.exceptions import InvalidTag
@@ -27,8 +28,8 @@ SECRET_NBYTES = 32
 RECORD_NBYTES = 1 << 20
 _TAG_NBYTES = 16
 _NONCE_NBYTES = 12
-#: buffers that one call of ``sendmsg`` is given
-_TOGETHER = 16
+#: which must have come before a reader is woken, or else the rest
+_AT_ONCE_NBYTES = 256 << 10
 
 
 class Seal:
@@ -65,10 +66,24 @@ class Left(ConnectionResetError):
     """The other side has closed the connection in good order."""
 
 
+def bound(connection: socket.socket, timeout_s: float) -> None:
+    """Have it block for so long at most, which then is a ``BlockingIOError``.
+
+    A socket with a timeout of Python's is asked twice for each read, and reads less at once.
+    """
+    limit = struct.pack("@ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+    connection.settimeout(None)
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        connection.setsockopt(socket.SOL_SOCKET, option, limit)
+
+
 def fill(connection: socket.socket, target: memoryview) -> None:
     """Read until ``target`` is full; each wait has the connection's bound. Raises :class:`Left` and ``OSError``."""
     come = 0
     while come < len(target):
+        # not for each packet: a reader that sleeps and wakes all the time takes half as much longer
+        least = min(len(target) - come, _AT_ONCE_NBYTES)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
         count = connection.recv_into(target[come:])
         if not count:
             raise Left("the other side has left")
@@ -83,14 +98,13 @@ def pieces(data: memoryview) -> Iterator[memoryview]:
 
 def send(connection: socket.socket, secret: bytes, pools: RankPools, blocks: Sequence[int]) -> None:
     """Send ``blocks`` of the owner's pools. Raises ``OSError``; waits for the reader as long as the socket does."""
-    data = pools.canonical(blocks)
     if secret:
-        send_sealed(connection, secret, data)
-    elif pools.single is None:
-        for block in data:
-            connection.sendall(block)
+        send_sealed(connection, secret, pools.canonical(blocks))
+    elif pools.single is not None:
+        pools.single.send(connection, blocks)
     else:
-        _send_together(connection, list(data))
+        for block in pools.canonical(blocks):
+            connection.sendall(block)
 
 
 def send_sealed(connection: socket.socket, secret: bytes, data: Iterable[memoryview]) -> None:
@@ -99,18 +113,6 @@ def send_sealed(connection: socket.socket, secret: bytes, data: Iterable[memoryv
     for block in data:
         for piece in pieces(block):
             connection.sendall(seal.close(piece))
-
-
-def _send_together(connection: socket.socket, blocks: list[memoryview]) -> None:
-    """Fewer calls than one for each block, which may be small."""
-    at = 0
-    while at < len(blocks):
-        sent = connection.sendmsg(blocks[at : at + _TOGETHER])
-        while at < len(blocks) and sent >= len(blocks[at]):
-            sent -= len(blocks[at])
-            at += 1
-        if sent:
-            blocks[at] = blocks[at][sent:]
 
 
 class Stream:
@@ -136,7 +138,7 @@ class Stream:
         """Connect. Raises :class:`TransferFailed`, and leaves nothing open then."""
         try:
             self._connection = socket.create_connection(self._address, self._timeout_s)
-            self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            bound(self._connection, self._timeout_s)
             self._connection.sendall(self._ticket.token)
         except OSError as error:
             self.close()
@@ -175,7 +177,7 @@ class Stream:
         assert self._connection is not None
         try:
             fill(self._connection, target)
-        except TimeoutError as error:
+        except BlockingIOError as error:
             raise self._failed(f"sent nothing for {self._timeout_s:g} s") from error
         except Left as error:
             raise self._failed("ended the stream of KV too early") from error

@@ -198,9 +198,11 @@ class Streams:
     def _send(self, offer: _Offer, connection: socket.socket) -> None:
         with connection:
             try:
-                connection.settimeout(self._timeout_s)
+                stream.bound(connection, self._timeout_s)
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 offer.send(connection)
+            except BlockingIOError:
+                log.warning("a stream ended early", why=f"its reader took nothing for {self._timeout_s:g} s")
             except (OSError, TransferFailed) as error:
                 # the reader sees the stream end, and says so; a revoked one is no news at all
                 log.info("a stream ended early", why=str(error))
