@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroupGloo
 
 from dsengine.meeting import Meeting
+from dskv.memory import PROOF_NBYTES
 from dskv.receive import Receiver
 from dstopology.resolved import Instance, Topology
 from dswire.errors import TransferFailed
@@ -33,6 +35,10 @@ from dswire.errors import TransferFailed
 _AHEAD_NBYTES = 8 << 20
 #: a tag under which nothing is ever sent
 _NEVER = 1
+#: said by a reader that has tried a communicator
+_READ = "read"
+#: at once, of one owner
+_TRIALS = 8
 #: ranks in a communicator
 _OWNER, _READER = 0, 1
 
@@ -107,6 +113,9 @@ class Collective:
         self._pairs: dict[str, _Pair] = {}
         self._lock = threading.Lock()
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="send")
+        #: communicators that are tried now, and the threads that send by them
+        self._tried: set[_Pair] = set()
+        self._triers = ThreadPoolExecutor(_TRIALS, thread_name_prefix="trial")
 
     @classmethod
     def of(cls, topology: Topology, instance: Instance, device: torch.device) -> Collective | None:
@@ -126,11 +135,7 @@ class Collective:
         with self._lock:
             pair = self._pairs.get(reader)
             if pair is None:
-                try:
-                    meeting = Meeting.listen(self._host, self._timeout_s)
-                except OSError as error:
-                    raise TransferFailed(f"cannot listen at {self._host}: {error}") from error
-                pair = self._pairs[reader] = self._new(meeting, _OWNER)
+                pair = self._pairs[reader] = self._new(self._listen(), _OWNER)
         # whatever becomes of the reader meanwhile, these bytes go by no later communicator
         return pair.meeting.where, self._sender.submit(self._send, pair, reader, data)
 
@@ -166,6 +171,46 @@ class Collective:
             raise TransferFailed(f"{owner} cannot be met: {_first_line(error)}") from error
         return pair
 
+    # trials
+
+    def meet(self) -> tuple[str, Future[None]]:
+        """Be met at ``host:port/token`` by one who tries how fast this side sends, and how that ends.
+
+        The communicator is one of its own, as are its threads: no hand-off waits for it, nor it for any. Both this
+        and what comes of it raise :class:`TransferFailed`.
+        """
+        pair = self._new(self._listen(), _OWNER)
+        return pair.meeting.where, self._triers.submit(self._show, pair)
+
+    def _show(self, pair: _Pair) -> None:
+        with self._trying(pair, "nobody could be met"):
+            pair.send(memoryview(bytearray(PROOF_NBYTES)))
+            # to leave takes away what is still on its way
+            pair.meeting.get(_READ)
+
+    def read_rate(self, owner: str, where: str) -> float:
+        """Bytes per second from ``owner``, who waits to be tried. Blocks; raises :class:`TransferFailed`."""
+        pair = self._new(Meeting(where, self._timeout_s), _READER)
+        with self._trying(pair, f"{owner} cannot be met"):
+            began = time.perf_counter()
+            # what comes back to the host has been sent
+            next(pair.receive(1, PROOF_NBYTES))[-1].item()
+            seconds = time.perf_counter() - began
+            pair.meeting.set(_READ, b"")
+        return PROOF_NBYTES / max(seconds, 1e-9)
+
+    @contextlib.contextmanager
+    def _trying(self, pair: _Pair, wrong: str) -> Iterator[None]:
+        self._tried.add(pair)
+        try:
+            pair.meet(self._host)
+            yield
+        except (RuntimeError, OSError) as error:
+            raise TransferFailed(f"{wrong}: {_first_line(error)}") from error
+        finally:
+            self._tried.discard(pair)
+            pair.leave()
+
     # both
 
     def drop(self, name: str, where: str | None = None) -> None:
@@ -181,7 +226,16 @@ class Collective:
         """Leave all."""
         for name in list(self._pairs):
             self.drop(name)
+        for pair in list(self._tried):
+            pair.leave()
         self._sender.shutdown()
+        self._triers.shutdown(cancel_futures=True)
+
+    def _listen(self) -> Meeting:
+        try:
+            return Meeting.listen(self._host, self._timeout_s)
+        except OSError as error:
+            raise TransferFailed(f"cannot listen at {self._host}: {error}") from error
 
     def _new(self, meeting: Meeting, rank: int) -> _Pair:
         return _Pair(meeting, rank, self._device, timedelta(seconds=self._timeout_s))

@@ -220,9 +220,14 @@ class RunningInstance:
         if self._pages is not None:
             self._copies.submit(self._pages.let_go, key)
 
-    def read_rate(self, owner: str, pool: PoolInfo) -> float:
-        """Bytes per second out of the pool of another GPU. Blocks; raises :class:`TransferFailed`."""
-        if self.gpu is None:
+    def read_rate(self, owner: str, pool: PoolInfo | None, meeting: str) -> float:
+        """Bytes per second out of the pool of another GPU, or from ``owner``, who is met.
+
+        Blocks; raises :class:`TransferFailed`.
+        """
+        if meeting and self.collective is not None:
+            return self.collective.read_rate(owner, meeting)
+        if pool is None or self.gpu is None:
             raise TransferFailed("this instance does not read from GPUs", remedy="start all with the same topology")
         return self.gpu.read_rate(owner, pool)
 

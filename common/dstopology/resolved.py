@@ -326,6 +326,7 @@ class Topology:
         return tuple(other for other in owners if self.transport(other, node) not in LOCAL)
 
     @property
-    def collective(self) -> bool:
-        """Whether KV goes by communicators of torch.distributed."""
-        return self.force_transport in ("gloo", "nccl")
+    def collective(self) -> str:
+        """By whose communicators KV goes, "gloo" or "nccl"; "" where it goes by none."""
+        forced = self.force_transport
+        return forced if forced in ("gloo", "nccl") else ""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from dsdecode.config import DecodeConfig
-from dsdecode.events import CopyDirect, CopyEnded, CopyStream, CutStream, PoolTried, TryPool
+from dsdecode.events import CopyDirect, CopyEnded, CopyStream, CutStream, OwnerTried, TryOwner
 from dsdecode.state import DecodeState
 from dsdecode.transports import Transports
 from dsengine.instance import RunningInstance
@@ -57,18 +58,19 @@ class DecodeActor(InstanceActor):
             case CutStream(key):
                 if key in self._coming:
                     self._coming[key].cut()
-            case TryPool():
+            case TryOwner():
                 self.spawn(self._try(action), "trial")
             case _:
                 super().perform(action)
 
-    async def _try(self, action: TryPool) -> PoolTried:
+    async def _try(self, action: TryOwner) -> OwnerTried:
         loop = asyncio.get_running_loop()
+        read = partial(self._running.read_rate, action.owner, action.pool, action.meeting)
         try:
-            rate = await loop.run_in_executor(self._readers, self._running.read_rate, action.owner, action.pool)
+            rate = await loop.run_in_executor(self._readers, read)
         except DsError as error:
-            return PoolTried(self.now(), action.owner, 0.0, error.info())
-        return PoolTried(self.now(), action.owner, rate)
+            return OwnerTried(self.now(), action.owner, 0.0, error.info())
+        return OwnerTried(self.now(), action.owner, rate)
 
     def _copy_direct(self, action: CopyDirect) -> asyncio.Future[ErrorInfo | None]:
         handle = action.handle

@@ -36,11 +36,12 @@ class CutStream:
 
 
 @dataclass(frozen=True, slots=True)
-class TryPool:
-    """Read some of an owner's pool; ends with :class:`PoolTried`."""
+class TryOwner:
+    """Read some of an owner's pool, or meet it and have it send some; ends with :class:`OwnerTried`."""
 
     owner: str
-    pool: PoolInfo
+    pool: PoolInfo | None
+    meeting: str = ""
 
 
 # events
@@ -56,8 +57,8 @@ class CopyEnded:
 
 
 @dataclass(frozen=True, slots=True)
-class PoolTried:
-    """How fast an owner's pool can be read, or why it cannot."""
+class OwnerTried:
+    """How fast KV comes from an owner, or why it cannot."""
 
     now: float
     owner: str

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from dsdecode.config import MAX_PULLS, DecodeConfig
-from dsdecode.events import CopyEnded, CutStream, PoolTried, TryPool
+from dsdecode.events import CopyEnded, CutStream, OwnerTried, TryOwner
 from dsdecode.pulls import Pulls
 from dsdecode.refusal import refusal
 from dsdecode.sequence import TRANSITIONS, Phase, Sequence, key_of, steps_alike
@@ -73,8 +73,8 @@ class DecodeState(InstanceState):
                 one = self.sequences.get(key)
                 if one is not None:
                     self._end(one, now, "aborted")
-            case kv.KvTry(owner=owner, pool=pool):
-                self._out.append(TryPool(owner, pool))
+            case kv.KvTry(owner=owner, pool=pool, meeting=meeting):
+                self._out.append(TryOwner(owner, pool, meeting))
             case kv.KvGrant(key=key):
                 self._pulls.granted(self._pulling(key), message, now)
             case kv.KvFailed(key=key, error=error):
@@ -156,7 +156,7 @@ class DecodeState(InstanceState):
     # pulls
 
     def _worked(self, event: Any) -> None:
-        if isinstance(event, PoolTried):
+        if isinstance(event, OwnerTried):
             self._out.append(Send(RELAY, kv.KvTried(event.owner, event.bytes_per_s, event.error)))
             return
         assert isinstance(event, CopyEnded)

@@ -15,7 +15,7 @@ from dsengine.instance import RunningInstance
 from dsengine.instance_actor import InstanceActor, routes, settings
 from dskv.copying import SMALL_NBYTES
 from dskv.handle import KvKey
-from dsprefill.events import EndSend, Seal, Sealed, Sending, SendKv
+from dsprefill.events import BeMet, EndSend, Meeting, Seal, Sealed, Sending, SendKv
 from dsprefill.state import PrefillConfig, PrefillState
 from dssched.steps import ForgetSequence, RunStep
 from dstopology.resolved import Topology
@@ -45,6 +45,8 @@ class PrefillActor(InstanceActor):
                 self.spawn(self._send_kv(action), "send")
             case EndSend(reader):
                 self._collective.drop(reader)
+            case BeMet():
+                self.spawn(self._be_met(action), "trial")
             case ForgetSequence(key):
                 self._sealing.pop(key, None)
                 self._running.withdraw(key)
@@ -96,15 +98,23 @@ class PrefillActor(InstanceActor):
             meeting, sending = self._collective.send(action.reader, blocks)
         except DsError as error:
             return Sending(self.now(), key, number, "", error.info())
-        self.spawn(self._sent(key, sending), "send")
+        self.spawn(self._sent(str(key), sending), "send")
         return Sending(self.now(), key, number, meeting)
 
-    async def _sent(self, key: KvKey, sending: Future[None]) -> None:
+    async def _be_met(self, action: BeMet) -> Meeting:
+        try:
+            meeting, trial = self._collective.meet()
+        except DsError as error:
+            return Meeting(self.now(), action.reader, action.by, "", error.info())
+        self.spawn(self._sent("trial", trial), "trial")
+        return Meeting(self.now(), action.reader, action.by, meeting)
+
+    async def _sent(self, what: str, sending: Future[None]) -> None:
         try:
             await asyncio.wrap_future(sending)
         except DsError as error:
             # the reader sees that nothing comes, and says so
-            log.info("KV was not sent", handle=str(key), why=error.message)
+            log.info("KV was not sent", handle=what, why=error.message)
 
 
 async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> PrefillActor:

@@ -34,6 +34,14 @@ class EndSend:
     reader: str
 
 
+@dataclass(frozen=True, slots=True)
+class BeMet:
+    """Have ``reader`` try how fast KV goes to it, for the relay ``by``; ends with :class:`Meeting`."""
+
+    reader: str
+    by: str
+
+
 # events
 
 
@@ -54,5 +62,16 @@ class Sending:
     now: float
     key: KvKey
     number: int
+    meeting: str
+    error: ErrorInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where a reader is met that tries, or why it cannot be."""
+
+    now: float
+    reader: str
+    by: str
     meeting: str
     error: ErrorInfo | None = None

@@ -25,7 +25,7 @@ import msgspec
 
 from dskv.handle import KvHandle, KvKey
 from dskv.shards import KvShard
-from dsprefill.events import EndSend, Seal, Sealed, Sending, SendKv
+from dsprefill.events import BeMet, EndSend, Meeting, Seal, Sealed, Sending, SendKv
 from dssched.batching import chunk
 from dssched.finish import finish_reason
 from dssched.instance import InstanceConfig, InstanceState, results
@@ -139,22 +139,25 @@ class PrefillState(InstanceState):
                 self._accept(now, message)
             case worker.Abort(key=key):
                 self._abort(now, key)
-            case kv.KvRelease(key=key, reason=reason):
+            case kv.KvMeet(reader=reader, by=by):
+                self._out.append(BeMet(reader, by))
+            case kv.KvRelease(key=key) | kv.KvSend(key=key) | kv.KvCancelled(key=key):
                 one = self._offering(key)
                 if one is not None:
-                    if one.reader and reason != "pulled":
-                        self._out.append(EndSend(one.reader))
-                    self._released(one, key, now, f"released: {reason}")
-            case kv.KvSend(key=key, reader=reader, number=number):
-                one = self._offering(key)
-                if one is not None:
-                    one.reader = reader
-                    self._out.append(SendKv(one.offered[key], reader, number))
-            case kv.KvCancelled(key=key, result="unknown"):
+                    self._of_offer(one, key, now, message)
+
+    def _of_offer(self, one: _Sequence, key: KvKey, now: float, message: msgspec.Struct) -> None:
+        match message:
+            case kv.KvRelease(reason=reason):
+                if one.reader and reason != "pulled":
+                    self._out.append(EndSend(one.reader))
+                self._released(one, key, now, f"released: {reason}")
+            case kv.KvSend(reader=reader, number=number):
+                one.reader = reader
+                self._out.append(SendKv(one.offered[key], reader, number))
+            case kv.KvCancelled(result="unknown"):
                 # its release was lost
-                one = self._offering(key)
-                if one is not None:
-                    self._released(one, key, now, "unknown to the relay")
+                self._released(one, key, now, "unknown to the relay")
 
     def _forget_all(self, now: float) -> None:
         for key in list(self.sequences):
@@ -254,10 +257,15 @@ class PrefillState(InstanceState):
     # offers
 
     def _worked(self, event: Any) -> None:
-        if isinstance(event, Sending):
-            self._out.append(Send(RELAY, kv.KvSending(event.key, event.number, event.meeting, event.error)))
-            return
-        assert isinstance(event, Sealed)
+        match event:
+            case Sending(_, key, number, meeting, error):
+                self._out.append(Send(RELAY, kv.KvSending(key, number, meeting, error)))
+            case Meeting(_, reader, by, meeting, error):
+                self._out.append(Send(RELAY, kv.KvMeeting(reader, by, meeting, error)))
+            case Sealed():
+                self._sealed(event)
+
+    def _sealed(self, event: Sealed) -> None:
         now, one = event.now, self.sequences[event.key.attempt]
         assert one.sealing is not None
         handle, one.sealing = msgspec.structs.replace(one.sealing, checksum=event.checksum), None

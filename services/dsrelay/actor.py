@@ -181,8 +181,7 @@ def configure(topology: Topology, name: str) -> RelayConfig:
         sources=topology.sources_of(relay.node),
         direct="decode" in topology.roles_on(relay.node) and topology.transport(relay.node, relay.node) in LOCAL,
         collective=topology.collective,
-        # communicators are made when they are needed, by the instances
-        prove=not topology.collective,
+        prove=True,
         verify=relay.verify,
         keep=str(relay.keep),
         keep_nbytes=relay.keep_nbytes,

@@ -18,8 +18,9 @@ class RelayConfig:
     sources: tuple[str, ...]
     #: whether readers of this node may copy straight from owners of this node
     direct: bool
-    #: whether KV that is fetched goes by communicators between owner and reader, one hand-off of each at a time
-    collective: bool = False
+    #: "gloo" or "nccl" where KV that is fetched goes by communicators between owner and reader, one hand-off of
+    #: each at a time
+    collective: str = ""
     #: try every path with a small transfer
     prove: bool = False
     #: workers are told to sum KV

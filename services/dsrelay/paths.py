@@ -2,7 +2,8 @@
 
 A source is an owner of this node, whose pool is mapped and read (by the readers, if it is a GPU's), or the relay of
 another node (our own too, where KV that stays on the node goes by TCP), which is asked for a ticket for some bytes.
-A path that cannot be used is told with the reason. Pure.
+Where KV goes by communicators it is an owner of any node, whose relay is asked for a meeting with each reader. A
+path that cannot be used is told with the reason. Pure.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from dswire.messages import kv
 class Paths:
     """Every path to this node."""
 
-    def __init__(self, out: list[Action]) -> None:
+    def __init__(self, out: list[Action], collective: str = "") -> None:
+        """``collective``: the communicators that KV goes by, if it does."""
         self.known: dict[str, kv.PathInfo] = {}
-        #: sources that were asked for a ticket
+        #: sources that were asked for a ticket, or for meetings
         self._asked: set[str] = set()
+        #: what each reader has found of an owner that readers try
+        self._tried: dict[str, dict[str, kv.PathInfo]] = {}
+        self._collective = collective
         #: owners whose pools only readers can open, and the readers, in the order in which they came
         self._gpus: dict[str, kv.PoolInfo] = {}
         self._readers: dict[str, None] = {}
@@ -29,8 +34,12 @@ class Paths:
 
     def ask(self, source: str) -> None:
         """A connection to the relay of that node begins, or begins anew."""
-        self.known[source] = kv.PathInfo(source, "tcp")
         self._asked.add(source)
+        if self._collective:
+            for reader in self._readers:
+                self._probe(source, reader)
+            return
+        self.known[source] = kv.PathInfo(source, "tcp")
         self._out.append(Send(RELAY + source, kv.KvProbe()))
 
     def answered(self, source: str, proof: kv.KvProof) -> None:
@@ -46,10 +55,23 @@ class Paths:
         else:
             self._tell(kv.PathInfo(source, "tcp", reason=error.message))
 
+    def met(self, source: str, met: kv.KvMet) -> None:
+        """Where one of our readers meets an owner of that node. What nobody asked for proves nothing."""
+        reader = WORKER + met.reader
+        if not self._collective or source not in self._asked or reader not in self._readers:
+            return
+        self.known.setdefault(met.owner, kv.PathInfo(met.owner, self._collective))
+        self._tried.setdefault(met.owner, {}).pop(reader, None)
+        if met.error is None:
+            self._out.append(Send(reader, kv.KvTry(met.owner, meeting=met.meeting)))
+        else:
+            self.tried(reader, kv.KvTried(met.owner, error=met.error))
+
     def lost(self, source: str, error: ErrorInfo) -> None:
         """That relay cannot be reached."""
-        self._asked.discard(source)
-        self._tell(kv.PathInfo(source, "tcp", reason=error.message))
+        if not self._collective:
+            self._asked.discard(source)
+            self._tell(kv.PathInfo(source, "tcp", reason=error.message))
 
     # owners and readers of this node
 
@@ -61,6 +83,7 @@ class Paths:
             return
         self.known[owner] = kv.PathInfo(owner, "cuda_ipc")
         self._gpus[owner] = pool
+        self._tried[owner] = {}
         for reader in self._readers:
             self._out.append(Send(reader, kv.KvTry(owner, pool)))
 
@@ -69,14 +92,21 @@ class Paths:
         self._readers[reader] = None
         for owner, pool in self._gpus.items():
             self._out.append(Send(reader, kv.KvTry(owner, pool)))
+        if self._collective:
+            for source in self._asked:
+                self._probe(source, reader)
 
-    def tried(self, tried: kv.KvTried) -> None:
-        """A reader has read from an owner's GPU, or cannot; one who cannot is what is told of all."""
-        known = self.known.get(tried.owner)
-        if tried.owner not in self._gpus or known is None or known.reason:
+    def tried(self, reader: str, tried: kv.KvTried) -> None:
+        """A reader has read from an owner, or cannot; the one who found it worst is what is told of all."""
+        known, results = self.known.get(tried.owner), self._tried.get(tried.owner)
+        if known is None or results is None or reader not in self._readers:
             return
         reason = tried.error.message if tried.error is not None else ""
-        self._tell(kv.PathInfo(tried.owner, "cuda_ipc", None if reason else tried.bytes_per_s, reason))
+        rate = None if reason else tried.bytes_per_s
+        results[reader] = kv.PathInfo(tried.owner, known.transport, rate, reason)
+        worst = min(results.values(), key=lambda path: (not path.reason, path.bytes_per_s or 0.0))
+        if worst != known:
+            self._tell(worst)
 
     def mapped(self, owner: str, bytes_per_s: float, error: ErrorInfo | None) -> None:
         """Its pool was read, or cannot be."""
@@ -92,7 +122,13 @@ class Paths:
         owner = peer.removeprefix(WORKER)
         self.known.pop(owner, None)
         self._gpus.pop(owner, None)
+        self._tried.pop(owner, None)
         self._readers.pop(peer, None)
+        for results in self._tried.values():
+            results.pop(peer, None)
+
+    def _probe(self, source: str, reader: str) -> None:
+        self._out.append(Send(RELAY + source, kv.KvProbe(reader.removeprefix(WORKER))))
 
     def _tell(self, path: kv.PathInfo) -> None:
         self.known[path.source] = path

@@ -30,6 +30,7 @@ from dsrelay.events import (
 from dsrelay.incoming import IncomingTransfers
 from dsrelay.keeper import Keeper
 from dsrelay.ledger import MAX_LISTED, Ask, CancelResult, Ledger
+from dsrelay.meetings import Meetings
 from dsrelay.outgoing import OutgoingTransfers
 from dsrelay.paths import Paths
 from dsrelay.registry import Fetchers, Workers
@@ -55,8 +56,9 @@ class RelayState:
             config.name, config.node, config.keep, config.keep_nbytes, self.ledger, config.lease_s, self._out
         )
         self.direct = DirectReaders(self._out)
-        self.paths = Paths(self._out)
-        collective = config.collective
+        self.paths = Paths(self._out, config.collective)
+        self.meetings = Meetings(self._out)
+        collective = bool(config.collective)
         self.outgoing = OutgoingTransfers(
             self.ledger, self._out, self._tell, lambda owner: not collective or owner == config.name
         )
@@ -165,6 +167,8 @@ class RelayState:
                 self._out.append(Send(peer, kv.KvCancelled(key, result)))
             case kv.KvSending():
                 self.outgoing.sending(now, peer.removeprefix(WORKER), message)
+            case kv.KvMeeting():
+                self.meetings.answered(peer, message)
             case kv.KvHeld(key=key):
                 self.ledger.held(peer.removeprefix(WORKER), key)
             case _:
@@ -182,7 +186,7 @@ class RelayState:
                 if not self.incoming.ended(now, peer, key, error):
                     self.ledger.ended(now, peer, key, "pulled" if error is None else "lost")
             case kv.KvTried():
-                self.paths.tried(message)
+                self.paths.tried(peer, message)
             case kv.KvAgain(key=key):
                 self._again(now, peer, key)
             case kv.KvAbort(key=key):
@@ -208,7 +212,7 @@ class RelayState:
     def _from_fetcher(self, now: float, peer: str, message: msgspec.Struct) -> None:
         if isinstance(message, kv.RelayHello):
             if self.fetchers.join(peer, message):
-                self.outgoing.fetcher_lost(now, peer)
+                self._fetcher_lost(now, peer)
         elif peer not in self.fetchers.known:
             refusal = self.fetchers.refused.get(peer)
             if refusal is None:
@@ -224,8 +228,10 @@ class RelayState:
                 self.outgoing.fetch(now, peer, message)
             case kv.KvFetched():
                 self.outgoing.ended(now, peer, message)
-            case kv.KvProbe():
+            case kv.KvProbe(reader=""):
                 self._out.append(OpenProof(peer))
+            case kv.KvProbe(reader=reader):
+                self.meetings.want(peer, reader)
             case kv.KvExtend(wanted=wanted):
                 for key, node in wanted:
                     if node == self.config.node:
@@ -244,6 +250,8 @@ class RelayState:
                 self.incoming.source_failed(now, peer, message)
             case kv.KvProof():
                 self.paths.answered(peer.removeprefix(RELAY), message)
+            case kv.KvMet():
+                self.paths.met(peer.removeprefix(RELAY), message)
             case _:
                 self._out.append(Complain(peer, _unexpected(message)))
 
@@ -286,18 +294,28 @@ class RelayState:
         config = self.config
         welcome = kv.KvWelcome(config.name, config.incarnation, config.lease_s, config.verify, config.direct)
         self._out.append(Send(peer, welcome))
-        if not config.direct or not config.prove:
-            return
-        if hello.pool is not None:
-            self.paths.map(peer.removeprefix(WORKER), hello.pool)
-        else:
+        if config.prove:
+            self._prove(peer, hello.pool)
+
+    def _prove(self, peer: str, pool: kv.PoolInfo | None) -> None:
+        """Try the paths from this owner, or to this reader."""
+        if pool is None:
             self.paths.welcome(peer)
+        elif self.config.collective:
+            self.meetings.welcome(peer)
+        elif self.config.direct:
+            self.paths.map(peer.removeprefix(WORKER), pool)
 
     def _worker_lost(self, now: float, peer: str) -> None:
         if self.workers.leave(peer):
             self._reader_lost(now, peer)
             self.ledger.owner_lost(now, peer.removeprefix(WORKER))
             self.paths.forget(peer)
+            self.meetings.forget(peer)
+
+    def _fetcher_lost(self, now: float, peer: str) -> None:
+        self.outgoing.fetcher_lost(now, peer)
+        self.meetings.forget(peer)
 
     def _reader_lost(self, now: float, peer: str) -> None:
         self.incoming.reader_lost(now, peer)
@@ -308,7 +326,7 @@ class RelayState:
             self._worker_lost(now, peer)
         elif peer.startswith(FETCHER):
             self.fetchers.leave(peer)
-            self.outgoing.fetcher_lost(now, peer)
+            self._fetcher_lost(now, peer)
         elif peer.startswith(RELAY):
             self.incoming.source_lost(now, peer)
             node = peer.removeprefix(RELAY)

@@ -26,12 +26,12 @@ SHAPES = (
     replace(SMALL, decode=("n0", "n0"), keep_blocks=24),
     replace(SMALL, prefill=("n0", "n1"), decode=("n0", "n1"), keep_blocks=12),
     replace(TCP, prefill=("n0",), decode=("n0", "n0"), decode_blocks=24, keep_blocks=40),
-    replace(SMALL, direct=False, collective=True, prefill=("n0", "n0"), decode=("n0", "n0"), keep_blocks=12),
-    replace(SMALL, direct=False, collective=True, prefill=("n0", "n1"), decode=("n0", "n1")),
+    replace(SMALL, direct=False, collective="gloo", prefill=("n0", "n0"), decode=("n0", "n0"), keep_blocks=12),
+    replace(SMALL, direct=False, collective="gloo", prefill=("n0", "n1"), decode=("n0", "n1")),
     replace(SMALL, target_tokens=8, part_tokens=4, decode=("n0", "n0")),
     replace(SMALL, target_tokens=12, part_tokens=8, direct=False, prefill=("n0", "n0"), stages=2),
     replace(SMALL, target_tokens=8, part_tokens=4, prefill=("n0", "n1"), decode=("n0", "n1")),
-    replace(SMALL, target_tokens=8, part_tokens=4, direct=False, collective=True, decode=("n0", "n0")),
+    replace(SMALL, target_tokens=8, part_tokens=4, direct=False, collective="gloo", decode=("n0", "n0")),
 )
 CLIENTS = ("c", "d")
 #: codes that trouble may lead to

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dsclient import AsyncClient
+from dsctl import relays
 from support.system import System, ask, running_system
 from support.tiny_llama import engine_alone, make_model, prompt_of
 from support.tokenizers_here import byte_level, save
@@ -50,6 +51,19 @@ def system(model: Path) -> Iterator[System]:
 
 async def _ask_all(client: AsyncClient) -> list[list[int]]:
     return await asyncio.gather(*(ask(client, prompt, TOKENS) for prompt in PROMPTS))
+
+
+async def test_all_owners_have_been_tried(system: System) -> None:
+    async with asyncio.timeout(60.0):
+        while True:
+            (answer,) = await asyncio.to_thread(relays.ask, system.topology)
+            assert answer.listing is not None
+            paths = {path.source: path for path in answer.listing.paths}
+            assert not any(path.reason for path in paths.values())
+            if len(paths) == 2 and all(path.bytes_per_s for path in paths.values()):
+                break
+    assert set(paths) == {"prefill-0", "prefill-1"}
+    assert {path.transport for path in paths.values()} == {"gloo"}
 
 
 async def test_all_owners_and_readers_at_once(system: System, wanted: list[list[int]]) -> None:

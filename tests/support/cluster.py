@@ -60,7 +60,7 @@ class Shape:
     prefill_queue: int = 16
     decode_queue: int = 64
     #: KV that is not read directly is sent by communicators
-    collective: bool = False
+    collective: str = ""
     #: KV of prompts that are longer than a step goes in parts, which end at multiples of so many tokens
     part_tokens: int = 0
     #: blocks of KV that each relay keeps for readers that die
@@ -91,7 +91,7 @@ class Shape:
 
 TCP = Shape(direct=False)
 PARTS = Shape(target_tokens=8, part_tokens=4)
-GLOO = Shape(direct=False, collective=True)
+GLOO = Shape(direct=False, collective="gloo")
 TWO_NODES = Shape(prefill=("n0",), decode=("n1",))
 
 

@@ -132,6 +132,9 @@ class Prefill(Endpoint):
         """Send at once, and stop when the reader has gone."""
         if isinstance(message, kv.KvRelease) and message.reason != "pulled" and message.key in self._readers:
             self._collective.drop(self._readers[message.key])
+        if isinstance(message, kv.KvMeet):
+            self.send(kv.KvMeeting(message.reader, message.by, self._collective.meet()[0]))
+            return True
         if not isinstance(message, kv.KvSend):
             return super().take(message)
         reader = self._readers[message.key] = message.reader
@@ -164,6 +167,15 @@ class Decode(Endpoint):
         self._mapped = SegmentCache()
         self.transports = Transports(topology, self._mapped, self._collective)
         self._gpu = gpus.copies(LAYOUT, self.pool) if gpus is not None else None
+
+    def take(self, message: msgspec.Struct) -> bool:
+        """Try the owners that are met."""
+        if not isinstance(message, kv.KvTry) or not message.meeting:
+            return super().take(message)
+        owner, loop = message.owner, asyncio.get_running_loop()
+        trial = loop.run_in_executor(None, self._collective.read_rate, owner, message.meeting)
+        trial.add_done_callback(lambda done: self.send(kv.KvTried(owner, done.result())))
+        return True
 
     async def pull(
         self, handle: KvHandle, blocks: Sequence[int], *, doubt: Callable[[], None] = lambda: None

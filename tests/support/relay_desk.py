@@ -25,7 +25,7 @@ def make_config(
     *,
     sources: tuple[str, ...] = ("n1",),
     direct: bool = True,
-    collective: bool = False,
+    collective: str = "",
     incarnation: str = "relay-1",
 ) -> RelayConfig:
     return RelayConfig(

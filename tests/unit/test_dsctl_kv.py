@@ -70,6 +70,17 @@ async def test_paths_are_told_with_their_rate(world: World) -> None:
         assert (known[0].reason or "GB/s") in shown.stdout
 
 
+@pytest.mark.parametrize("kind", ["gloo-self", "gloo-pair"])
+async def test_communicators_are_told_with_their_rate(environment: None, tmp_path: Path, kind: str) -> None:
+    async with running(kind, tmp_path) as world:
+        prefill = world.prefill
+        pool = kv.PoolInfo(LAYOUT, whole(str(prefill.pool.path)), prefill.pool.slots)
+        prefill.send(kv.KvHello(PROTOCOL, prefill.name, prefill.incarnation, pool))
+        (known,) = await proved(world, wrong=False)
+        assert (known.source, known.transport, known.reason) == ("prefill-0", "gloo", "")
+        assert "GB/s" in (await run(world, "check")).stdout
+
+
 async def proved(world: World, wrong: bool) -> list[kv.PathInfo]:
     """The paths, once all are known as well as they will be."""
     async with asyncio.timeout(PATIENCE_S):

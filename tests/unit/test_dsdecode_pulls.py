@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dsdecode.config import MAX_PULLS
-from dsdecode.events import CopyDirect, CopyEnded, CopyStream, CutStream, PoolTried, TryPool
+from dsdecode.events import CopyDirect, CopyEnded, CopyStream, CutStream, OwnerTried, TryOwner
 from dsdecode.sequence import Phase
 from dskv.handle import KvKey
 from dssched.steps import RunStep, StartSequence
@@ -231,12 +231,14 @@ def test_nothing_is_copied_early_that_no_checksum_would_prove(near: Desk) -> Non
     assert near.did(CopyDirect) == []
 
 
-def test_the_pool_of_a_gpu_is_tried_for_the_relay() -> None:
+def test_an_owner_is_tried_for_the_relay() -> None:
     desk = Desk().joined()
     pool = kv.PoolInfo(LAYOUT, make_handle().shards, 16)
-    assert desk.say("relay", kv.KvTry("prefill-0", pool)) == [TryPool("prefill-0", pool)]
+    assert desk.say("relay", kv.KvTry("prefill-0", pool)) == [TryOwner("prefill-0", pool)]
+    met = kv.KvTry("prefill-1", meeting="10.0.0.1:9/x")
+    assert desk.say("relay", met) == [TryOwner("prefill-1", None, "10.0.0.1:9/x")]
     told = kv.KvTried("prefill-0", 2e9)
-    assert desk.feed(PoolTried(desk.now, "prefill-0", 2e9)) == [Send("relay", told)]
+    assert desk.feed(OwnerTried(desk.now, "prefill-0", 2e9)) == [Send("relay", told)]
     error = TransferFailed("its owner is gone").info()
     told = kv.KvTried("prefill-0", error=error)
-    assert desk.feed(PoolTried(desk.now, "prefill-0", 0.0, error)) == [Send("relay", told)]
+    assert desk.feed(OwnerTried(desk.now, "prefill-0", 0.0, error)) == [Send("relay", told)]

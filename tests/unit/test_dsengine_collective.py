@@ -148,3 +148,30 @@ def test_who_has_no_token_is_not_met(owner: Collective, reader: Collective) -> N
     bring(reader, meeting, target := Target(1, 10))
     sent.result(PATIENCE_S)
     assert target.blocks == blocks(1, 10)
+
+
+def test_a_trial_tells_a_rate_beside_a_hand_off_that_waits(owner: Collective, reader: Collective) -> None:
+    waiting, sent = send(owner, data := blocks(3, 1000))
+    meeting, shown = owner.meet()
+    assert reader.read_rate("prefill-0", meeting) > 0
+    shown.result(PATIENCE_S)
+    bring(reader, waiting, target := Target(3, 1000))
+    assert target.blocks == data
+    sent.result(PATIENCE_S)
+
+
+def test_a_trial_with_nobody_ends_on_both_sides(reader: Collective) -> None:
+    hasty = Collective(CPU, "127.0.0.1", 0.3)
+    meeting, shown = hasty.meet()
+    with pytest.raises(TransferFailed, match="nobody could be met"):
+        shown.result(PATIENCE_S)
+    with pytest.raises(TransferFailed, match="prefill-0 cannot be met"):
+        reader.read_rate("prefill-0", meeting)
+    hasty.close()
+
+
+def test_one_that_closes_waits_for_no_trial() -> None:
+    patient = Collective(CPU, "127.0.0.1", 1000.0)
+    _, shown = patient.meet()
+    patient.close()
+    assert shown.cancelled() or shown.exception(PATIENCE_S) is not None

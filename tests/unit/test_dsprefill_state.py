@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dsprefill.events import Seal, Sealed
+from dsprefill.events import BeMet, Meeting, Seal, Sealed
 from dsprefill.state import Phase
 from dssched.steps import Made, RunStep
 from dswire.errors import EngineFailed, ErrorInfo, TransferFailed
@@ -308,3 +308,16 @@ def test_its_load(desk: Desk) -> None:
     (report,) = desk.told("router", worker.WorkerReport)
     load = worker.Load(waiting=1, running=1, blocks_held=4, prompt_tokens=12)
     assert report == worker.WorkerReport(load, sent=2)
+
+
+# trials
+
+
+def test_it_is_met_by_a_reader_that_tries_it(desk: Desk) -> None:
+    assert desk.say("relay", kv.KvMeet("decode-0", "fetcher:relay-n1")) == [BeMet("decode-0", "fetcher:relay-n1")]
+    told = kv.KvMeeting("decode-0", "fetcher:relay-n1", "10.0.0.1:9/x")
+    desk.feed(Meeting(desk.now, told.reader, told.by, told.meeting))
+    assert desk.actions == [Send("relay", told)]
+    error = TransferFailed("no port").info()
+    desk.feed(Meeting(desk.now, told.reader, told.by, "", error))
+    assert desk.actions == [Send("relay", kv.KvMeeting(told.reader, told.by, error=error))]

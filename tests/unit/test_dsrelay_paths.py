@@ -9,11 +9,13 @@ import msgspec
 from dskv.shards import GpuMemory
 from dsrelay.events import OpenProof, PathKnown, PoolProved, ProvePool, ProveStream, StreamProved
 from dswire.errors import TransferFailed
+from dswire.machine import Send
 from dswire.messages import PROTOCOL, kv, worker
 from support.handles import LAYOUT, whole
 from support.relay_desk import TICKET, Desk, make_config
 
 SOURCE = "relay:n1"
+FETCHER = "fetcher:relay-n1"
 PROOF = kv.KvProof(TICKET, 1 << 20)
 POOL = kv.PoolInfo(LAYOUT, whole("/pool"), 16)
 GONE = TransferFailed("/pool: cannot be mapped: No such file or directory").info()
@@ -54,7 +56,7 @@ def test_a_stream_that_cannot_be_had_is_told() -> None:
 def test_a_probe_is_answered_with_a_ticket() -> None:
     desk = proving()
     desk.join_fetcher("relay-n1")
-    assert desk.say("fetcher:relay-n1", kv.KvProbe()) == [OpenProof("fetcher:relay-n1")]
+    assert desk.say(FETCHER, kv.KvProbe()) == [OpenProof(FETCHER)]
 
 
 def test_a_relay_that_was_restarted_or_lost_is_asked_again_or_told() -> None:
@@ -139,3 +141,83 @@ def test_a_reader_that_is_gone_tries_nothing() -> None:
     desk.lose("worker:decode-0")
     hello(desk, gpu_pool())
     assert desk.sent("worker:decode-0", kv.KvTry) == []
+
+
+# communicators
+
+
+def meeting(*, sources: tuple[str, ...] = ("n1",)) -> Desk:
+    return Desk(replace(make_config(sources=sources, direct=False, collective="gloo"), prove=True))
+
+
+def test_each_reader_meets_the_owners_of_other_nodes() -> None:
+    desk = meeting()
+    assert desk.sent(SOURCE, kv.KvProbe) == [], "there is nobody to meet them"
+    greet(desk, "decode-0")
+    assert desk.sent(SOURCE, kv.KvProbe) == [kv.KvProbe("decode-0")]
+    assert paths(desk) == [], "which owners there are is not known"
+    desk.say(SOURCE, kv.KvMet("prefill-0", "decode-0", "10.0.0.1:9/x"))
+    assert desk.actions == [Send("worker:decode-0", kv.KvTry("prefill-0", meeting="10.0.0.1:9/x"))]
+    assert paths(desk) == [kv.PathInfo("prefill-0", "gloo")]
+    known = kv.PathInfo("prefill-0", "gloo", 1e9)
+    assert desk.say("worker:decode-0", kv.KvTried("prefill-0", 1e9)) == [PathKnown(known)]
+    assert paths(desk) == [known]
+
+
+def test_the_reader_that_found_an_owner_slowest_is_told() -> None:
+    desk = meeting()
+    for name in ("decode-0", "decode-1"):
+        greet(desk, name)
+        desk.say(SOURCE, kv.KvMet("prefill-0", name, "10.0.0.1:9/x"))
+    desk.say("worker:decode-0", kv.KvTried("prefill-0", 1e9))
+    slow = kv.PathInfo("prefill-0", "gloo", 5e8)
+    assert desk.say("worker:decode-1", kv.KvTried("prefill-0", 5e8)) == [PathKnown(slow)]
+    # it met the owner's next life
+    desk.say(SOURCE, kv.KvMet("prefill-0", "decode-1", "10.0.0.1:10/y"))
+    assert desk.say("worker:decode-1", kv.KvTried("prefill-0", 2e9)) == [
+        PathKnown(kv.PathInfo("prefill-0", "gloo", 1e9))
+    ]
+
+
+def test_an_owner_that_cannot_be_met_is_told() -> None:
+    desk = meeting()
+    greet(desk, "decode-0")
+    told = kv.PathInfo("prefill-0", "gloo", reason=GONE.message)
+    assert desk.say(SOURCE, kv.KvMet("prefill-0", "decode-0", error=GONE)) == [PathKnown(told)]
+
+
+def test_a_meeting_that_nobody_asked_for_is_for_nobody() -> None:
+    desk = meeting()
+    assert desk.say(SOURCE, kv.KvMet("prefill-0", "decode-0", "10.0.0.1:9/x")) == []
+    greet(desk, "decode-0")
+    desk.lose("worker:decode-0")
+    assert desk.say(SOURCE, kv.KvMet("prefill-0", "decode-0", "10.0.0.1:9/x")) == []
+    assert paths(desk) == []
+
+
+def test_a_relay_that_was_restarted_is_asked_for_meetings_again() -> None:
+    desk = meeting()
+    greet(desk, "decode-0")
+    desk.say(SOURCE, worker.HelloWanted())
+    assert desk.sent(SOURCE, kv.KvProbe) == [kv.KvProbe("decode-0")]
+
+
+def test_an_owner_is_asked_to_meet_whoever_wants_it() -> None:
+    desk = meeting()
+    desk.join_fetcher("relay-n1")
+    assert desk.say(FETCHER, kv.KvProbe("decode-9")) == []
+    hello(desk)
+    assert desk.sent("worker:prefill-0", kv.KvMeet) == [kv.KvMeet("decode-9", FETCHER)]
+    assert desk.say(FETCHER, kv.KvProbe("decode-8")) == [Send("worker:prefill-0", kv.KvMeet("decode-8", FETCHER))]
+    desk.say("worker:prefill-0", kv.KvMeeting("decode-8", FETCHER, "10.0.0.1:9/x"))
+    assert desk.actions == [Send(FETCHER, kv.KvMet("prefill-0", "decode-8", "10.0.0.1:9/x"))]
+
+
+def test_a_relay_that_is_gone_wants_no_meetings() -> None:
+    desk = meeting()
+    desk.join_fetcher("relay-n1")
+    desk.say(FETCHER, kv.KvProbe("decode-9"))
+    desk.join_fetcher("relay-n1", "2")
+    hello(desk)
+    assert desk.sent("worker:prefill-0", kv.KvMeet) == []
+    assert desk.say("worker:prefill-0", kv.KvMeeting("decode-9", FETCHER, "10.0.0.1:9/x")) == []

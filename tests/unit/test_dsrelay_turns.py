@@ -18,7 +18,7 @@ ONE, TWO = make_handle("r1/0"), make_handle("r2/0")
 
 
 def owners_side() -> Desk:
-    desk = Desk(make_config(collective=True))
+    desk = Desk(make_config(collective="gloo"))
     desk.join("prefill-0")
     desk.join_fetcher("relay-n1")
     for handle in (ONE, TWO):
@@ -27,7 +27,7 @@ def owners_side() -> Desk:
 
 
 def readers_side() -> Desk:
-    desk = Desk(make_config(collective=True))
+    desk = Desk(make_config(collective="gloo"))
     desk.join("decode-0")
     return desk
 

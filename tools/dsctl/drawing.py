@@ -35,7 +35,7 @@ class Live:
     def path(self, topology: Topology, one: Handoff) -> str:
         """How fast KV was found to go that way, or what is wrong with it; "" when nothing is known."""
         node = topology.instance(one.puller).node
-        source = one.owner if one.transport in LOCAL else topology.instance(one.owner).node
+        source = topology.instance(one.owner).node if one.transport == "tcp" else one.owner
         path = self.paths.get((source, node))
         if path is None:
             return ""

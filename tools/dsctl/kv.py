@@ -135,8 +135,8 @@ def _print_paths(answers: list[Answer]) -> None:
         if answer.listing is not None
         for path in answer.listing.paths
     ]
-    nothing = "no path has been tried yet; gloo and nccl never are"
-    _print(_table(("from", "to node", "path", "rate", ""), rows, right=("rate",)) if rows else nothing)
+    table = _table(("from", "to node", "path", "rate", ""), rows, right=("rate",))
+    _print(table if rows else "no path has been tried yet")
     for answer in answers:
         if answer.listing is None:
             _complain(answer)

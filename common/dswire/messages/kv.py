@@ -85,6 +85,15 @@ class KvSending(msgspec.Struct, frozen=True, tag=True):
     error: ErrorInfo | None = None
 
 
+class KvMeeting(msgspec.Struct, frozen=True, tag=True):
+    """Prefill: answer to :class:`KvMeet`: where it is met for that, or why it cannot be."""
+
+    reader: str
+    by: str
+    meeting: str = ""
+    error: ErrorInfo | None = None
+
+
 class KvTried(msgspec.Struct, frozen=True, tag=True):
     """Decode: answer to :class:`KvTry`: how fast it was, or why it cannot be."""
 
@@ -202,7 +211,7 @@ class PathInfo(msgspec.Struct, frozen=True):
 
     #: an owner of the node, or the node of another relay
     source: str
-    #: "shm", "cuda_ipc" or "tcp"
+    #: "shm", "cuda_ipc", "tcp", "gloo" or "nccl"
     transport: str
     #: as a small transfer at start-up had it; None while none has come to its end
     bytes_per_s: float | None = None
@@ -232,11 +241,19 @@ class KvSend(msgspec.Struct, frozen=True, tag=True):
     number: int
 
 
+class KvMeet(msgspec.Struct, frozen=True, tag=True):
+    """To an owner: make a communicator with ``reader`` to try it; the relay ``by`` wants to know."""
+
+    reader: str
+    by: str
+
+
 class KvTry(msgspec.Struct, frozen=True, tag=True):
-    """Decode: read some of this pool, which only those who have a GPU can open."""
+    """Decode: read some of this pool, which only those who have a GPU can open; or meet the owner there."""
 
     owner: str
-    pool: PoolInfo
+    pool: PoolInfo | None = None
+    meeting: str = ""
 
 
 class KvGrant(msgspec.Struct, frozen=True, tag=True):
@@ -275,7 +292,9 @@ class KvFetch(msgspec.Struct, frozen=True, tag=True):
 
 
 class KvProbe(msgspec.Struct, frozen=True, tag=True):
-    """A ticket for any bytes, please: the path is tried."""
+    """A ticket for any bytes, please: the path is tried; or a meeting of each owner with this reader."""
+
+    reader: str = ""
 
 
 class KvFetched(msgspec.Struct, frozen=True, tag=True):
@@ -304,6 +323,15 @@ class KvProof(msgspec.Struct, frozen=True, tag=True):
     nbytes: int
 
 
+class KvMet(msgspec.Struct, frozen=True, tag=True):
+    """Answer to :class:`KvProbe` for a reader, one for each owner: where that one is met, or why it cannot be."""
+
+    owner: str
+    reader: str
+    meeting: str = ""
+    error: ErrorInfo | None = None
+
+
 class KvFetchFailed(msgspec.Struct, frozen=True, tag=True):
     """The fetch cannot go on."""
 
@@ -320,6 +348,7 @@ FromKvWorker: TypeAlias = (
     | KvWithdraw
     | KvHeld
     | KvSending
+    | KvMeeting
     | KvTried
     | KvPull
     | KvPulled
@@ -337,9 +366,10 @@ ToKvWorker: TypeAlias = (
     | KvCancelled
     | KvListing
     | KvSend
+    | KvMeet
     | KvTry
     | KvGrant
     | KvFailed
 )
 FromFetcher: TypeAlias = RelayHello | KvFetch | KvFetched | KvExtend | KvList | KvProbe
-ToFetcher: TypeAlias = HelloWanted | KvFetchGranted | KvProof | KvFetchFailed | KvListing
+ToFetcher: TypeAlias = HelloWanted | KvFetchGranted | KvProof | KvMet | KvFetchFailed | KvListing
