@@ -179,14 +179,14 @@ class Reader(End):
         self._collective = communicators() if topology.collective else None
         self._transports = Transports(topology, self.mapped, self._collective)
         #: read before the relay's word
-        self._unanswered: set[KvKey] = set()
+        self._unanswered: dict[KvKey, asyncio.Future[None]] = {}
         self._pulls: dict[KvKey, asyncio.Future[Any]] = {}
 
     async def pull(self, handle: KvHandle, blocks: Sequence[int]) -> None:
         """Fetch, copy and verify, as a decode instance does. Raises what went wrong."""
         receiver = Receiver(handle, self.pools, blocks)
         if self.welcome.early and handle.node == self._node:
-            self._unanswered.add(handle.key)
+            self._unanswered[handle.key] = asyncio.get_running_loop().create_future()
             copying = self.copy(handle.nbytes, lambda: self.bring(receiver))
             self.send(kv.KvPull(handle))
             await copying
@@ -201,11 +201,21 @@ class Reader(End):
             del self._pulls[handle.key]
         self.send(kv.KvPulled(handle.key))
 
+    async def settled(self, handle: KvHandle) -> None:
+        """Wait until the relay has had its word on what was pulled. Raises :class:`Failed`."""
+        word = self._unanswered.get(handle.key)
+        if word is None:
+            return
+        try:
+            await asyncio.wait_for(word, PATIENCE_S)
+        except TimeoutError as error:
+            raise Failed(f"{self.name}: the relay says nothing for {PATIENCE_S:g} s") from error
+
     def take(self, message: Any) -> None:
         """To the pull that waits for it, or that has not waited."""
         if isinstance(message, kv.KvGrant) and message.key in self._unanswered:
-            self._unanswered.discard(message.key)
             self.send(kv.KvPulled(message.key))
+            self._unanswered.pop(message.key).set_result(None)
         word = self._pulls.get(message.key)
         if word is None or word.done():
             return

@@ -119,6 +119,7 @@ async def cost(world: World, transport: str, curve: bool, rounds: int) -> Cost:
         began = time.perf_counter()
         await world.reader.pull(handle, [0])
         pulls.append(time.perf_counter() - began)
+        await world.reader.settled(handle)
         if transport == "shm":
             receiver = Receiver(handle, world.reader.pools, [0])
             began = time.perf_counter()
@@ -144,6 +145,7 @@ async def _pull_all(world: World, handles: Sequence[KvHandle], at_once: int) -> 
     async def one(at: int, handle: KvHandle) -> None:
         async with gate:
             await world.reader.pull(handle, [at % pool.slots])
+            await world.reader.settled(handle)
 
     began = time.perf_counter()
     async with asyncio.TaskGroup() as tasks:
