@@ -36,6 +36,7 @@ from dskv.pages import MirrorPages
 from dskv.receive import Receiver
 from dskv.segment import SegmentCache
 from dskv.shards import KvShard, copies, shards
+from dskv.stage import of_stage
 from dskv.transport import Transport
 from dstopology.resolved import Instance, Topology
 from dstopology.wiring import model_identity
@@ -46,6 +47,7 @@ from dswire.messages.worker import Capacity, Logprobs, ModelIdentity
 
 if TYPE_CHECKING:
     from dsengine.rank_hosts import RankHosts
+    from dsengine.spread import SpreadKv
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -67,6 +69,7 @@ class RunningInstance:
         collective: Collective | None = None,
         gpu: GpuCopies | None = None,
         hosts: RankHosts | None = None,
+        spread: SpreadKv | None = None,
     ) -> None:
         self.engine = engine
         #: KV straight from other GPUs; there is nothing then that others map
@@ -75,8 +78,9 @@ class RunningInstance:
         self.collective = collective
         self.model = model
         self._instance = instance
-        #: of ranks on other nodes
+        #: of ranks on other nodes, and their KV where it is handed over
         self._hosts = hosts
+        self._spread = spread
         self._mapped = SegmentCache()
         self._steps = ThreadPoolExecutor(1, thread_name_prefix="step")
         self._copies = ThreadPoolExecutor(1, thread_name_prefix="copy")
@@ -101,16 +105,16 @@ class RunningInstance:
         try:
             by_gpu = await asyncio.to_thread(_by_gpu, topology)
             # what nobody else maps needs no file
-            mapped = not by_gpu and hosts is None
+            mapped = not by_gpu and (hosts is None or bool(topology.relays))
             configs = rank_configs(topology, instance, model_dir, blocks, mapped=mapped)
-            engine = await asyncio.to_thread(_engine, instance, configs, hosts)
+            engine, spread = await asyncio.to_thread(_engine, instance, configs, hosts)
         except BaseException:
             if hosts is not None:
                 hosts.close()
             raise
         collective = Collective.of(topology, instance, engine.pool.device)
         gpu = GpuCopies(engine.pool.blocks, engine.layout) if by_gpu else None
-        running = cls(engine, model, instance, collective, gpu, hosts)
+        running = cls(engine, model, instance, collective, gpu, hosts, spread)
         phase("warming up")
         await asyncio.to_thread(running.warm_up)
         return running
@@ -123,6 +127,15 @@ class RunningInstance:
         if self.gpu is None:
             return every
         return tuple(msgspec.structs.replace(one, gpu=self.gpu.shared) for one in every)
+
+    @property
+    def near(self) -> PoolInfo:
+        """What the relay can map: all, or the last stage where they are on several nodes."""
+        layout, every = self.engine.layout, self.shards
+        if self._hosts is not None:
+            last = every[-1]
+            layout, every = of_stage(layout, every, (last.first_layer, last.end_layer))
+        return PoolInfo(layout, every, self.engine.pool.num_blocks)
 
     @cached_property
     def pools(self) -> RankPools:
@@ -213,7 +226,9 @@ class RunningInstance:
             except BaseException:
                 self._pages.let_go(key)
                 raise
-        return self.pools.checksum(blocks) if summed else 0
+        if not summed:
+            return 0
+        return self.pools.checksum(blocks) if self._spread is None else self._spread.checksum(blocks)
 
     def withdraw(self, key: KvKey) -> None:
         """Nobody will read the blocks of ``key``, which may have been sealed."""
@@ -239,6 +254,9 @@ class RunningInstance:
         if self.gpu is not None:
             self.gpu.fetch(handle, blocks, summed=summed)
             return
+        if self._spread is not None:
+            self._spread.bring(handle, blocks, summed=summed)
+            return
         with self._arriving(handle.key, blocks[: self.engine.layout.blocks_for(handle.tokens)]):
             receiver = Receiver(handle, self.pools, blocks, summed=summed)
             transport.bring(receiver)
@@ -260,7 +278,8 @@ class RunningInstance:
     def copy(self, nbytes: int, run: Callable[[], T]) -> asyncio.Future[T]:
         """Begin at once: in the copy thread, or here where ``nbytes`` are few and no copy is before them."""
         loop = asyncio.get_running_loop()
-        if nbytes <= SMALL_NBYTES and not self._copying and not self.sealing:
+        # what other nodes have to do is waited for in a thread
+        if nbytes <= SMALL_NBYTES and not self._copying and not self.sealing and self._spread is None:
             made: asyncio.Future[T] = loop.create_future()
             made.set_result(run())
             return made
@@ -281,6 +300,8 @@ class RunningInstance:
         self._steps.shutdown(wait=not lost)
         self._copies.shutdown()
         self._mapped.close()
+        if self._spread is not None:
+            self._spread.close()
         if self.gpu is not None:
             self.gpu.close()
         if lost:
@@ -324,12 +345,20 @@ def _model(topology: Topology, instance: Instance) -> tuple[Path, int]:
     return model_dir, instance.kv_blocks or _blocks(instance, layout)
 
 
-def _engine(instance: Instance, configs: Sequence[EngineConfig], hosts: RankHosts | None) -> Engine:
+def _engine(
+    instance: Instance, configs: Sequence[EngineConfig], hosts: RankHosts | None
+) -> tuple[Engine, SpreadKv | None]:
+    """The engine, and its KV where ranks on other nodes have some that others map."""
     if len(configs) == 1:
-        return Engine(configs[0])
+        return Engine(configs[0]), None
     from dsengine.ranks import RankedEngine
 
-    return RankedEngine(instance.name, configs, instance.tp, instance.pp, hosts)
+    engine = RankedEngine(instance.name, configs, instance.tp, instance.pp, hosts)
+    if hosts is None or configs[0].segment is None:
+        return engine, None
+    from dsengine.spread import SpreadKv
+
+    return engine, SpreadKv(engine, instance)
 
 
 def _blocks(instance: Instance, layout: KvLayout) -> int:

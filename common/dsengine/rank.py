@@ -24,13 +24,16 @@ from dsengine.rank_orders import (
     LOAD_S,
     RankCopy,
     RankMeet,
+    RankPull,
     RankStep,
+    RankSum,
     Report,
     Start,
     encode,
     read,
     start_of,
 )
+from dskv.stage import StageKv
 from dsobserve.logging import configure
 from dswire.errors import DsError, EngineFailed
 from dswire.process import EXIT_BUG
@@ -57,7 +60,10 @@ class _Rank:
         #: the one that is told, where it is
         self._meets: SimpleQueue[RankMeet] = SimpleQueue()
         #: one at a time is asked for
-        self._copies: SimpleQueue[RankCopy] = SimpleQueue()
+        self._copies: SimpleQueue[RankCopy | RankSum | RankPull] = SimpleQueue()
+
+        #: once somebody asks for its KV as a whole
+        self._stage: StageKv | None = None
 
     def run(self) -> NoReturn:
         """Load, then run steps until the instance's process is gone."""
@@ -115,7 +121,7 @@ class _Rank:
         return wires
 
     def _listen(self) -> None:
-        decoder = msgspec.msgpack.Decoder(RankStep | RankCopy | RankMeet)
+        decoder = msgspec.msgpack.Decoder(RankStep | RankCopy | RankSum | RankPull | RankMeet)
         while (frame := read(self._orders)) is not None:
             order = decoder.decode(frame)
             if isinstance(order, RankStep):
@@ -129,15 +135,28 @@ class _Rank:
     def _copy(self, engine: Engine) -> NoReturn:
         """What goes wrong fails one hand-off, and no step."""
         while True:
-            order, error = self._copies.get(), None
+            order, error, checksum = self._copies.get(), None, 0
             try:
-                engine.mirror(order.blocks, order.way)
+                checksum = self._copied(engine, order)
             except DsError as failed:
                 error = failed.info()
             except Exception as failed:  # noqa: BLE001 - the boundary of this thread, whose other side waits
                 _log.exception("unexpected error")
                 error = EngineFailed(f"{self._start.name}: {failed!r}").info()
-            self._report(Report("copied", error))
+            self._report(Report("copied", error, checksum=checksum))
+
+    def _copied(self, engine: Engine, order: RankCopy | RankSum | RankPull) -> int:
+        """Do that; the checksum of what was summed."""
+        if isinstance(order, RankCopy):
+            engine.mirror(order.blocks, order.way)
+            return 0
+        if self._stage is None:
+            start, blocks = self._start, engine.pool.num_blocks
+            stage = start.rank // start.tp
+            self._stage = StageKv(engine.layout, start.tp, start.pp, stage, start.segments, blocks)
+        if isinstance(order, RankSum):
+            return self._stage.checksum(order.blocks)
+        return self._stage.bring(order.handle, order.blocks, summed=order.summed)
 
     def _beat(self) -> NoReturn:
         """Give signs of life, within a long step too: what computes lets go of the interpreter's lock."""

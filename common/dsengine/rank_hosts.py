@@ -19,7 +19,7 @@ import msgspec
 from zmq.auth.thread import ThreadAuthenticator
 
 from dsengine.configs import form_of
-from dsengine.rank_orders import BEAT_S, LOAD_S, RankMeet, RankStep, Report, Wiring
+from dsengine.rank_orders import BEAT_S, LOAD_S, RankMeet, RankPull, RankStep, RankSum, Report, Wiring
 from dskv.stream import SECRET_NBYTES
 from dstopology.resolved import Instance, RankHost, Topology
 from dstopology.wiring import system_keys
@@ -32,9 +32,11 @@ from dswire.messages.ranks import (
     HostHello,
     HostMeet,
     HostPing,
+    HostPull,
     HostRefused,
     HostStart,
     HostStep,
+    HostSum,
     RankReported,
 )
 from dswire.messages.worker import ModelIdentity
@@ -102,13 +104,19 @@ class RankHosts:
 
     def meet(self, rank: int, meet: RankMeet) -> None:
         """Tell a rank where the one of the next stage is."""
-        name = next(name for name, ranks in self._ranks.items() if rank in ranks)
-        self._soon(name, lambda link: HostMeet(link, rank, meet.where))
+        self._soon(self._host_of(rank), lambda link: HostMeet(link, rank, meet.where))
 
     def step(self, step: RankStep) -> None:
         """Tell all of a step."""
         for name in self._hosts:
             self._soon(name, lambda link: HostStep(link, step.spans, step.picked))
+
+    def beside(self, rank: int, order: RankSum | RankPull) -> None:
+        """Have a rank do something with KV."""
+        if isinstance(order, RankSum):
+            self._soon(self._host_of(rank), lambda link: HostSum(link, rank, order.blocks))
+            return
+        self._soon(self._host_of(rank), lambda link: HostPull(link, rank, order.handle, order.blocks, order.summed))
 
     def close(self) -> None:
         """Leave them, which ends their ranks. Doing it twice is harmless."""
@@ -117,6 +125,9 @@ class RankHosts:
         else:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._close)
+
+    def _host_of(self, rank: int) -> str:
+        return next(name for name, ranks in self._ranks.items() if rank in ranks)
 
     # the event loop
 
@@ -155,7 +166,7 @@ class RankHosts:
     def _said(self, peer: str, said: RankReported) -> None:
         link = next((host.link for host in self._joined.values() if host.peer == peer), None)
         if self._takers is not None and said.link == link and said.rank in self._takers:
-            self._takers[said.rank](Report(said.state, said.error, said.where))
+            self._takers[said.rank](Report(said.state, said.error, said.where, said.checksum))
 
     def _hello(self, peer: str, hello: HostHello) -> None:
         error = self._refusal(hello)

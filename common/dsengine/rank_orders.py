@@ -1,7 +1,7 @@
 """What an instance's process and its other ranks tell each other, over the standard streams of the latter.
 
 A frame is its length in four bytes and MessagePack. The first one to a rank is its :class:`Start`, all others are
-steps, and copies that are made beside them; where stages are on several nodes, a :class:`RankMeet` comes before
+steps, and what is done with KV beside them; where stages are on several nodes, a :class:`RankMeet` comes before
 those. Back come :class:`Report` frames. No torch here.
 """
 
@@ -15,6 +15,7 @@ import msgspec
 
 from dsengine.config import EngineConfig
 from dsengine.span import Span
+from dskv.handle import KvHandle
 from dswire.errors import ErrorInfo
 from dswire.messages.ranks import RankSpan, RankState
 
@@ -57,6 +58,8 @@ class Start(msgspec.Struct, frozen=True):
     #: a file by which the ranks find each other
     rendezvous: str
     config: EngineConfig
+    #: the files of all ranks' pools, as those of its node find them; none where they have none
+    segments: tuple[str, ...] = ()
     #: None where all ranks are on one node
     wiring: Wiring | None = None
 
@@ -93,6 +96,20 @@ class RankCopy(msgspec.Struct, frozen=True, array_like=True, tag=True):
     way: Literal["out", "in"]
 
 
+class RankSum(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The first rank of a stage sums blocks of the whole stage; its end is reported."""
+
+    blocks: tuple[int, ...]
+
+
+class RankPull(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """It has the KV of that stage, which lies on its node, in blocks of the whole stage; its end is reported."""
+
+    handle: KvHandle
+    blocks: tuple[int, ...]
+    summed: bool
+
+
 class Report(msgspec.Struct, frozen=True):
     """How far a rank is."""
 
@@ -101,6 +118,8 @@ class Report(msgspec.Struct, frozen=True):
     error: ErrorInfo | None = None
     #: of one that joins: where the stage before finds it, if that is looked for
     where: str = ""
+    #: of what was summed or copied
+    checksum: int = 0
 
 
 def encode(message: msgspec.Struct) -> bytes:

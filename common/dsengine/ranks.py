@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Lock
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,14 +27,26 @@ from dsengine.mirror import MirrorWay
 from dsengine.parallel import Part, drawing_rank
 from dsengine.rank_group import GroupPeers
 from dsengine.rank_hosts import RankHosts
-from dsengine.rank_orders import LOAD_S, RankCopy, RankMeet, RankStep, Report, Start, encode
+from dsengine.rank_orders import (
+    LOAD_S,
+    RankCopy,
+    RankMeet,
+    RankPull,
+    RankStep,
+    RankSum,
+    Report,
+    Start,
+    encode,
+)
 from dsengine.rank_process import END_S, RankProcess
 from dsengine.runner import Engine, StepItem, device_of
 from dsengine.span import Span
 from dsengine.wire import PeerGone, Wires
 from dswire.errors import DsError, EngineFailed, StartFailed, from_info
 
-#: longest wait, in seconds, for the end of a copy between a pool and its mirror
+T = TypeVar("T")
+
+#: longest wait, in seconds, for the end of a copy
 COPY_S = 60.0
 
 
@@ -107,7 +120,7 @@ class RankedEngine(Engine):
                 hosts.begin({rank: self._others[rank].take for rank in hosts.ranks})
             for rank, other in self._others.items():
                 if hosts is None or rank not in hosts.ranks:
-                    start = Start(name, tp, pp, rank, str(meeting), configs[rank], wiring)
+                    start = Start(name, tp, pp, rank, str(meeting), configs[rank], wiring=wiring)
                     self._children[rank] = RankProcess(start, other.take)
             part, device = Part(tp, pp, own), device_of(configs[own].device)
             try:
@@ -167,18 +180,40 @@ class RankedEngine(Engine):
         """
         with self._copying:
             self._tell_all(encode(RankCopy(list(blocks), way)))
-            failed: list[DsError] = []
-            try:
-                super().mirror(blocks, way)
-            except DsError as error:
-                failed.append(error)
-            for report in [other.copied() for other in self._others.values()]:
-                if report.error is not None:
-                    failed.append(from_info(report.error))
-                    if report.state == "failed":
-                        self._lose(failed[-1])
-            if failed:
-                raise self._lost or failed[0]
+            self._done(list(self._others), lambda: super(RankedEngine, self).mirror(blocks, way))
+
+    def beside(
+        self, order: RankSum | RankPull, ranks: Sequence[int], meanwhile: Callable[[], T]
+    ) -> tuple[T, dict[int, int]]:
+        """Have ``ranks`` of other nodes do something with KV beside the steps, and do ``meanwhile``.
+
+        What that returns, and the checksum of each rank. Raises what went wrong, once all are done.
+        """
+        assert self._hosts is not None
+        with self._copying:
+            if self._lost is not None:
+                raise self._lost
+            for rank in ranks:
+                self._teller.submit(self._hosts.beside, rank, order)
+            return self._done(ranks, meanwhile)
+
+    def _done(self, ranks: Sequence[int], meanwhile: Callable[[], T]) -> tuple[T, dict[int, int]]:
+        """The end of what ``ranks`` were told; nobody may be told more before."""
+        failed: list[DsError] = []
+        made: list[T] = []
+        try:
+            made.append(meanwhile())
+        except DsError as error:
+            failed.append(error)
+        reports = {rank: self._others[rank].copied() for rank in ranks}
+        for report in reports.values():
+            if report.error is not None:
+                failed.append(from_info(report.error))
+                if report.state == "failed":
+                    self._lose(failed[-1])
+        if failed:
+            raise self._lost or failed[0]
+        return made[0], {rank: report.checksum for rank, report in reports.items()}
 
     def abandon(self) -> None:
         """Kill the other ranks and remove the files of all pools. Never blocks: for a process about to end."""

@@ -89,11 +89,15 @@ class Receiver:
 
     def verify(self) -> None:
         """Vouch for the blocks. Raises :class:`TransferFailed` when some are missing, else :class:`KvCorrupt`."""
+        found = self.checksum()
+        if self._summed:
+            compare(self.handle, found)
+
+    def checksum(self) -> int:
+        """Of what lies in the own blocks, if it is summed. Raises :class:`TransferFailed` when some are missing."""
         if not self.complete:
             raise TransferFailed(f"{self.handle.key}: {self.taken} of {len(self.handle.blocks)} blocks have come")
-        if not self._summed:
-            return
-        compare(self.handle, checksum(self._sums))
+        return checksum(self._sums)
 
     def _copy(self, source: KvMemory, numbers: Sequence[int], first: int, count: int) -> None:
         """Copy ``count`` of the owner's blocks, and sum what lies in the own ones."""

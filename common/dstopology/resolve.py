@@ -176,15 +176,38 @@ class Resolver:
         """The same, with addresses where rank hosts of other nodes join; tells of such that cannot be."""
         spread = [one for one in instances if one.hosts]
         if spread and self.file.mode != "colocated":
-            reason = f"the ranks of {spread[0].name} are on several nodes, between which no KV is handed over"
-            remedy = "place all ranks of an instance on one node, or have `mode: colocated`"
-            self.problems.add((spread[0].role, "place"), reason, remedy)
+            self._check_spread(spread[0], instances)
         joined: dict[str, Instance] = {}
         for port, one in enumerate(spread, self.file.ranks.port):
             node = next(node for node in nodes if node.name == one.node)
             ends = network.ranks(one.name, node, port, ("ranks", "port"))
             joined[one.name] = replace(one, join_bind=ends.bind, join_connect=ends.connect)
         return tuple(joined.get(one.name, one) for one in instances)
+
+    def _check_spread(self, spread: Instance, instances: Sequence[Instance]) -> None:
+        """Tell of KV that would have to leave a node: stages hand theirs over within it, by shared memory."""
+        stages = spread.stage_nodes
+        other = next((one for one in instances if one.stage_nodes != stages), None)
+        if other is not None:
+            reason = (
+                f"{spread.name} has stages on {' and '.join(stages)}, {other.name} on "
+                f"{' and '.join(other.stage_nodes)}: the KV of a stage is handed over within its node"
+            )
+            remedy = "have all instances' stages on the same nodes in the same order, or each instance on one node"
+            self.problems.add((spread.role, "place"), reason, remedy)
+        if not all(device.startswith("cpu") for one in instances for device in one.devices):
+            reason = f"the ranks of {spread.name} are on several nodes, between which GPUs hand over no KV"
+            remedy = "place all ranks of an instance on one node, or have `mode: colocated`"
+            self.problems.add((spread.role, "place"), reason, remedy)
+        relay, forced = self.file.relay, self.file.force_transport
+        remedy = "leave the key out, or place each instance on one node"
+        if forced not in (None, "shm") or "shm" not in relay.transports:
+            at: Key = ("force_transport",) if "shm" in relay.transports else ("relay", "transports")
+            reason = f"stages of {spread.name} on several nodes hand their KV over by shm"
+            self.problems.add(at, reason, remedy)
+        if relay.keep is not None:
+            reason = f"the KV of {spread.name} lies on several nodes, and no relay sees the whole of it"
+            self.problems.add(("relay", "keep"), reason, remedy)
 
     # router, relays, gateway
 

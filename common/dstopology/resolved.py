@@ -129,6 +129,11 @@ class Instance:
         others = dict.fromkeys(node for node in self.nodes if node != self.node)
         return tuple(RankHost(f"{self.name}-{node}", node, self.name) for node in others)
 
+    @property
+    def stage_nodes(self) -> tuple[str, ...]:
+        """The node of each stage."""
+        return self.nodes[:: self.tp]
+
     def ranks_on(self, node: str) -> tuple[int, ...]:
         """Its ranks on a node."""
         return tuple(rank for rank, one in enumerate(self.nodes) if one == node)

@@ -161,7 +161,7 @@ class GroupSection:
             "a list with the places of each replica such as [[n0/cpu:0], [n0/cpu:1]]",
         ),
         "for each replica the devices of its tp * pp ranks, stage by stage; default free devices, node by node; in "
-        "mode colocated the stages may be on several nodes",
+        "mode colocated the stages may be on any nodes, in the others on the same ones for all instances",
         None,
     )
     kv: KvSection | None = key(Mapping(KvSection), "overrides the kv section of the top level", None)

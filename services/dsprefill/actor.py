@@ -122,5 +122,5 @@ async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> 
     instance = topology.instance(name)
     running = await RunningInstance.load(topology, instance, phase)
     shared = settings(topology, instance, running)
-    config = PrefillConfig(**shared, shards=running.shards, part_tokens=topology.part_tokens)
+    config = PrefillConfig(**shared, shards=running.shards, near=running.near, part_tokens=topology.part_tokens)
     return PrefillActor(PrefillState(config), routes(topology, name, config.incarnation), running)

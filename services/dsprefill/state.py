@@ -66,6 +66,8 @@ class PrefillConfig(InstanceConfig):
 
     #: the pools of its ranks, as the handle tells them
     shards: tuple[KvShard, ...]
+    #: of these, what its relay can map
+    near: kv.PoolInfo
     #: KV goes in parts, whose ends are multiples of so many tokens; 0: in one piece
     part_tokens: int = 0
 
@@ -385,9 +387,7 @@ class PrefillState(InstanceState):
     # what others are told of us
 
     def _relay_hello(self) -> kv.KvHello:
-        capacity = self.config.capacity
-        pool = kv.PoolInfo(capacity.layout, self.config.shards, capacity.blocks)
-        return msgspec.structs.replace(super()._relay_hello(), pool=pool)
+        return msgspec.structs.replace(super()._relay_hello(), pool=self.config.near)
 
     def _load(self) -> worker.Load:
         waiting = sum(one.life.phase is Phase.QUEUED for one in self._unread.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsengine.rank_orders import RankMeet, RankStep, Report
+from dsengine.rank_orders import RankMeet, RankPull, RankStep, RankSum, Report
 
 # events
 
@@ -52,7 +52,7 @@ class TellRank:
     """Give a rank an order."""
 
     rank: int
-    order: RankMeet | RankStep
+    order: RankMeet | RankStep | RankSum | RankPull
 
 
 @dataclass(frozen=True, slots=True)

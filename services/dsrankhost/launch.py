@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsengine.configs import rank_configs
+from dsengine.configs import rank_configs, rank_segments
 from dsengine.rank_orders import Start, Wiring
 from dstopology.resolved import Instance, RankHost, Topology
 
@@ -27,10 +27,12 @@ class Launch:
     def starts(self, blocks: int, secret: bytes) -> Iterator[Start]:
         """Of ranks that have never met; ``blocks``: of the KV pool."""
         one, wiring = self.instance, Wiring(self._node.bind_host, self._node.host, secret)
-        configs = rank_configs(self._topology, one, self._model_dir, blocks, mapped=False)
+        handed = bool(self._topology.relays)
+        configs = rank_configs(self._topology, one, self._model_dir, blocks, mapped=handed)
+        segments = tuple(map(str, rank_segments(one))) if handed else ()
         meeting = str(Path(self._directory.name) / f"rendezvous-{next(self._numbers)}")
         for rank in sorted(self.ranks):
-            yield Start(one.name, one.tp, one.pp, rank, meeting, configs[rank], wiring)
+            yield Start(one.name, one.tp, one.pp, rank, meeting, configs[rank], segments, wiring)
 
     def close(self) -> None:
         """Remove the directory."""

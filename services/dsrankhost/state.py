@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsengine.rank_orders import RankMeet, RankStep
+from dsengine.rank_orders import RankMeet, RankPull, RankStep, RankSum
 from dsrankhost.config import HostConfig
 from dsrankhost.events import EndRanks, Linked, RankSaid, StartRanks, TellRank, Unlinked
 from dswire.links import End, Ready
 from dswire.machine import PeerLost, Received, Send, Tick
 from dswire.messages import PROTOCOL
-from dswire.messages.ranks import HostHello, HostMeet, HostRefused, HostStart, HostStep, RankReported
+from dswire.messages.ranks import (
+    HostHello,
+    HostMeet,
+    HostPull,
+    HostRefused,
+    HostStart,
+    HostStep,
+    HostSum,
+    RankReported,
+)
 
 #: the one peer
 INSTANCE = "instance"
@@ -81,6 +90,10 @@ class HostState:
                 return [StartRanks(message.link, message.blocks, message.secret)]
             case HostMeet() if self._mine(message.link) and message.rank in self.config.ranks:
                 return [TellRank(message.rank, RankMeet(message.where))]
+            case HostSum() if self._mine(message.link) and message.rank in self.config.ranks:
+                return [TellRank(message.rank, RankSum(message.blocks))]
+            case HostPull() if self._mine(message.link) and message.rank in self.config.ranks:
+                return [TellRank(message.rank, RankPull(message.handle, message.blocks, message.summed))]
             case HostStep() if self._mine(message.link):
                 step = RankStep(message.spans, message.picked)
                 return [TellRank(rank, step) for rank in sorted(self.config.ranks)]
@@ -93,9 +106,8 @@ class HostState:
         if not self._mine(said.link):
             return []
         report = said.report
-        actions: list[Any] = [
-            Send(INSTANCE, RankReported(said.link, said.rank, report.state, report.where, report.error))
-        ]
+        told = RankReported(said.link, said.rank, report.state, report.where, report.error, report.checksum)
+        actions: list[Any] = [Send(INSTANCE, told)]
         if report.state == "ready":
             self.loaded.add(said.rank)
             if self.loaded == self.config.ranks:

@@ -1,6 +1,7 @@
 """Instances whose stages are on several nodes: they answer as one rank does; the loss of a node costs no request.
 
-The nodes are names for this machine, joined by TCP; what goes between them is encrypted.
+The nodes are names for this machine, joined by TCP; what goes between them is encrypted. Where KV is handed over,
+each node does that for its own stage.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dsclient import AsyncClient
+from dsctl import relays
 from dswire.errors import EngineFailed
 from dswire.keys import SYSTEM_PUBLIC, SYSTEM_SECRET, load_system, write_pair
 from support.system import System, ask, running_system
@@ -21,16 +23,25 @@ pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(240)]
 
 TOPOLOGY = """
 model: {{path: {model}, dtype: float32, max_model_len: 256}}
-mode: colocated
 nodes:
-  - {{name: n0, devices: ["cpu:0"]}}
-  - {{name: n1, devices: ["cpu:0"]}}
+  - {{name: n0, devices: ["cpu:0", "cpu:1", "cpu:2"]}}
+  - {{name: n1, devices: ["cpu:0", "cpu:1", "cpu:2"]}}
 router: {{frontend: "tcp://127.0.0.1:{{port}}"}}
-decode: {{pp: 2, place: [[n0/cpu:0, n1/cpu:0]], max_batch_tokens: 32}}
 ranks: {{port: {{port}}}}
 kv: {{memory: 8MiB}}
 security: {{curve: on, keys: {keys}}}
 """
+MODES = {
+    "colocated": """
+mode: colocated
+decode: {pp: 2, place: [[n0/cpu:0, n1/cpu:0]], max_batch_tokens: 32}
+""",
+    # blocks of two sizes, and stages of one rank and of two
+    "disaggregated": """
+prefill: {pp: 2, place: [[n0/cpu:0, n1/cpu:0]], max_batch_tokens: 32, kv: {block_size: 8}}
+decode: {tp: 2, pp: 2, place: [[n0/cpu:1, n0/cpu:2, n1/cpu:1, n1/cpu:2]]}
+""",
+}
 TOKENS = 60
 PROMPTS = [prompt_of(length) for length in (1, 17, 33, 60, 5, 90)]
 
@@ -45,11 +56,14 @@ def wanted(model: Path) -> list[list[int]]:
     return engine_alone(model, PROMPTS, TOKENS)
 
 
-@pytest.fixture(scope="module")
-def system(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+@pytest.fixture(scope="module", params=MODES)
+def system(
+    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[System]:
     keys = tmp_path_factory.mktemp("keys")
     write_pair(keys / SYSTEM_SECRET, keys / SYSTEM_PUBLIC)
-    with running_system(TOPOLOGY.format(model=model, keys=keys), keys=load_system(keys)) as running:
+    text = TOPOLOGY.format(model=model, keys=keys) + MODES[request.param]
+    with running_system(text, keys=load_system(keys)) as running:
         yield running
 
 
@@ -57,13 +71,19 @@ async def test_a_node_that_is_lost_costs_no_request(system: System, wanted: list
     keys = load_system(system.topology.security.keys_dir)
     async with AsyncClient(system.address, keys=keys) as client:
         assert await asyncio.gather(*(ask(client, prompt, TOKENS) for prompt in PROMPTS)) == wanted
-        stream = client.stream(prompt_ids=PROMPTS[0], temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
-        got = list((await anext(stream)).token_ids)
-        asked = [asyncio.create_task(ask(client, prompt, TOKENS)) for prompt in PROMPTS]
-        system.kill("decode-0-n0")
-        assert await asyncio.to_thread(system.end_of, "decode-0") == EngineFailed.exit_code
-        await asyncio.to_thread(system.start, "decode-0", "decode-0-n0")
-        async for piece in stream:
-            got += piece.token_ids
-        assert got == wanted[0]
-        assert await asyncio.gather(*asked) == wanted
+        for host in system.topology.hosts:
+            stream = client.stream(prompt_ids=PROMPTS[0], temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+            got = list((await anext(stream)).token_ids)
+            asked = [asyncio.create_task(ask(client, prompt, TOKENS)) for prompt in PROMPTS]
+            system.kill(host.name)
+            assert await asyncio.to_thread(system.end_of, host.instance) == EngineFailed.exit_code
+            await asyncio.to_thread(system.start, host.instance, host.name)
+            async for piece in stream:
+                got += piece.token_ids
+            assert got == wanted[0]
+            assert await asyncio.gather(*asked) == wanted
+    await asyncio.to_thread(system.await_idle, 60.0)
+    if system.topology.relays:
+        (answer,) = await asyncio.to_thread(relays.ask, system.topology)
+        assert answer.listing is not None
+        assert [(path.transport, path.reason) for path in answer.listing.paths] == [("shm", "")]

@@ -19,7 +19,7 @@ from dsrouter.config import RouterConfig
 from dsrouter.state import RouterState
 from dswire.errors import ErrorInfo
 from dswire.machine import Tick
-from dswire.messages import worker
+from dswire.messages import kv, worker
 from support.handles import LAYOUT
 from support.holdings import held_by
 from support.instances import DecodeProcess, InstanceProcess, PrefillProcess
@@ -273,6 +273,7 @@ class Cluster:
         return RouterProcess(self, name, incarnation, machine)
 
     def _prefill(self, name: str, incarnation: str) -> Process:
+        pool = shards(LAYOUT, 1, 1, [f"/shm/{name}/{incarnation}"])
         config = PrefillConfig(
             name=name,
             node=self.node(name),
@@ -280,7 +281,8 @@ class Cluster:
             model=self.shape.models.get(name, MODEL),
             capacity=worker.Capacity(self.shape.prefill_blocks, LAYOUT),
             eos_ids=frozenset({EOS}),
-            shards=shards(LAYOUT, 1, 1, [f"/shm/{name}/{incarnation}"]),
+            shards=pool,
+            near=kv.PoolInfo(LAYOUT, pool, self.shape.prefill_blocks),
             part_tokens=self.shape.part_tokens,
             max_queue=self.shape.prefill_queue,
             max_batch=self.shape.prefill_batch,

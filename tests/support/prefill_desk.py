@@ -6,7 +6,7 @@ from dskv.handle import KvKey
 from dskv.shards import shards
 from dsprefill.events import Sealed
 from dsprefill.state import PrefillConfig, PrefillState
-from dswire.messages import worker
+from dswire.messages import kv, worker
 from dswire.messages.client import Sampling
 from support.handles import LAYOUT
 from support.instance_desk import MODEL, InstanceDesk
@@ -39,6 +39,7 @@ class Desk(InstanceDesk[PrefillState]):
             capacity=capacity,
             eos_ids=frozenset({0}),
             shards=POOL,
+            near=kv.PoolInfo(LAYOUT, POOL, blocks),
             max_queue=max_queue,
             max_batch=max_batch,
             max_batch_tokens=target_tokens,

@@ -169,6 +169,7 @@ def test_json_and_yaml_hold_the_same(desk: Desk) -> None:
             "transport": "tcp",
             "relays": ["relay-a", "relay-b"],
             "crosses_nodes": True,
+            "stage_nodes": [],
         }
     ]
     assert found["live"] is None
@@ -206,6 +207,17 @@ def test_stages_on_several_nodes_are_drawn_where_they_are(desk: Desk) -> None:
     assert "decode-0 <--> decode-0-a" in chart
     assert 'decode-0-a["decode-0-a<br/>cpu:0"]' in chart
     assert 'decode-0["decode-0<br/>cpu:1"]' in chart
+
+
+def test_kv_of_stages_on_several_nodes_is_told_to_stay_there(desk: Desk) -> None:
+    text = TWO_NODES.replace("[cpu:0]", "[cpu:0, cpu:1]").replace(
+        "place: [a/cpu:0]", "pp: 2, place: [[a/cpu:0, b/cpu:0]]"
+    )
+    text = text.replace("place: [b/cpu:0]", "pp: 2, place: [[a/cpu:1, b/cpu:1]]")
+    assert drawn(desk, text, Live(None))[-1] == "prefill-0 → decode-0  shm, each stage within its node, a and b"
+    chart = drawing.mermaid(desk.load(text), Live(None))
+    for one in ("", "-a"):
+        assert f'prefill-0{one} ==>|"KV, shm"| decode-0{one}' in chart
 
 
 def test_validate_tells_what_is_there(desk: Desk) -> None:

@@ -6,7 +6,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsengine.rank_orders import RankMeet, RankStep, Report
+from dsengine.rank_orders import RankMeet, RankPull, RankStep, RankSum, Report
 from dsrankhost.config import HostConfig
 from dsrankhost.events import EndRanks, Linked, RankSaid, StartRanks, TellRank, Unlinked
 from dsrankhost.state import INSTANCE, HostState
@@ -18,17 +18,21 @@ from dswire.messages.ranks import (
     HostHello,
     HostMeet,
     HostPing,
+    HostPull,
     HostRefused,
     HostStart,
     HostStep,
+    HostSum,
     RankReported,
     RankSpan,
 )
 from dswire.messages.worker import ModelIdentity
+from support.handles import make_handle
 
 MODEL = ModelIdentity("tiny", "f1", "float32")
 CONFIG = HostConfig(name="decode-0-n1", incarnation="i", model=MODEL, form="form", ranks=frozenset({0, 1}))
 SECRET = b"s" * 32
+HANDLE = make_handle()
 
 
 def say(state: HostState, message: msgspec.Struct) -> list[object]:
@@ -62,6 +66,11 @@ def test_what_the_instance_says_goes_to_its_ranks() -> None:
         TellRank(rank, RankStep((span,), (1,))) for rank in (0, 1)
     ]
     assert say(state, HostStep("i/0", (span,), (1,))) == []
+    assert say(state, HostSum("i/1", 1, (3, 4))) == [TellRank(1, RankSum((3, 4)))]
+    pull = HostPull("i/1", 0, HANDLE, (5,), summed=True)
+    assert say(state, pull) == [TellRank(0, RankPull(HANDLE, (5,), summed=True))]
+    for other in (HostSum("i/0", 1, (3,)), HostSum("i/1", 2, (3,)), msgspec.structs.replace(pull, rank=2)):
+        assert say(state, other) == []
     assert say(state, HostPing()) == []
 
 
@@ -69,6 +78,8 @@ def test_what_ranks_report_goes_to_the_instance_and_all_loaded_is_ready() -> Non
     state = started()
     reported = RankReported("i/1", 0, "joining", "there")
     assert state.handle(RankSaid(0.0, "i/1", 0, Report("joining", where="there"))) == [Send(INSTANCE, reported)]
+    summed = RankReported("i/1", 0, "copied", checksum=7)
+    assert state.handle(RankSaid(0.0, "i/1", 0, Report("copied", checksum=7))) == [Send(INSTANCE, summed)]
     assert state.handle(RankSaid(0.0, "i/0", 0, Report("ready"))) == []
     assert state.handle(RankSaid(0.0, "i/1", 0, Report("ready"))) == [
         Send(INSTANCE, RankReported("i/1", 0, "ready"))

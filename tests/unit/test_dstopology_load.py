@@ -153,6 +153,18 @@ def test_stages_on_several_nodes_have_rank_hosts_and_an_address_to_join(desk: De
     assert topology.security.encrypted
 
 
+def test_stages_hand_over_their_kv_within_their_nodes(desk: Desk) -> None:
+    text = (
+        f"{TWO_NODES.replace('[cpu:0]', '[cpu:0, cpu:1]')}prefill: {{pp: 2, place: [[a/cpu:0, b/cpu:0]]}}\n"
+        "decode: {pp: 2, place: [[a/cpu:1, b/cpu:1]]}\n"
+    )
+    topology = desk.load(text)
+    assert [one.name for one in topology.relays] == ["relay-b"]
+    assert [one.name for one in topology.hosts] == ["prefill-0-a", "decode-0-a"]
+    assert topology.transport("b", "b") == "shm"
+    assert {one.stage_nodes for one in topology.instances} == {("a", "b")}
+
+
 def test_a_node_without_instances_needs_no_relay(desk: Desk) -> None:
     text = "model: m\nnodes: [{name: front}, {name: back, host: 127.0.0.2, devices: [cpu:0, cpu:1]}]\n"
     topology = desk.load(text)

@@ -57,6 +57,16 @@ class Handoff:
     #: relays on the way; the first two are the same when TCP is forced within a node
     relays: tuple[str, str]
     crosses_nodes: bool
+    #: node of each stage, which hands over its own KV, where they are several
+    stage_nodes: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """How far the KV goes."""
+        if self.crosses_nodes:
+            return "between nodes"
+        nodes = dict.fromkeys(self.stage_nodes)
+        return f"each stage within its node, {' and '.join(nodes)}" if nodes else "within the node"
 
 
 def handoffs(topology: Topology) -> Iterator[Handoff]:
@@ -69,6 +79,7 @@ def handoffs(topology: Topology) -> Iterator[Handoff]:
                 topology.transport(owner.node, puller.node),
                 (topology.relay_of(owner.node).name, topology.relay_of(puller.node).name),
                 owner.node != puller.node,
+                owner.stage_nodes if owner.hosts else (),
             )
 
 
@@ -135,12 +146,11 @@ def _handoff_lines(topology: Topology, pairs: list[Handoff], live: Live) -> Iter
     """One line for each pair; when they are many, one for each kind of pair."""
     kinds: dict[tuple[str, str], int] = {}
     for one in pairs:
-        where = "between nodes" if one.crosses_nodes else "within the node"
-        kinds[one.transport, where] = kinds.get((one.transport, where), 0) + 1
+        kinds[one.transport, one.where] = kinds.get((one.transport, one.where), 0) + 1
         by = f"through {' and '.join(dict.fromkeys(one.relays))}" if one.transport not in LOCAL else ""
         if len(pairs) <= MAX_PAIRS:
             known = live.path(topology, one)
-            yield _line(f"{one.owner} → {one.puller}", one.transport, where, by, known, style="")
+            yield _line(f"{one.owner} → {one.puller}", one.transport, one.where, by, known, style="")
     if len(pairs) > MAX_PAIRS:
         for (transport, where), count in kinds.items():
             yield _line(f"{count} pairs", transport, where, style="")
@@ -252,7 +262,7 @@ def mermaid(topology: Topology, live: Live) -> str:
     lines += [f"  {host.instance} <--> {host.name}" for host in topology.hosts]
     drawn: dict[str, None] = {}
     for one in handoffs(topology):
-        drawn |= dict.fromkeys(_edges(one))
+        drawn |= dict.fromkeys(_edges(topology, one))
     lines += [f"  {edge}" for edge in drawn]
     down = [worker.name for worker in live.report.workers if worker.state != "up"] if live.report else []
     lines += [f"  style {name} stroke-dasharray:5 5" for name in down]
@@ -273,10 +283,13 @@ def _boxes(topology: Topology, node: Node) -> Iterator[str]:
             yield f'{name}["{name}<br/>{textwrap.shorten(devices, 40)}"]'
 
 
-def _edges(one: Handoff) -> Iterator[str]:
-    """Within a host straight; TCP goes from relay to relay."""
+def _edges(topology: Topology, one: Handoff) -> Iterator[str]:
+    """Within a host straight, on each node of the stages; TCP goes from relay to relay."""
     if one.transport in LOCAL:
-        yield f'{one.owner} ==>|"KV, {one.transport}"| {one.puller}'
+        owners, pullers = (topology.instance(name).hosts for name in (one.owner, one.puller))
+        pairs = [(mine.name, theirs.name) for mine, theirs in zip(owners, pullers, strict=True)]
+        for owner, puller in [(one.owner, one.puller), *pairs]:
+            yield f'{owner} ==>|"KV, {one.transport}"| {puller}'
         return
     first, last = one.relays
     yield f'{one.owner} ==>|"KV"| {first}'

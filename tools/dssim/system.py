@@ -28,7 +28,7 @@ from dssim.records import Observations, Record, Run
 from dssim.times import StepTimes, TransferTimes
 from dssim.workload import Arrival
 from dstopology.resolved import LOCAL, Instance, Topology
-from dswire.messages import worker
+from dswire.messages import kv, worker
 
 #: longest simulated time for all processes to find each other, and for all to be given back after the last end
 SETTLE_S = 120.0
@@ -247,7 +247,13 @@ class System:
         parts = (self.kernel, self._transfers)
         if instance.role == "prefill":
             pool = shards(layout, 1, 1, [str(instance.segment)])
-            machine = PrefillState(PrefillConfig(**settings, shards=pool, part_tokens=self.topology.part_tokens))
+            reads = PrefillConfig(
+                **settings,
+                shards=pool,
+                near=kv.PoolInfo(layout, pool, settings["capacity"].blocks),
+                part_tokens=self.topology.part_tokens,
+            )
+            machine = PrefillState(reads)
             return PrefillProcess(name, node, machine, *parts, times=times, watch=self.seen)
         config = DecodeConfig(
             **settings,

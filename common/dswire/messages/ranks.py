@@ -9,11 +9,12 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from dskv.handle import KvHandle
 from dswire.errors import ErrorInfo
 from dswire.messages.worker import ModelIdentity
 
-#: ``joining``: about to look for the others; ``ready``: loaded; ``alive``: a sign of life; ``copied``: the end of a
-#: copy; ``failed``: why it ends
+#: ``joining``: about to look for the others; ``ready``: loaded; ``alive``: a sign of life; ``copied``: the end of
+#: what was done with KV; ``failed``: why it ends
 RankState = Literal["joining", "ready", "alive", "copied", "failed"]
 
 
@@ -49,6 +50,8 @@ class RankReported(msgspec.Struct, frozen=True, tag=True):
     state: RankState
     where: str = ""
     error: ErrorInfo | None = None
+    #: of the KV that was summed or copied
+    checksum: int = 0
 
 
 # instance -> host
@@ -80,6 +83,24 @@ class HostStep(msgspec.Struct, frozen=True, tag=True):
     picked: tuple[int, ...]
 
 
+class HostSum(msgspec.Struct, frozen=True, tag=True):
+    """For a rank: see :class:`dsengine.rank_orders.RankSum`."""
+
+    link: str
+    rank: int
+    blocks: tuple[int, ...]
+
+
+class HostPull(msgspec.Struct, frozen=True, tag=True):
+    """For a rank: see :class:`dsengine.rank_orders.RankPull`."""
+
+    link: str
+    rank: int
+    handle: KvHandle
+    blocks: tuple[int, ...]
+    summed: bool
+
+
 class HostPing(msgspec.Struct, frozen=True, tag=True):
     """Is the connection there? Wants no answer."""
 
@@ -91,4 +112,4 @@ class HostRefused(msgspec.Struct, frozen=True, tag=True):
 
 
 FromHost: TypeAlias = HostHello | RankReported
-ToHost: TypeAlias = HostStart | HostMeet | HostStep | HostPing | HostRefused
+ToHost: TypeAlias = HostStart | HostMeet | HostStep | HostSum | HostPull | HostPing | HostRefused

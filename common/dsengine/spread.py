@@ -1,0 +1,59 @@
+"""KV of an instance whose stages are on several nodes: each node sums and copies what it holds; none leaves it.
+
+The process of the instance does that for the stages of its own node, and has the first rank of each other stage do
+it there. The checksum is of all stages together. For one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dsengine.configs import rank_segments
+from dsengine.rank_orders import RankPull, RankSum
+from dsengine.ranks import RankedEngine
+from dskv.checksum import joined
+from dskv.handle import KvHandle
+from dskv.receive import compare
+from dskv.stage import StageKv
+from dstopology.resolved import Instance
+
+
+class SpreadKv:
+    """As one, to the process of the instance."""
+
+    def __init__(self, engine: RankedEngine, instance: Instance) -> None:
+        segments, tp, pp = list(map(str, rank_segments(instance))), instance.tp, instance.pp
+        first = [stage * tp for stage in range(pp)]
+        self._engine = engine
+        #: by stage
+        self._near = {
+            stage: StageKv(engine.layout, tp, pp, stage, segments, engine.pool.num_blocks)
+            for stage, rank in enumerate(first)
+            if instance.nodes[rank] == instance.node
+        }
+        #: the first ranks of the others
+        self._far = {stage: rank for stage, rank in enumerate(first) if stage not in self._near}
+
+    def checksum(self, blocks: tuple[int, ...]) -> int:
+        """Over ``blocks``. Raises :class:`DsError` where a stage cannot tell it."""
+        return self._joined(RankSum(blocks), lambda near: near.checksum(blocks))
+
+    def bring(self, handle: KvHandle, blocks: tuple[int, ...], *, summed: bool) -> None:
+        """Have the KV of ``handle`` in ``blocks``, verified where it is ``summed``. Raises why it cannot be."""
+        order = RankPull(handle, blocks, summed)
+        found = self._joined(order, lambda near: near.bring(handle, blocks, summed=summed))
+        if summed:
+            compare(handle, found)
+
+    def close(self) -> None:
+        """Give the mappings back."""
+        for near in self._near.values():
+            near.close()
+
+    def _joined(self, order: RankSum | RankPull, here: Callable[[StageKv], int]) -> int:
+        def near() -> dict[int, int]:
+            return {stage: here(one) for stage, one in self._near.items()}
+
+        sums, far = self._engine.beside(order, list(self._far.values()), near)
+        sums |= {stage: far[rank] for stage, rank in self._far.items()}
+        return joined(sums[stage] for stage in sorted(sums))
