@@ -169,6 +169,36 @@ def test_a_switch_that_adds_up_is_used_where_a_ring_sends_more() -> None:
     assert not find_device("h100-pcie").switch_adds
 
 
+@pytest.mark.parametrize(("device", "tp"), [("l40s", 4), ("l40s", 8), ("h100-pcie", 4), ("h100-nvl", 4)])
+def test_ranks_without_nvlink_between_them_add_up_over_the_hosts_bus(device: str, tp: int) -> None:
+    shape, alone = find_model("Llama-3-70B"), find_device(device)
+    joined = dataclasses.replace(alone, nvlinked=8)
+    bus, nvlink = (RooflineLatency(shape, one).instance(tp, 1) for one in (alone, joined))
+    for nbytes in (1 << 14, 1 << 20, 1 << 26):
+        assert bus.allreduce_s(nbytes) > nvlink.allreduce_s(nbytes)
+        assert bus.allreduce_s(nbytes) > 2 * (tp - 1) / tp * nbytes / alone.link_bytes_per_s(tp)
+        assert bus.allreduce_s(nbytes) < bus.allreduce_s(2 * nbytes)
+    assert RooflineLatency(shape, find_device("h100-nvl")).instance(2, 1).allreduce_s(1 << 20) < 1e-4
+
+
+def test_an_all_reduce_over_the_bus_by_hand() -> None:
+    device = find_device("l40s")
+    hops, rate = 2 * 3, device.node_bytes_per_s * kernels.BUS_SHARE / 2**kernels.BUS_CROWDING
+    by_hand = hops * (kernels.BUS_HOP_S + (1 << 20) / 4 / rate)
+    assert kernels.bus_allreduce_s(device, 4, 1 << 20) == pytest.approx(by_hand)
+
+
+def test_each_element_wise_kernel_takes_a_launch() -> None:
+    plain, device = find_model("Llama-3-8B"), find_device("h100")
+    normed = dataclasses.replace(plain, head_norms=True)
+    without, with_it = (RooflineLatency(one, device).instance(1, 1) for one in (plain, normed))
+    launch_s = efficiencies("h100")["gemm"][0] / device.clock_hz
+    more_s = with_it.decode_step_s(1, 100) - without.decode_step_s(1, 100)
+    assert more_s == pytest.approx(2 * plain.layers * launch_s)
+    assert find_model("Qwen3-8B").head_norms
+    assert not find_model("Qwen2.5-7B").head_norms
+
+
 def test_vllm_of_2023_takes_longer_for_tokens_beyond_2048_where_more_than_two_ranks_add_up() -> None:
     shape, device = find_model("Llama-2-70B"), find_device("a100-80g")
     calm = dataclasses.replace(STACKS["eager-2023"], excess_s=0.0)

@@ -37,8 +37,16 @@ class Device:
     note: str
     #: whether the switch between the devices of a node adds up what they send (NVLink SHARP)
     switch_adds: bool = False
+    #: ranks of a node that NVLink joins: more of them, or any where it is 1, talk over PCIe
+    nvlinked: int = 1 << 10
+    #: over PCIe to another device of the node, one direction, where ``node_bytes_per_s`` is of NVLink
+    bus_bytes_per_s: float = 0.0
     #: how much longer the host takes for what it does than one of an A100
     host_factor: float = 1.0
+
+    def link_bytes_per_s(self, ranks: int) -> float:
+        """From one to another of as many devices of a node, one direction."""
+        return self.node_bytes_per_s if ranks <= self.nvlinked else self.bus_bytes_per_s or self.node_bytes_per_s
 
 
 @cache

@@ -36,6 +36,10 @@ TILE = 128
 HEAD_DIM = 128
 #: from this size on an all-reduce is done by NCCL, below by one kernel over peer memory, too
 LARGE_ALLREDUCE = 8 << 20
+#: an all-reduce over PCIe: a step of the ring, the share of the link that two devices have, and how that falls with
+#: their number, as they share bridges and sockets. Set on NCCL's times on 2, 4 and 8 RTX PRO 6000 (PCIe 5) in
+#: aiconfigurator's tables; those of L40S were held out
+BUS_HOP_S, BUS_SHARE, BUS_CROWDING = 2.2e-6, 0.64, 0.3
 
 #: a number, or a column of numbers
 Real = Any
@@ -122,6 +126,12 @@ def switched_allreduce_s(p: Parameters, device: Device, ranks: Real, nbytes: Rea
     if device.switch_adds:
         parts = _smaller(parts, (ranks + 1) / ranks)
     return _moved_s(p, device, ranks, parts * nbytes)
+
+
+def bus_allreduce_s(device: Device, ranks: Real, nbytes: Real) -> Real:
+    """The same in a ring over PCIe, through the bridges of the host."""
+    rate = device.link_bytes_per_s(ranks) * BUS_SHARE / (ranks / 2) ** BUS_CROWDING
+    return 2 * (ranks - 1) * (BUS_HOP_S + nbytes / ranks / rate)
 
 
 def nccl_s(p: Parameters, device: Device, ranks: Real, nbytes: Real) -> Real:

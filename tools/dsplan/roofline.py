@@ -28,11 +28,21 @@ SEND_S = 10e-6
 #: passes over the residual stream and the wide activations of a layer, in elements a token: two norms (read and
 #: write), two residual sums (two reads, one write), rotary and cache writes of Q and K
 RESIDUAL_PASSES = 10
+#: element-wise kernels of a layer: two norms with the residual sums, rotary, the write of K and V, the activation.
+#: Each takes what any kernel takes to begin and to end, as a GEMM's launch; so do norms of Q and of K
+ELEMENTWISE = 5
+HEAD_NORMS = 2
+#: of a mixture: the choice of experts, the gathering of their rows, the sum of what they give
+MIXTURE_ELEMENTWISE = 3
 #: arithmetic under steady load, to that of kernels measured one at a time: power holds the clock down. Set on the
 #: GEMMs of Llama-2 on A100 in Vidur's tables; those of Llama-3 and on H100 were held out
 SUSTAINED = 0.87
-#: place of the share of arithmetic in the parameters of a kernel
+#: place of the share of arithmetic in the parameters of a kernel, and of that of memory
 _FLOPS_SHARE = {"gemm": 1, "context": 1}
+_BYTES_SHARE = {"gemm": 2, "generation": 1}
+#: memory bandwidth of a device to that of the machine that its kernels were fitted on. The A100s of aiconfigurator's
+#: and of Vidur's tables stream weights with 0.73 and 0.85 of the peak: taken is the (geometric) mean of both
+STREAMING = {"a100-80g": 1.08}
 #: rows that are told apart, beyond a tile
 ROWS = 16
 #: tokens of a step beyond which vLLM of 2023 takes longer for each, as Splitwise's authors found
@@ -60,7 +70,7 @@ class Stack:
 
 
 STACKS = {
-    "graphs": Stack("decode in CUDA graphs; 2 ms a step is hand-set", 2e-3),
+    "graphs": Stack("decode in CUDA graphs; 1.5 ms a step is hand-set", 1.5e-3),
     "nccl-2023": Stack(
         "an engine in C++ of 2023, as DistServe's: its libraries, all-reduce by NCCL; 2 ms a step is hand-set",
         2e-3,
@@ -96,6 +106,8 @@ def efficiencies(name: str) -> dict[str, Parameters]:
     fitted = {kernel: list(values) for kernel, values in devices[name].items()}
     for kernel, place in _FLOPS_SHARE.items():
         fitted[kernel][place] *= SUSTAINED
+    for kernel, place in _BYTES_SHARE.items():
+        fitted[kernel][place] *= STREAMING.get(name, 1.0)
     return {kernel: tuple(values) for kernel, values in fitted.items()}
 
 
@@ -142,6 +154,7 @@ class RooflineInstance:
         total = self._gemm_s(rows, heads + 2 * kv, s.hidden)
         total += self._gemm_s(rows, s.hidden, heads)
         total += self._moved_s(rows * (RESIDUAL_PASSES * s.hidden + 2 * (heads + kv)))
+        total += self._launches_s(ELEMENTWISE + HEAD_NORMS * s.head_norms)
         if s.sparse < 1:
             total += (1 - s.sparse) * self._mlp_s(rows, s.intermediate)
         if s.sparse:
@@ -162,7 +175,7 @@ class RooflineInstance:
         s = self.shape
         total = self._gemm_s(rows, s.experts, s.hidden)
         total += self._mlp_s(rows * s.active, s.expert_width, s.hit_experts(rows))
-        total += self._moved_s(3 * rows * s.active * s.hidden)
+        total += self._moved_s(3 * rows * s.active * s.hidden) + self._launches_s(MIXTURE_ELEMENTWISE)
         return total + (self._mlp_s(rows, s.shared_width) if s.shared_width else 0.0)
 
     def _moved_s(self, elements: float) -> float:
@@ -170,14 +183,20 @@ class RooflineInstance:
         share = self._kernels()[f"gemm{self.stack.library}"][2]
         return elements * self.shape.item_nbytes / (self.device.bytes_per_s * share)
 
+    def _launches_s(self, count: int) -> float:
+        """As many kernels that have next to nothing to do."""
+        return count * self._kernels()[f"gemm{self.stack.library}"][0] / self.device.clock_hz
+
     def allreduce_s(self, nbytes: float) -> float:
-        """Sum over the TP ranks: by NCCL or, below a size and where that is quicker, over peer memory."""
+        """Sum over the TP ranks: by NCCL or, below a size and where that is quicker, over peer memory of NVLink."""
         if self.tp == 1:
             return 0.0
         device = self.device
         if self.across:
             # a ring is as fast as its slowest link, and no switch or peer reaches into another node
             device = replace(device, node_bytes_per_s=device.network_bytes_per_s, switch_adds=False)
+        elif self.tp > device.nvlinked:
+            return float(kernels.bus_allreduce_s(device, self.tp, nbytes))
         fitted, size = self._kernels(), (device, self.tp, nbytes)
         if self.stack.library:
             return float(kernels.nccl_s(fitted[f"allreduce{self.stack.library}"], *size))
@@ -187,7 +206,8 @@ class RooflineInstance:
         return min(large, float(kernels.allreduce_s(fitted["allreduce_small"], *size)))
 
     def _send_s(self, rows: float) -> float:
-        link = self.device.network_bytes_per_s if self.spread else self.device.node_bytes_per_s
+        near = self.device.link_bytes_per_s(self.tp * self.stages)
+        link = self.device.network_bytes_per_s if self.spread else near
         return SEND_S + rows * self.shape.hidden * self.shape.item_nbytes / link
 
     def _output_s(self, rows: int) -> float:

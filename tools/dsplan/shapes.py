@@ -24,6 +24,8 @@ ITEM_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 UNGATED = frozenset(
     {"opt", "gpt2", "gptj", "gpt_neox", "bloom", "falcon", "gpt_bigcode", "phi", "starcoder2", "mpt"}
 )
+#: families that normalise each head of Q and of K
+HEAD_NORMED = frozenset({"qwen3", "qwen3_moe", "olmo2", "olmoe", "gemma3", "gemma3_text", "glm4_moe"})
 #: more layers, heads or width than any model has: a number in the wrong place
 ABSURD = 10_000_000
 
@@ -48,6 +50,8 @@ class ModelShape:
     tied: bool
     #: bytes of one weight and of one KV element
     item_nbytes: int = 2
+    #: whether heads of Q and K are normalised
+    head_norms: bool = False
     #: of a mixture of experts: how many, those that a token goes to, and the width of one; 0 for dense models
     experts: int = 0
     active: int = 0
@@ -163,6 +167,7 @@ def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
         gated=not ungated,
         tied=bool(config.get("tie_word_embeddings", ungated)),
         item_nbytes=ITEM_NBYTES.get(stored, 2),
+        head_norms=config.get("model_type") in HEAD_NORMED,
         **_experts(name, config),
         **_window(name, config),
     )
