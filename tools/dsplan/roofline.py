@@ -40,8 +40,8 @@ SUSTAINED = 0.87
 #: place of the share of arithmetic in the parameters of a kernel, and of that of memory
 _FLOPS_SHARE = {"gemm": 1, "context": 1}
 _BYTES_SHARE = {"gemm": 2, "generation": 1}
-#: memory bandwidth of a device to that of the machine that its kernels were fitted on. The A100s of aiconfigurator's
-#: and of Vidur's tables stream weights with 0.73 and 0.85 of the peak: taken is the (geometric) mean of both
+#: memory bandwidth of a device to that of the machine that its kernels were fitted on. The A100s of the tables of
+#: aiconfigurator and of Vidur stream weights with 0.73 and 0.85 of the peak: taken is the (geometric) mean of both
 STREAMING = {"a100-80g": 1.08}
 #: rows that are told apart, beyond a tile
 ROWS = 16
