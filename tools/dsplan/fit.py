@@ -109,7 +109,7 @@ TABLES = (
         ("batch_size", "isl", *_HEADS),
         _BF16,
         kernels.context_s,
-        (8e-6, 0.6, 2e-9, 2.0, 0.7, 0.5, 0.3),
+        (16e3, 0.6, 4.0, 2.0, 10.0, 0.5, 0.3),
         _grouped,
     ),
     Table(

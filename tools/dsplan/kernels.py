@@ -14,7 +14,7 @@ from typing import Any
 from dsplan.devices import Device
 
 GEMM_NAMES = ("launch_cycles", "flops_share", "bytes_share", "edge_bytes", "knee", "split_cycles")
-CONTEXT_NAMES = ("launch_s", "flops_share", "serial_s", "knee", "bytes_share", "wave", "width")
+CONTEXT_NAMES = ("launch_cycles", "flops_share", "serial_cycles", "knee", "row_bytes", "wave", "width")
 GENERATION_NAMES = (
     "launch_cycles",
     "bytes_share",
@@ -32,6 +32,8 @@ GEMM_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 64), (16, 64))
 GEMM_SPLITS = (1, 2, 4, 8)
 #: rows of a tile of attention
 TILE = 128
+#: share of the memory bandwidth that reading one thing after the other has, as GEMMs of few rows have it
+STREAM_SHARE = 0.85
 #: head dimension that kernels are tuned for
 HEAD_DIM = 128
 #: from this size on an all-reduce is done by NCCL, below by one kernel over peer memory, too
@@ -84,15 +86,23 @@ def gemm_s(p: Parameters, device: Device, m: Real, n: Real, k: Real, groups: Rea
 
 
 def context_s(p: Parameters, device: Device, batch: Real, tokens: Real, heads: Real, kv: Real, dim: Real) -> Real:
-    """Causal attention of ``batch`` prompts of ``tokens`` each."""
-    launch, flops_share, serial, knee, bytes_share, wave, width = p
+    """Causal attention of ``batch`` prompts of ``tokens`` each.
+
+    Its rows go through the multiprocessors with ``row_bytes`` a cycle of each: on most devices that bounds short
+    prompts, and not memory.
+    """
+    launch, flops_share, serial, knee, row_bytes, wave, width = p
+    clock = device.clock_hz
     flops_share = flops_share * (dim / HEAD_DIM) ** width
     whole = -(-tokens // TILE)
     tiles = whole * batch * heads
     flops = 2 * batch * heads * dim * tokens * TILE * whole
     arithmetic = flops / (device.flops * flops_share) * _waves(tiles, device) ** wave
-    memory = 4 * batch * tokens * dim * (heads + kv) / (device.bytes_per_s * bytes_share)
-    return launch + (arithmetic**knee + memory**knee + (serial * tokens) ** knee) ** (1 / knee)
+    nbytes = 4 * batch * tokens * dim * (heads + kv)
+    through_s = nbytes / (row_bytes * device.multiprocessors * clock)
+    moved = _larger(nbytes / (device.bytes_per_s * STREAM_SHARE), through_s)
+    bounds = arithmetic**knee + moved**knee + (serial * tokens / clock) ** knee
+    return launch / clock + bounds ** (1 / knee)
 
 
 def generation_s(
