@@ -32,7 +32,7 @@ from dskv.copying import SMALL_NBYTES
 from dskv.handle import KvHandle, KvKey
 from dskv.layout import KvLayout
 from dskv.memory import RankPools
-from dskv.pages import MirrorPages
+from dskv.pages import SPARE_NBYTES, MirrorPages
 from dskv.receive import Receiver
 from dskv.segment import SegmentCache
 from dskv.shards import KvShard, copies, shards
@@ -54,8 +54,6 @@ log = structlog.get_logger()
 
 #: of the prompt that an instance reads before it serves
 WARM_UP_TOKENS = 24
-#: pages of mirrors that are kept while nothing is in them: to have them anew takes several times the copy
-SPARE_NBYTES = 1 << 30
 
 
 class RunningInstance:
@@ -87,8 +85,10 @@ class RunningInstance:
         #: asked for and not at their end
         self._copying = 0
         #: of the mirrors, where the pools have some
-        self._pages: MirrorPages | None = None
-        if self.mirrored:
+        self._pages: MirrorPages | SpreadKv | None = None
+        if self.mirrored and spread is not None:
+            self._pages = spread
+        elif self.mirrored:
             self._pages = MirrorPages(self.pools, SPARE_NBYTES // engine.layout.block_nbytes)
 
     @classmethod
@@ -254,10 +254,10 @@ class RunningInstance:
         if self.gpu is not None:
             self.gpu.fetch(handle, blocks, summed=summed)
             return
-        if self._spread is not None:
-            self._spread.bring(handle, blocks, summed=summed)
-            return
         with self._arriving(handle.key, blocks[: self.engine.layout.blocks_for(handle.tokens)]):
+            if self._spread is not None:
+                self._spread.bring(handle, blocks, summed=summed)
+                return
             receiver = Receiver(handle, self.pools, blocks, summed=summed)
             transport.bring(receiver)
             receiver.verify()

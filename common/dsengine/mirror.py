@@ -12,16 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from threading import Lock
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dsengine.side_stream import SideStream
 from dskv.segment import Segment
-
-#: from the pool to the mirror, or from there to the pool
-MirrorWay = Literal["out", "in"]
+from dswire.messages.ranks import MirrorWay
 
 #: copied at once
 _BOUNCE_NBYTES = 8 << 20

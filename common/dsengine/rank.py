@@ -24,10 +24,12 @@ from dsengine.rank_orders import (
     LOAD_S,
     RankCopy,
     RankMeet,
+    RankPages,
     RankPull,
     RankStep,
     RankSum,
     Report,
+    StageOrder,
     Start,
     encode,
     read,
@@ -60,7 +62,7 @@ class _Rank:
         #: the one that is told, where it is
         self._meets: SimpleQueue[RankMeet] = SimpleQueue()
         #: one at a time is asked for
-        self._copies: SimpleQueue[RankCopy | RankSum | RankPull] = SimpleQueue()
+        self._copies: SimpleQueue[RankCopy | StageOrder] = SimpleQueue()
 
         #: once somebody asks for its KV as a whole
         self._stage: StageKv | None = None
@@ -121,7 +123,7 @@ class _Rank:
         return wires
 
     def _listen(self) -> None:
-        decoder = msgspec.msgpack.Decoder(RankStep | RankCopy | RankSum | RankPull | RankMeet)
+        decoder = msgspec.msgpack.Decoder(RankStep | RankCopy | RankMeet | StageOrder)
         while (frame := read(self._orders)) is not None:
             order = decoder.decode(frame)
             if isinstance(order, RankStep):
@@ -145,18 +147,25 @@ class _Rank:
                 error = EngineFailed(f"{self._start.name}: {failed!r}").info()
             self._report(Report("copied", error, checksum=checksum))
 
-    def _copied(self, engine: Engine, order: RankCopy | RankSum | RankPull) -> int:
+    def _copied(self, engine: Engine, order: RankCopy | StageOrder) -> int:
         """Do that; the checksum of what was summed."""
         if isinstance(order, RankCopy):
             engine.mirror(order.blocks, order.way)
             return 0
         if self._stage is None:
-            start, blocks = self._start, engine.pool.num_blocks
-            stage = start.rank // start.tp
-            self._stage = StageKv(engine.layout, start.tp, start.pp, stage, start.segments, blocks)
-        if isinstance(order, RankSum):
-            return self._stage.checksum(order.blocks)
-        return self._stage.bring(order.handle, order.blocks, summed=order.summed)
+            start, pool = self._start, engine.pool
+            stage, mirrored = start.rank // start.tp, pool.mirror is not None
+            self._stage = StageKv(
+                engine.layout, start.tp, start.pp, stage, start.segments, pool.num_blocks, mirrored=mirrored
+            )
+        match order:
+            case RankPages(key, blocks):
+                self._stage.pages(key, blocks)
+                return 0
+            case RankSum(blocks):
+                return self._stage.checksum(blocks)
+            case RankPull(handle, blocks, summed):
+                return self._stage.bring(handle, blocks, summed=summed)
 
     def _beat(self) -> NoReturn:
         """Give signs of life, within a long step too: what computes lets go of the interpreter's lock."""

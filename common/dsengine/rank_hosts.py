@@ -19,7 +19,19 @@ import msgspec
 from zmq.auth.thread import ThreadAuthenticator
 
 from dsengine.configs import form_of
-from dsengine.rank_orders import BEAT_S, LOAD_S, RankMeet, RankPull, RankStep, RankSum, Report, Wiring
+from dsengine.rank_orders import (
+    BEAT_S,
+    LOAD_S,
+    RankCopy,
+    RankMeet,
+    RankPages,
+    RankPull,
+    RankStep,
+    RankSum,
+    Report,
+    StageOrder,
+    Wiring,
+)
 from dskv.stream import SECRET_NBYTES
 from dstopology.resolved import Instance, RankHost, Topology
 from dstopology.wiring import system_keys
@@ -29,8 +41,10 @@ from dswire.keys import start_authenticator
 from dswire.messages import PROTOCOL
 from dswire.messages.ranks import (
     FromHost,
+    HostCopy,
     HostHello,
     HostMeet,
+    HostPages,
     HostPing,
     HostPull,
     HostRefused,
@@ -111,12 +125,14 @@ class RankHosts:
         for name in self._hosts:
             self._soon(name, lambda link: HostStep(link, step.spans, step.picked))
 
-    def beside(self, rank: int, order: RankSum | RankPull) -> None:
-        """Have a rank do something with KV."""
-        if isinstance(order, RankSum):
-            self._soon(self._host_of(rank), lambda link: HostSum(link, rank, order.blocks))
-            return
-        self._soon(self._host_of(rank), lambda link: HostPull(link, rank, order.handle, order.blocks, order.summed))
+    def copy(self, copy: RankCopy) -> None:
+        """Tell all of a copy."""
+        for name in self._hosts:
+            self._soon(name, lambda link: HostCopy(link, copy.blocks, copy.way))
+
+    def beside(self, rank: int, order: StageOrder) -> None:
+        """Have a rank do something with the KV of its stage."""
+        self._soon(self._host_of(rank), lambda link: _for_host(link, rank, order))
 
     def close(self) -> None:
         """Leave them, which ends their ranks. Doing it twice is harmless."""
@@ -207,6 +223,16 @@ class RankHosts:
         error = EngineFailed(told, remedy=f"`dsctl logs {name}` on its host tells more")
         for rank in self._ranks[name]:
             self._takers[rank](Report("failed", error.info()))
+
+
+def _for_host(link: str, rank: int, order: StageOrder) -> msgspec.Struct:
+    match order:
+        case RankPages(key, blocks):
+            return HostPages(link, rank, key, blocks)
+        case RankSum(blocks):
+            return HostSum(link, rank, blocks)
+        case RankPull(handle, blocks, summed):
+            return HostPull(link, rank, handle, blocks, summed)
 
 
 _REMEDY = "start the nodes' processes with `dsctl up --node`, from the same topology and with the same keys"

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import msgspec
 
 from dsengine.config import EngineConfig
 from dsengine.span import Span
-from dskv.handle import KvHandle
+from dskv.handle import KvHandle, KvKey
 from dswire.errors import ErrorInfo
-from dswire.messages.ranks import RankSpan, RankState
+from dswire.messages.ranks import MirrorWay, RankSpan, RankState
 
 #: seconds between two signs of life of a rank that has loaded
 BEAT_S = 1.0
@@ -93,7 +93,14 @@ class RankCopy(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Blocks that go from the pool to its mirror or the other way; its end is reported."""
 
     blocks: list[int]
-    way: Literal["out", "in"]
+    way: MirrorWay
+
+
+class RankPages(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The first rank of a stage has pages for blocks of all its mirrors; for none, it lets go those of ``key``."""
+
+    key: KvKey
+    blocks: tuple[int, ...]
 
 
 class RankSum(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -108,6 +115,10 @@ class RankPull(msgspec.Struct, frozen=True, array_like=True, tag=True):
     handle: KvHandle
     blocks: tuple[int, ...]
     summed: bool
+
+
+#: what the first rank of a stage does with the KV of the whole stage
+StageOrder: TypeAlias = RankPages | RankSum | RankPull
 
 
 class Report(msgspec.Struct, frozen=True):

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from dsengine.config import EngineConfig
-from dsengine.mirror import MirrorWay
 from dsengine.parallel import Part, drawing_rank
 from dsengine.rank_group import GroupPeers
 from dsengine.rank_hosts import RankHosts
@@ -31,10 +30,9 @@ from dsengine.rank_orders import (
     LOAD_S,
     RankCopy,
     RankMeet,
-    RankPull,
     RankStep,
-    RankSum,
     Report,
+    StageOrder,
     Start,
     encode,
 )
@@ -43,6 +41,7 @@ from dsengine.runner import Engine, StepItem, device_of
 from dsengine.span import Span
 from dsengine.wire import PeerGone, Wires
 from dswire.errors import DsError, EngineFailed, StartFailed, from_info
+from dswire.messages.ranks import MirrorWay
 
 T = TypeVar("T")
 
@@ -179,11 +178,14 @@ class RankedEngine(Engine):
         made of it.
         """
         with self._copying:
-            self._tell_all(encode(RankCopy(list(blocks), way)))
+            copy = RankCopy(list(blocks), way)
+            self._tell_all(encode(copy))
+            if self._hosts is not None:
+                self._teller.submit(self._hosts.copy, copy)
             self._done(list(self._others), lambda: super(RankedEngine, self).mirror(blocks, way))
 
     def beside(
-        self, order: RankSum | RankPull, ranks: Sequence[int], meanwhile: Callable[[], T]
+        self, order: StageOrder, ranks: Sequence[int], meanwhile: Callable[[], T]
     ) -> tuple[T, dict[int, int]]:
         """Have ``ranks`` of other nodes do something with KV beside the steps, and do ``meanwhile``.
 

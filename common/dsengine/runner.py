@@ -20,7 +20,6 @@ from torch import Tensor
 from dsengine import drawing
 from dsengine.attention import PagedAttention
 from dsengine.config import EngineConfig, ModelInfo
-from dsengine.mirror import MirrorWay
 from dsengine.model import Model, is_out_of_memory, load_model, load_shape
 from dsengine.native.decoder import NativeDecoder
 from dsengine.parallel import WHOLE, Part, Peers
@@ -31,6 +30,7 @@ from dskv.layout import KvLayout
 from dskv.shards import shards
 from dswire.errors import DsError, EngineFailed, OutOfMemory, UnsupportedModel
 from dswire.messages.client import Sampling
+from dswire.messages.ranks import MirrorWay
 
 
 @dataclass(frozen=True, slots=True)

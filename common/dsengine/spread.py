@@ -6,16 +6,21 @@ it there. The checksum is of all stages together. For one thread.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from typing import TypeVar
 
 from dsengine.configs import rank_segments
-from dsengine.rank_orders import RankPull, RankSum
+from dsengine.rank_orders import RankPages, RankPull, RankSum, StageOrder
 from dsengine.ranks import RankedEngine
 from dskv.checksum import joined
-from dskv.handle import KvHandle
+from dskv.handle import KvHandle, KvKey
 from dskv.receive import compare
 from dskv.stage import StageKv
 from dstopology.resolved import Instance
+from dswire.errors import DsError
+
+T = TypeVar("T")
 
 
 class SpreadKv:
@@ -24,15 +29,32 @@ class SpreadKv:
     def __init__(self, engine: RankedEngine, instance: Instance) -> None:
         segments, tp, pp = list(map(str, rank_segments(instance))), instance.tp, instance.pp
         first = [stage * tp for stage in range(pp)]
+        mirrored = engine.pool.mirror is not None
         self._engine = engine
         #: by stage
         self._near = {
-            stage: StageKv(engine.layout, tp, pp, stage, segments, engine.pool.num_blocks)
+            stage: StageKv(engine.layout, tp, pp, stage, segments, engine.pool.num_blocks, mirrored=mirrored)
             for stage, rank in enumerate(first)
             if instance.nodes[rank] == instance.node
         }
         #: the first ranks of the others
         self._far = {stage: rank for stage, rank in enumerate(first) if stage not in self._near}
+
+    def hold(self, key: KvKey, blocks: tuple[int, ...]) -> None:
+        """Have pages for ``blocks`` of mirrors until ``key`` lets them go.
+
+        Raises :class:`TransferFailed` where there is no room on a node, and holds nothing then.
+        """
+        try:
+            self._all(RankPages(key, blocks), lambda near: near.pages(key, blocks))
+        except DsError:
+            self.let_go(key)
+            raise
+
+    def let_go(self, key: KvKey) -> None:
+        """What ``key`` holds, if anything, is needed no longer. Where ranks are lost, it went with them."""
+        with contextlib.suppress(DsError):
+            self._all(RankPages(key, ()), lambda near: near.pages(key, ()))
 
     def checksum(self, blocks: tuple[int, ...]) -> int:
         """Over ``blocks``. Raises :class:`DsError` where a stage cannot tell it."""
@@ -50,10 +72,15 @@ class SpreadKv:
         for near in self._near.values():
             near.close()
 
-    def _joined(self, order: RankSum | RankPull, here: Callable[[StageKv], int]) -> int:
-        def near() -> dict[int, int]:
+    def _joined(self, order: StageOrder, here: Callable[[StageKv], int]) -> int:
+        sums = self._all(order, here)
+        return joined(sums[stage] for stage in sorted(sums))
+
+    def _all(self, order: StageOrder, here: Callable[[StageKv], T]) -> dict[int, T | int]:
+        """What comes of each stage: of ``here`` on this node, of ``order`` on the others."""
+
+        def near() -> dict[int, T]:
             return {stage: here(one) for stage, one in self._near.items()}
 
-        sums, far = self._engine.beside(order, list(self._far.values()), near)
-        sums |= {stage: far[rank] for stage, rank in self._far.items()}
-        return joined(sums[stage] for stage in sorted(sums))
+        mine, theirs = self._engine.beside(order, list(self._far.values()), near)
+        return {**mine, **{stage: theirs[rank] for stage, rank in self._far.items()}}

@@ -16,6 +16,9 @@ from dskv.handle import KvKey
 from dskv.memory import RankPools
 from dswire.errors import DsError
 
+#: pages of mirrors that are kept while nothing is in them: to have them anew takes several times the copy
+SPARE_NBYTES = 1 << 30
+
 
 class MirrorPages:
     """The pages of an instance's mirrors, those of all ranks. For use by any thread."""

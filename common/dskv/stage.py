@@ -11,9 +11,10 @@ from pathlib import Path
 
 import msgspec
 
-from dskv.handle import KvHandle
+from dskv.handle import KvHandle, KvKey
 from dskv.layout import KvLayout
 from dskv.memory import RankPools
+from dskv.pages import SPARE_NBYTES, MirrorPages
 from dskv.receive import Receiver
 from dskv.segment import SegmentCache
 from dskv.shards import KvShard, shards, stage_layers
@@ -25,9 +26,19 @@ class StageKv:
     """The pools of one stage's ranks, in a process of their node. For one thread."""
 
     def __init__(
-        self, layout: KvLayout, tp: int, pp: int, stage: int, segments: Sequence[str], blocks: int
+        self,
+        layout: KvLayout,
+        tp: int,
+        pp: int,
+        stage: int,
+        segments: Sequence[str],
+        blocks: int,
+        *,
+        mirrored: bool = False,
     ) -> None:
         """``layout``: of the whole model; ``segments``: files of all ``tp * pp`` ranks, of ``blocks`` each.
+
+        ``mirrored``: these are not the pools but mirrors of them, whose pages come and go.
 
         Raises :class:`UnsupportedModel` for a model that cannot be shared out so.
         """
@@ -36,6 +47,21 @@ class StageKv:
         self._directory = Path(segments[0]).parent
         self._blocks = blocks
         self._mapped = SegmentCache()
+        self._mirrored = mirrored
+        self._pages: MirrorPages | None = None
+
+    def pages(self, key: KvKey, blocks: tuple[int, ...]) -> None:
+        """Have pages for ``blocks`` of mirrors until ``key`` lets them go, which is said by no blocks.
+
+        Raises :class:`TransferFailed` where there is no room, and holds nothing then.
+        """
+        assert self._mirrored, "the pages of a pool stay"
+        if self._pages is None:
+            self._pages = MirrorPages(self._pools(), SPARE_NBYTES // self._layout.block_nbytes)
+        if blocks:
+            self._pages.hold(key, blocks)
+        else:
+            self._pages.let_go(key)
 
     def checksum(self, blocks: Sequence[int]) -> int:
         """Over blocks of the stage. Raises :class:`TransferFailed` where a pool cannot be mapped."""

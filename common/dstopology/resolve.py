@@ -195,10 +195,6 @@ class Resolver:
             )
             remedy = "have all instances' stages on the same nodes in the same order, or each instance on one node"
             self.problems.add((spread.role, "place"), reason, remedy)
-        if not all(device.startswith("cpu") for one in instances for device in one.devices):
-            reason = f"the ranks of {spread.name} are on several nodes, between which GPUs hand over no KV"
-            remedy = "place all ranks of an instance on one node, or have `mode: colocated`"
-            self.problems.add((spread.role, "place"), reason, remedy)
         relay, forced = self.file.relay, self.file.force_transport
         remedy = "leave the key out, or place each instance on one node"
         if forced not in (None, "shm") or "shm" not in relay.transports:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsengine.rank_orders import RankMeet, RankPull, RankStep, RankSum, Report
+from dsengine.rank_orders import RankCopy, RankMeet, RankStep, Report, StageOrder
 
 # events
 
@@ -52,7 +52,7 @@ class TellRank:
     """Give a rank an order."""
 
     rank: int
-    order: RankMeet | RankStep | RankSum | RankPull
+    order: RankMeet | RankStep | RankCopy | StageOrder
 
 
 @dataclass(frozen=True, slots=True)

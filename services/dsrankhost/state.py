@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsengine.rank_orders import RankMeet, RankPull, RankStep, RankSum
+from dsengine.rank_orders import RankCopy, RankMeet, RankPages, RankPull, RankStep, RankSum, StageOrder
 from dsrankhost.config import HostConfig
 from dsrankhost.events import EndRanks, Linked, RankSaid, StartRanks, TellRank, Unlinked
 from dswire.links import End, Ready
 from dswire.machine import PeerLost, Received, Send, Tick
 from dswire.messages import PROTOCOL
 from dswire.messages.ranks import (
+    HostCopy,
     HostHello,
     HostMeet,
+    HostPages,
     HostPull,
     HostRefused,
     HostStart,
@@ -90,13 +92,15 @@ class HostState:
                 return [StartRanks(message.link, message.blocks, message.secret)]
             case HostMeet() if self._mine(message.link) and message.rank in self.config.ranks:
                 return [TellRank(message.rank, RankMeet(message.where))]
-            case HostSum() if self._mine(message.link) and message.rank in self.config.ranks:
-                return [TellRank(message.rank, RankSum(message.blocks))]
-            case HostPull() if self._mine(message.link) and message.rank in self.config.ranks:
-                return [TellRank(message.rank, RankPull(message.handle, message.blocks, message.summed))]
             case HostStep() if self._mine(message.link):
                 step = RankStep(message.spans, message.picked)
                 return [TellRank(rank, step) for rank in sorted(self.config.ranks)]
+            case HostCopy() if self._mine(message.link):
+                copy = RankCopy(message.blocks, message.way)
+                return [TellRank(rank, copy) for rank in sorted(self.config.ranks)]
+            case HostPages() | HostSum() | HostPull():
+                if self._mine(message.link) and message.rank in self.config.ranks:
+                    return [TellRank(message.rank, _order(message))]
         return []
 
     def _mine(self, link: str) -> bool:
@@ -113,3 +117,13 @@ class HostState:
             if self.loaded == self.config.ranks:
                 actions.append(Ready())
         return actions
+
+
+def _order(message: HostPages | HostSum | HostPull) -> StageOrder:
+    match message:
+        case HostPages():
+            return RankPages(message.key, message.blocks)
+        case HostSum():
+            return RankSum(message.blocks)
+        case HostPull():
+            return RankPull(message.handle, message.blocks, message.summed)

@@ -31,16 +31,20 @@ ranks: {{port: {{port}}}}
 kv: {{memory: 8MiB}}
 security: {{curve: on, keys: {keys}}}
 """
-MODES = {
-    "colocated": """
+COLOCATED = """
 mode: colocated
 decode: {pp: 2, place: [[n0/cpu:0, n1/cpu:0]], max_batch_tokens: 32}
-""",
-    # blocks of two sizes, and stages of one rank and of two
-    "disaggregated": """
+"""
+# blocks of two sizes, and stages of one rank and of two
+DISAGGREGATED = """
 prefill: {pp: 2, place: [[n0/cpu:0, n1/cpu:0]], max_batch_tokens: 32, kv: {block_size: 8}}
 decode: {tp: 2, pp: 2, place: [[n0/cpu:1, n0/cpu:2, n1/cpu:1, n1/cpu:2]]}
-""",
+"""
+#: and whether pools have mirrors, as those of GPUs do
+MODES = {
+    "colocated": (COLOCATED, "off"),
+    "disaggregated": (DISAGGREGATED, "off"),
+    "mirrored": (DISAGGREGATED, "on"),
 }
 TOKENS = 60
 PROMPTS = [prompt_of(length) for length in (1, 17, 33, 60, 5, 90)]
@@ -62,8 +66,9 @@ def system(
 ) -> Iterator[System]:
     keys = tmp_path_factory.mktemp("keys")
     write_pair(keys / SYSTEM_SECRET, keys / SYSTEM_PUBLIC)
-    text = TOPOLOGY.format(model=model, keys=keys) + MODES[request.param]
-    with running_system(text, keys=load_system(keys)) as running:
+    mode, mirror = MODES[request.param]
+    text = TOPOLOGY.format(model=model, keys=keys) + mode
+    with running_system(text, keys=load_system(keys), extra_env={"DS_KV_MIRROR": mirror}) as running:
         yield running
 
 

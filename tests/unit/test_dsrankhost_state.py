@@ -6,7 +6,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsengine.rank_orders import RankMeet, RankPull, RankStep, RankSum, Report
+from dsengine.rank_orders import RankCopy, RankMeet, RankPages, RankPull, RankStep, RankSum, Report
 from dsrankhost.config import HostConfig
 from dsrankhost.events import EndRanks, Linked, RankSaid, StartRanks, TellRank, Unlinked
 from dsrankhost.state import INSTANCE, HostState
@@ -15,8 +15,10 @@ from dswire.links import End, Ready
 from dswire.machine import Received, Send
 from dswire.messages import PROTOCOL
 from dswire.messages.ranks import (
+    HostCopy,
     HostHello,
     HostMeet,
+    HostPages,
     HostPing,
     HostPull,
     HostRefused,
@@ -69,7 +71,16 @@ def test_what_the_instance_says_goes_to_its_ranks() -> None:
     assert say(state, HostSum("i/1", 1, (3, 4))) == [TellRank(1, RankSum((3, 4)))]
     pull = HostPull("i/1", 0, HANDLE, (5,), summed=True)
     assert say(state, pull) == [TellRank(0, RankPull(HANDLE, (5,), summed=True))]
-    for other in (HostSum("i/0", 1, (3,)), HostSum("i/1", 2, (3,)), msgspec.structs.replace(pull, rank=2)):
+    pages = HostPages("i/1", 0, HANDLE.key, (5,))
+    assert say(state, pages) == [TellRank(0, RankPages(HANDLE.key, (5,)))]
+    copied = [TellRank(rank, RankCopy([5], "out")) for rank in (0, 1)]
+    assert say(state, HostCopy("i/1", [5], "out")) == copied
+    for other in (
+        HostCopy("i/0", [5], "in"),
+        HostSum("i/0", 1, (3,)),
+        HostSum("i/1", 2, (3,)),
+        msgspec.structs.replace(pull, rank=2),
+    ):
         assert say(state, other) == []
     assert say(state, HostPing()) == []
 

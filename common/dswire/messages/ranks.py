@@ -9,13 +9,16 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from dskv.handle import KvHandle
+from dskv.handle import KvHandle, KvKey
 from dswire.errors import ErrorInfo
 from dswire.messages.worker import ModelIdentity
 
 #: ``joining``: about to look for the others; ``ready``: loaded; ``alive``: a sign of life; ``copied``: the end of
 #: what was done with KV; ``failed``: why it ends
 RankState = Literal["joining", "ready", "alive", "copied", "failed"]
+
+#: from a pool to its mirror, or from there to the pool
+MirrorWay = Literal["out", "in"]
 
 
 class RankSpan(msgspec.Struct, frozen=True, array_like=True):
@@ -83,6 +86,23 @@ class HostStep(msgspec.Struct, frozen=True, tag=True):
     picked: tuple[int, ...]
 
 
+class HostCopy(msgspec.Struct, frozen=True, tag=True):
+    """For all ranks of the host: see :class:`dsengine.rank_orders.RankCopy`."""
+
+    link: str
+    blocks: list[int]
+    way: MirrorWay
+
+
+class HostPages(msgspec.Struct, frozen=True, tag=True):
+    """For a rank: see :class:`dsengine.rank_orders.RankPages`."""
+
+    link: str
+    rank: int
+    key: KvKey
+    blocks: tuple[int, ...]
+
+
 class HostSum(msgspec.Struct, frozen=True, tag=True):
     """For a rank: see :class:`dsengine.rank_orders.RankSum`."""
 
@@ -112,4 +132,6 @@ class HostRefused(msgspec.Struct, frozen=True, tag=True):
 
 
 FromHost: TypeAlias = HostHello | RankReported
-ToHost: TypeAlias = HostStart | HostMeet | HostStep | HostSum | HostPull | HostPing | HostRefused
+ToHost: TypeAlias = (
+    HostStart | HostMeet | HostStep | HostCopy | HostPages | HostSum | HostPull | HostPing | HostRefused
+)
