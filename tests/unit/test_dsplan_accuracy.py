@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from dsctl.latency import command
-from dsplan import accuracy
+from dsplan import accuracy, served
 from dsplan.accuracy import Row, errors, measured, published, step_s
 from dsplan.devices import find_device, unseen
 from dsplan.errors import PlanInput
@@ -81,6 +81,28 @@ def test_malformed_measurements_are_refused_by_line(tmp_path: Path, line: str, w
 def test_distserves_profile_is_met_although_nothing_was_fitted_on_it() -> None:
     found = {one.table: one for one in errors(accuracy.distserve_rows())}
     assert all(one.mape < 0.1 for name, one in found.items() if "doubtful" not in name)
+
+
+SERVED = "model_path,system,mode,gemm_quant_mode,backend,backend_version,tp_size,pp_size,batch_size,isl,osl"
+SERVED += ",silicon_ttft_ms,silicon_tpot_ms\n"
+
+
+def test_whole_requests_are_modelled_by_their_steps_and_the_prompts_read_meanwhile(tmp_path: Path) -> None:
+    model = RooflineLatency(find_model("Llama-3-8B"), find_device("h100")).instance(2, 1)
+    step = model.decode_step_s(4, 4 * 1100)
+    reading = model.mixed_stage_s(1000, 1000**2, 1, 4, 4 * 1100) - step
+    name = "meta-llama/Llama-3.1-8B-Instruct,h100_sxm,agg"
+    rows = [f"{name},,vllm,1,2,1,4,1000,200,{reading * 4e3},{step * 200 / 199 * 1e3}"]
+    # another precision, and more than memory holds
+    rows += [f"{name},fp8,vllm,1,2,1,4,1000,200,1,1", f"{name},,vllm,1,1,1,4000,1000,200,1,1"]
+    (tmp_path / served.FILE).write_text(SERVED + "\n".join(rows))
+    (row,) = (one for one in published(tmp_path) if one.table.startswith("requests"))
+    assert row.table == "requests of vllm 1, Llama-3-8B, h100"
+    assert row.modelled_s == pytest.approx(row.measured_s)
+    assert row.blind_s is not None
+    (tmp_path / served.FILE).write_text("model_path,system\nQwen/Qwen3-32B,h100_sxm\n")
+    with pytest.raises(PlanInput, match="'mode'"):
+        published(tmp_path)
 
 
 @pytest.mark.skipif(not MEASURED.exists(), reason="the measurements are not on this host")

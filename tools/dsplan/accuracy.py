@@ -1,12 +1,13 @@
 """How far the roofline is from measurements: mean and 90th percentile of the relative error, by table.
 
 Two sources. :func:`published` reads public measurements from a directory that the user names (Vidur's kernels,
-Splitwise's whole steps) and DistServe's profile of OPT, which is shipped. The kernels of today were not fitted on
-any of it, those of 2023 on Vidur's, and five numbers of the stack "eager-2023" were set on Splitwise's rows at TP 2
-and 8. Each of these rows is also modelled as if nobody had measured its device, with efficiencies fitted on the
-other devices: the error to expect of an unknown one. :func:`measured` reads a CSV of one's own, with the columns
-:data:`COLUMNS`: a model (a known name or a config), a device, ``tp``, ``pp``, ``phase`` (prefill or decode),
-``batch``, ``tokens`` of each prompt or of each context, and ``ms`` of the step.
+Splitwise's whole steps, aiconfigurator's whole requests) and DistServe's profile of OPT, which is shipped. The
+kernels of today were not fitted on any of it, those of 2023 on Vidur's, and five numbers of the stack
+"eager-2023" were set on Splitwise's rows at TP 2 and 8. Each of these rows is also modelled as if nobody had
+measured its device, with efficiencies fitted on the other devices: the error to expect of an unknown one.
+:func:`measured` reads a CSV of one's own, with the columns :data:`COLUMNS`: a model (a known name or a config), a
+device, ``tp``, ``pp``, ``phase`` (prefill or decode), ``batch``, ``tokens`` of each prompt or of each context,
+and ``ms`` of the step.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from statistics import mean, median
 from types import MappingProxyType
 
-from dsplan import kernels, vidur
+from dsplan import kernels, served, vidur
 from dsplan.devices import find_device, unseen
 from dsplan.errors import PlanInput
 from dsplan.latency import Instance
@@ -156,6 +157,8 @@ def published(directory: Path) -> list[Row]:
         rows += _vidur_attention(directory / "vidur")
     if (directory / _SPLITWISE).exists():
         rows += _splitwise(directory / _SPLITWISE)
+    if (directory / served.FILE).exists():
+        rows += _served(directory / served.FILE)
     if not rows:
         raise PlanInput(
             f"{directory} holds no measurements that are known here",
@@ -210,6 +213,14 @@ def _splitwise(path: Path) -> list[Row]:
             name = f"Splitwise {what}, Llama-2-70B TP {tp} ({told})"
             rows.append(Row(name, seconds, *(step_s(each, phase, batch, length) for each in instances)))
     return rows
+
+
+def _served(path: Path) -> Iterator[Row]:
+    """Requests of engines of today."""
+    for load in served.loads(path):
+        instances = [one.instance(load.tp, load.pp) for one in _both(load.model, load.device, STACKS["graphs"])]
+        name = f"requests of {load.engine}, {load.model}, {load.device}"
+        yield Row(name, load.measured_s, *map(load.modelled_s, instances))
 
 
 def _both(model: str, device: str, stack: Stack) -> tuple[RooflineLatency, RooflineLatency]:
