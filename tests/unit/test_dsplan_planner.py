@@ -23,9 +23,9 @@ from dsplan.question import Hardware, Question
 from dsplan.queueing import serve
 from dsplan.reasons import reasons, verdict
 from dsplan.roofline import RooflineLatency
-from dsplan.search import Mixed, Parallel, algorithm1, algorithm2, best_of, pairs_of, pruned, unbounded
+from dsplan.search import Mixed, Pair, Parallel, algorithm1, algorithm2, best_of, pairs_of, pruned, unbounded
 from dsplan.shapes import find_model
-from dsplan.topology_file import document, model, text
+from dsplan.topology_file import document, dumped, model, text
 from dssim.times import FlatTransfer
 from dstopology.load import load
 
@@ -241,9 +241,9 @@ def test_what_no_topology_can_say_is_not_simulated_but_noted(plan: Plan) -> None
     spec = Spec("high", Group(Parallel(4, 1), 1), Group(Parallel(1, 1), 1))
     plan = dataclasses.replace(plan, chosen=dataclasses.replace(plan.chosen, spec=spec), notes=[])
     assert checked(plan, 10) == []
-    assert "has stages on several nodes" in plan.notes[0]
-    one = Group(Parallel(1, 2), 1)
-    spread = dataclasses.replace(plan.chosen, spec=Spec("low", one, one, stages=2))
+    assert "have stages on several nodes" in plan.notes[0]
+    one, other = Group(Parallel(1, 2), 1), Group(Parallel(1, 4), 1)
+    spread = dataclasses.replace(plan.chosen, spec=Spec("low", one, other, stages=2))
     with pytest.raises(PlanInput, match="can be planned and compared, not started"):
         text(plan, spread)
 
@@ -266,6 +266,30 @@ def test_a_choice_over_several_nodes_names_the_best_that_the_servers_can_start(p
     told = dataclasses.replace(plan, question=wide, chosen=worse, placements=[worse], notes=[])
     startable.tell(told)
     assert (told.placements, told.startable, told.notes) == ([told.chosen, worse], None, [])
+
+
+def test_stages_side_by_side_are_written_and_can_be_served(plan: Plan, tmp_path: Path) -> None:
+    wide = dataclasses.replace(plan.question, nodes=2, devices_per_node=6)
+    spec = Spec("low", Group(Parallel(2, 2), 1), Group(Parallel(1, 2), 2), stages=2)
+    content = document(wide, spec)
+    assert content["prefill"]["place"] == [["n0/cuda:0", "n0/cuda:1", "n1/cuda:0", "n1/cuda:1"]]
+    assert content["decode"]["place"] == [["n0/cuda:2", "n1/cuda:2"], ["n0/cuda:3", "n1/cuda:3"]]
+    assert "router" not in content
+    (path := tmp_path / "t.yaml").write_text(dumped(content))
+    topology = load(path, {"DS_RUN_DIR": str(tmp_path), "DS_SHM_DIR": str(tmp_path), "DS_HOME": str(tmp_path)})
+    assert {one.stage_nodes for one in topology.instances} == {("n0", "n1")}
+    assert not topology.between_gpus
+    # there is no room for more on these nodes, and others' KV would have to come from them
+    assert not startable.startable(wide, dataclasses.replace(spec, decode=Group(Parallel(1, 2), 5)))
+    assert not startable.startable(wide, dataclasses.replace(spec, mode="conditional"))
+
+
+def test_a_plan_of_what_can_be_started_has_stages_of_the_same_layers(plan: Plan) -> None:
+    wide = dataclasses.replace(plan.question, nodes=2, devices_per_node=2, algorithm="low", startable=True)
+    found = Planner(wide)._search_low()
+    pairs = [one.what for one in found.tried if isinstance(one.what, Pair)]
+    assert {one.stages for one in pairs} == {1, 2}
+    assert all(one.alike for one in pairs if one.stages == 2)
 
 
 def test_colocated_instances_over_several_nodes_are_written_stage_by_stage(plan: Plan) -> None:

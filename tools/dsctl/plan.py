@@ -68,7 +68,7 @@ CHECKED_REQUESTS = 400
 @click.option(
     "--startable",
     is_flag=True,
-    help="Only what `dsctl up` can start: instances over several nodes in mode colocated only.",
+    help="Only what `dsctl up` can start: instances over several nodes colocated, or with all stages side by side.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--check/--no-check", default=True, show_default=True, help="Simulate the choice and the runner-up.")

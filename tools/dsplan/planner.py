@@ -210,7 +210,9 @@ class Planner:
 
     def _search_low(self) -> Low:
         question, oracles = self.question, self.oracles
-        pairs = pairs_of(question.instance_nodes, question.devices_per_node, self.allowed[0].__contains__)
+        pairs = pairs_of(question.nodes, question.devices_per_node, self.mixed[0].__contains__)
+        if question.startable:
+            pairs = [one for one in pairs if one.stages == 1 or one.alike]
         counted = self._counted("algorithm 2", len(pairs), oracles.pair_rate)
         bounds = oracles.pair_cap, oracles.pair_bound
         return algorithm2(pairs, counted, bounds, lambda one, rate: oracles.reaches(oracles.of_pair(one), rate))
@@ -266,7 +268,12 @@ class Planner:
             return []
         pair, question = found.best.what, self.question
         room = question.devices_per_node // (pair.devices // pair.stages) * (question.nodes // pair.stages)
+        if question.startable and pair.stages > 1:
+            # all on the same nodes
+            room = min(room, question.devices_per_node // (pair.devices // pair.stages))
         n = room if question.rate is None else replicas(question.rate, found.best.rate)
+        if question.startable and n > room:
+            return []
         groups = Group(pair.whole_prefill, n), Group(pair.whole_decode, n)
         return [self.measured(Spec("low", *groups, stages=pair.stages))]
 

@@ -47,6 +47,11 @@ class Pair:
         return self.stages * (self.prefill.devices + self.decode.devices)
 
     @property
+    def alike(self) -> bool:
+        """Whether a stage of prefill and one of decode are of the same layers, wherever they are."""
+        return self.prefill.pp == self.decode.pp
+
+    @property
     def whole_prefill(self) -> Parallel:
         """Prefill's parallelism across its nodes."""
         return Parallel(self.prefill.tp, self.prefill.pp * self.stages)

@@ -1,7 +1,7 @@
 """What ``dsctl up`` can start, and the best of that, where the best of all is not.
 
-Between nodes KV is handed over by whole instances, so each is on one; in mode colocated nothing is handed over, and
-stages may be on several.
+In mode colocated nothing is handed over, and the stages of instances may be on any nodes. Where KV is handed over,
+each instance is on one node, or the stages of all are side by side: of the same layers, on the same nodes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ def startable(question: Question, spec: Spec) -> bool:
     """Whether a topology can say it."""
     if spec.mode == "colocated":
         return nodes_of(spec, question.devices_per_node) <= question.nodes
-    largest = max(one.parallel.devices for one in (spec.prefill, spec.decode))
-    return largest <= question.devices_per_node and spec.stages == 1
+    if spec.stages > 1:
+        alike = spec.mode == "disaggregated" and spec.prefill.parallel.pp == spec.decode.parallel.pp
+        return alike and spec.devices <= spec.stages * question.devices_per_node
+    return max(one.parallel.devices for one in (spec.prefill, spec.decode)) <= question.devices_per_node
 
 
 def nodes_of(spec: Spec, per_node: int) -> int:
@@ -39,8 +41,8 @@ def check(question: Question, spec: Spec) -> None:
     weights, per_node = question.shape.weights_nbytes, question.devices_per_node
     holds = weights < per_node * min(kind.device.memory_nbytes for kind in question.kinds)
     raise PlanInput(
-        "an instance of this placement has stages on several nodes; the servers, and so a topology, have that in "
-        "mode colocated only: it can be planned and compared, not started",
+        "instances of this placement have stages on several nodes, which are not those of all others or hold other "
+        "layers, so that KV would have to cross nodes stage by stage: it can be planned and compared, not started",
         remedy="plan with --startable, among placements that can be started"
         if holds
         else f"its weights take {weights / 2**30:.0f} GiB, more than a node of {per_node} has: plan for nodes with "
@@ -68,7 +70,7 @@ def tell(plan: Plan, progress: Progress = silent, processes: int = 1) -> None:
     plan.startable = one
     devices = counted(one.spec.devices, "device")
     plan.notes.append(
-        "the choice hands KV over between instances over several nodes, which the servers cannot start; the best "
+        "the choice hands KV over between instances over different nodes, which the servers cannot start; the best "
         f"that they can is {one.spec} on {devices}, {one.per_device.rate:.3g} requests/s a device, "
         f"{1 - one.worth / plan.chosen.worth:.0%} less: --startable plans for that"
     )

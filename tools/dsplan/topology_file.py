@@ -38,7 +38,11 @@ def document(question: Question, spec: Spec) -> dict[str, Any]:
         },
         "mode": spec.mode,
         **({"conditional": {"threshold_tokens": spec.threshold}} if spec.mode == "conditional" else {}),
-        **({"router": {"node_affinity": BOUND}} if spec.algorithm == "low" and len(used) > 1 else {}),
+        **(
+            {"router": {"node_affinity": BOUND}}
+            if spec.algorithm == "low" and spec.stages == 1 and len(used) > 1
+            else {}
+        ),
         "nodes": [
             {
                 "name": name,
@@ -101,6 +105,8 @@ def _places(spec: Spec, per_node: int, *, apart: bool) -> dict[str, list[list[st
     """
     if spec.mode == "colocated" and spec.decode.parallel.devices > per_node:
         return {"prefill": [], "decode": _stage_by_stage(spec.decode, per_node)}
+    if spec.stages > 1:
+        return _side_by_side(spec)
     wanted = [("prefill", spec.prefill), ("decode", spec.decode)]
     if spec.algorithm == "low":
         order = [pair for _ in range(spec.decode.replicas) for pair in wanted]
@@ -134,6 +140,20 @@ def _stage_by_stage(group: Group, per_node: int) -> list[list[str]]:
         for i in range(one.tp)
     ]
     return [ranks[first : first + one.devices] for first in range(0, len(ranks), one.devices)]
+
+
+def _side_by_side(spec: Spec) -> dict[str, list[list[str]]]:
+    """As many stages of each instance on every node; the instances have the devices of a node in turn."""
+    found: dict[str, list[list[str]]] = {}
+    first = 0
+    for role, group in (("prefill", spec.prefill), ("decode", spec.decode)):
+        here = group.parallel.devices // spec.stages
+        found[role] = [
+            [f"n{node}/{first + replica * here + i}" for node in range(spec.stages) for i in range(here)]
+            for replica in range(group.replicas)
+        ]
+        first += group.replicas * here
+    return found
 
 
 def text(plan: Plan, one: Placement | None = None) -> str:
