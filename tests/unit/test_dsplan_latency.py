@@ -102,6 +102,16 @@ def test_roofline_never_beats_the_peak_rates(device: str) -> None:
         assert instance.decode_step_s(1, 1000) > weights * shape.item_nbytes / hardware.bytes_per_s * 0.99
 
 
+@pytest.mark.parametrize("device", known_devices())
+def test_shares_of_the_peak_rates_are_such_as_are_published(device: str) -> None:
+    hardware, shape = find_device(device), find_model("Llama-3-8B")
+    instance = RooflineLatency(shape, hardware).instance(1, 1)
+    weights = shape.layers * shape.layer_weights
+    assert 0.45 < 2 * weights * 4096 / hardware.flops / instance.prefill_stage_s(4096, 4096**2, 1) < 0.75
+    read = (weights + shape.vocab * shape.hidden) * shape.item_nbytes
+    assert 0.35 < read / hardware.bytes_per_s / instance.decode_step_s(1, 512) < 0.85
+
+
 @given(batch=st.integers(1, 256), context=st.integers(1, 4000), tp=st.sampled_from([1, 2, 4, 8]))
 def test_roofline_decode_grows_with_context_and_is_finite(batch: int, context: int, tp: int) -> None:
     instance = RooflineLatency(find_model("Llama-3-8B"), find_device("h100")).instance(tp, 1)
@@ -111,7 +121,7 @@ def test_roofline_decode_grows_with_context_and_is_finite(batch: int, context: i
 
 @given(
     device=st.sampled_from(known_devices()),
-    model=st.sampled_from(["OPT-175B", "Llama-3-8B", "SmolLM2-135M", "Mixtral-8x7B", "BLOOM-176B"]),
+    model=st.sampled_from(["OPT-175B", "Llama-3-8B", "SmolLM2-135M", "Mixtral-8x7B", "BLOOM-176B", "Qwen3-32B"]),
     stack=st.sampled_from(sorted(STACKS)),
     tp=st.sampled_from([1, 2, 4, 8]),
     sizes=st.lists(st.integers(1, 20_000), min_size=2, max_size=2),
