@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from dsctl.latency import command
-from dsplan import accuracy, served
+from dsplan import accuracy, kernels, served
 from dsplan.accuracy import Row, errors, measured, published, step_s
 from dsplan.devices import find_device, unseen
 from dsplan.errors import PlanInput
@@ -37,6 +37,18 @@ def test_an_unseen_device_has_the_efficiencies_of_the_others() -> None:
     for name in ("a100-80g", "h100", "h200"):
         device = find_device(name)
         assert efficiencies(unseen(device).efficiency)["gemm"] != efficiencies(device.efficiency)["gemm"]
+    assert unseen(find_device("l40s")) == find_device("l40s")
+
+
+def test_only_hopper_and_later_split_the_context_of_heads_that_share_no_kv() -> None:
+    times = []
+    for name in ("l40s", "h20"):
+        device = find_device(name)
+        fitted = efficiencies(device.efficiency)["generation"]
+        alone, shared = (kernels.generation_s(fitted, device, 1, 30_000, heads, 1, 128) for heads in (1, 4))
+        times.append(alone / shared)
+    assert times[0] > 5
+    assert times[1] < 1.5
 
 
 def test_own_measurements_are_read_and_compared(tmp_path: Path) -> None:

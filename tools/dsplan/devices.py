@@ -12,6 +12,8 @@ from dsplan.errors import PlanInput
 
 #: before the name of a device in ``data/efficiency.json``: fitted on all measured devices but that one
 WITHOUT = "without "
+#: what the names begin with of those that devices take which nobody measured
+POOLED = "pooled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,4 +94,6 @@ def checked(device: Device) -> Device:
 
 def unseen(device: Device) -> Device:
     """The device as if nobody had measured it: with the efficiencies of the other measured ones."""
+    if device.efficiency.startswith(POOLED):
+        return device
     return replace(device, efficiency=f"{WITHOUT}{device.efficiency}")

@@ -235,7 +235,19 @@ def run(directory: Path) -> dict[str, Any]:
                 "held_out": report(table, own, split),
                 "other_device": report(table, others, split),
             }
+    out["devices"]["pooled, before Hopper"] = _unsplit(out["devices"])
     return out
+
+
+def _unsplit(devices: Mapping[str, Mapping[str, list[float]]]) -> dict[str, list[float]]:
+    """The pooled parameters, but decode attention of heads that share no KV as on the A100.
+
+    Of the measured devices it is the only one whose kernel for it does not split a context.
+    """
+    pooled, place = devices["pooled"], kernels.GENERATION_NAMES.index("ungrouped_serial_cycles")
+    generation = list(pooled["generation"])
+    generation[place] = devices["a100-80g"]["generation"][place]
+    return {**pooled, "generation": generation}
 
 
 def _rounded(parameters: Parameters) -> list[float]:

@@ -18,7 +18,7 @@ from functools import cache
 from importlib.resources import files
 
 from dsplan import kernels
-from dsplan.devices import Device
+from dsplan.devices import POOLED, Device
 from dsplan.errors import PlanInput, ProfileMismatch
 from dsplan.kernels import TILE, Parameters
 from dsplan.shapes import ModelShape
@@ -289,7 +289,8 @@ class RooflineLatency:
     @property
     def source(self) -> str:
         """For people."""
-        fitted = "fitted on it" if self.device.efficiency == self.device.name else "pooled over other GPUs"
+        whose = self.device.efficiency
+        fitted = "pooled over other GPUs" if whose.startswith(POOLED) else f"fitted on {whose}"
         return f"roofline of {self.shape.name} on {self.device.name}, kernel efficiencies {fitted}"
 
     def degrees(self) -> tuple[int, ...] | None:
