@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -163,6 +164,31 @@ def test_a_system_that_cannot_load_is_told(tmp_path: Path) -> None:
 def test_a_python_that_ends_is_told(tmp_path: Path) -> None:
     with pytest.raises(PeerFailed, match="distserve has ended"):
         Peer("distserve", "/bin/true", tmp_path, "float32", 1, 64)
+
+
+def test_a_peer_is_stopped_between_its_turns(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    loaded = {"load_seconds": 1.0, "resident_nbytes": 2, "shared_nbytes": 1}
+    answer = {"seconds": [0.5], "kernel_s": None}
+    python.write_text(
+        f"#!{sys.executable} -IS\nimport sys\nprint({json.dumps(json.dumps(loaded))}, flush=True)\n"
+        f"for line in sys.stdin: print({json.dumps(json.dumps(answer))}, flush=True)\n"
+    )
+    python.chmod(0o755)
+    peer = Peer("distserve", str(python), tmp_path, "float32", 1, 64)
+    for _ in range(3):
+        _wait_for_stop(peer.pid)
+        assert peer.measure(0.1) == [0.5]
+    _wait_for_stop(peer.pid)
+    peer.close()
+    assert not Path(f"/proc/{peer.pid}").exists()
+
+
+def _wait_for_stop(pid: int) -> None:
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "T":
+        assert time.monotonic() < deadline, "the peer goes on"
+        time.sleep(0.01)
 
 
 def test_memory_does_not_grow_over_many_requests(model_dir: Path) -> None:

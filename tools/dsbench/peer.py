@@ -1,7 +1,8 @@
 """The worker process of one system, seen from the command.
 
 Every request has a deadline; a worker that dies, hangs or answers nonsense gives a :class:`PeerFailed` with the end
-of what it printed.
+of what it printed. It is stopped (SIGSTOP) whenever it has nothing to answer: threads of OpenMP spin for a while
+after their work, on the cores of whoever has the next turn.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import tempfile
 import time
@@ -72,8 +74,14 @@ class Peer:
         seconds: list[float] = answer["seconds"]
         return seconds
 
+    @property
+    def pid(self) -> int:
+        """Of the worker."""
+        return self._process.pid
+
     def close(self) -> None:
         """End the process. Doing it twice is harmless."""
+        self._process.send_signal(signal.SIGCONT)
         if self._process.stdin is not None:
             # a request that a dead worker never took cannot be flushed
             with suppress(OSError):
@@ -92,6 +100,7 @@ class Peer:
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
+            self._process.send_signal(signal.SIGCONT)
         except OSError as error:
             raise PeerFailed(f"{self.system} has ended: {self._said()}") from error
         return self._answer(STEP_S)
@@ -106,6 +115,7 @@ class Peer:
                 what = "has ended" if ready else f"did not answer within {wait_s:.0f} s"
                 raise PeerFailed(f"{self.system} {what}: {self._said()}")
             self._buffer += piece
+        self._process.send_signal(signal.SIGSTOP)
         line, self._buffer = self._buffer.split(b"\n", 1)
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:

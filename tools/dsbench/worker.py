@@ -1,20 +1,23 @@
 """The process that a system runs in: a line of JSON in, a line of JSON out.
 
 Run as a file, by whichever Python has the system: only the standard library is imported here. What libraries print
-goes to stderr. The process ends with its standard input.
+goes to stderr. The process ends with its standard input, or with its parent, which stops it between requests.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+_PR_SET_PDEATHSIG = 1
 #: name -> module, class
 SYSTEMS = {
     "machine": ("machine", "Machine"),
@@ -35,6 +38,7 @@ def main() -> None:
     for name in ("threads", "max-len"):
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args()
+    _end_with_parent()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
@@ -67,6 +71,12 @@ def _answer(system: Any, request: dict[str, Any]) -> dict[str, Any]:
         return {"seconds": seconds, "kernel_s": None if before is None else inside() - before}
     except Exception as error:  # noqa: BLE001  # as above
         return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _end_with_parent() -> None:
+    """Linux: a stopped process would not see that its standard input has ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _memory() -> dict[str, int]:
