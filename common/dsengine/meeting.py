@@ -10,7 +10,7 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 from torch._C._distributed_c10d import Store
@@ -37,6 +37,8 @@ class Meeting(Store):
         self._known: dict[str, bytes] = {}
         self._lock = threading.Lock()
         self._left = False
+        #: threads at a socket
+        self._users = 0
 
     @classmethod
     def listen(cls, host: str, timeout_s: float) -> Meeting:
@@ -46,26 +48,45 @@ class Meeting(Store):
 
     def meet(self) -> None:
         """Wait for the other side."""
-        if self._listener is None:
-            connection = knock(self.where, self._timeout_s)
-        else:
-            connection = accept(self._listener, self.where, self._timeout_s)
-        with self._lock:
-            self._connection = connection
-        if self._left:
-            connection.close()
-        self._check()
+        with self._using():
+            if self._listener is None:
+                connection = knock(self.where, self._timeout_s)
+            else:
+                connection = accept(self._listener, self.where, self._timeout_s)
+            with self._lock:
+                self._connection = connection
+            self._check()
 
     def leave(self) -> None:
         """End it for both sides. Doing it twice is harmless."""
         with self._lock:
             self._left = True
-            for end in (self._listener, self._connection):
-                if end is not None:
-                    with contextlib.suppress(OSError):
-                        # whoever waits at it in another thread wakes up; closing alone does not do that
-                        end.shutdown(socket.SHUT_RDWR)
-                    end.close()
+            for end in self._ends():
+                with contextlib.suppress(OSError):
+                    # whoever waits at it in another thread wakes up; closing alone does not do that
+                    end.shutdown(socket.SHUT_RDWR)
+            self._close_unused()
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[None]:
+        """While somebody is about to wait at a socket it stays open: its number may soon be that of another one."""
+        with self._lock:
+            self._check()
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                self._close_unused()
+
+    def _close_unused(self) -> None:
+        if self._left and not self._users:
+            for end in self._ends():
+                end.close()
+
+    def _ends(self) -> list[socket.socket]:
+        return [end for end in (self._listener, self._connection) if end is not None]
 
     # torch's interface
 
@@ -73,7 +94,8 @@ class Meeting(Store):
         """Tell the other side."""
         self._known[key] = value
         name = key.encode()
-        self._open().sendall(_SIZES.pack(len(name), len(value)) + name + value)
+        with self._using():
+            self._there().sendall(_SIZES.pack(len(name), len(value)) + name + value)
 
     def get(self, key: str) -> bytes:
         """What either side has said, or says soon."""
@@ -92,13 +114,13 @@ class Meeting(Store):
 
     def _read(self) -> None:
         """One more of what the other side says."""
-        connection = self._open()
-        name, value = _SIZES.unpack(receive(connection, _SIZES.size))
-        key = receive(connection, name).decode()
-        self._known[key] = receive(connection, value)
+        with self._using():
+            connection = self._there()
+            name, value = _SIZES.unpack(receive(connection, _SIZES.size))
+            key = receive(connection, name).decode()
+            self._known[key] = receive(connection, value)
 
-    def _open(self) -> socket.socket:
-        self._check()
+    def _there(self) -> socket.socket:
         assert self._connection is not None, "it has met"
         return self._connection
 

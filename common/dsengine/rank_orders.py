@@ -92,7 +92,7 @@ class RankStep(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class RankCopy(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Blocks that go from the pool to its mirror or the other way; its end is reported."""
 
-    blocks: list[int]
+    blocks: tuple[int, ...]
     way: MirrorWay
 
 

@@ -178,7 +178,7 @@ class RankedEngine(Engine):
         made of it.
         """
         with self._copying:
-            copy = RankCopy(list(blocks), way)
+            copy = RankCopy(tuple(blocks), way)
             self._tell_all(encode(copy))
             if self._hosts is not None:
                 self._teller.submit(self._hosts.copy, copy)

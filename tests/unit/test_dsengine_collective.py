@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dsengine.collective import Collective
+from dsengine.meeting import Meeting
 from dskv.receive import Receiver
 from dswire.errors import TransferFailed
 
@@ -175,3 +176,15 @@ def test_one_that_closes_waits_for_no_trial() -> None:
     _, shown = patient.meet()
     patient.close()
     assert shown.cancelled() or shown.exception(PATIENCE_S) is not None
+
+
+def test_a_socket_that_somebody_waits_at_keeps_its_number_until_they_have_left() -> None:
+    meeting = Meeting.listen("127.0.0.1", PATIENCE_S)
+    listener = meeting._listener
+    assert listener is not None
+    with meeting._using():
+        meeting.leave()
+        assert listener.fileno() >= 0, "the next socket would have it, and who waits would wait at that"
+    assert listener.fileno() < 0
+    with pytest.raises(ConnectionAbortedError):
+        meeting.meet()

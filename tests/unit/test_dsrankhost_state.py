@@ -73,10 +73,10 @@ def test_what_the_instance_says_goes_to_its_ranks() -> None:
     assert say(state, pull) == [TellRank(0, RankPull(HANDLE, (5,), summed=True))]
     pages = HostPages("i/1", 0, HANDLE.key, (5,))
     assert say(state, pages) == [TellRank(0, RankPages(HANDLE.key, (5,)))]
-    copied = [TellRank(rank, RankCopy([5], "out")) for rank in (0, 1)]
-    assert say(state, HostCopy("i/1", [5], "out")) == copied
+    copied = [TellRank(rank, RankCopy((5,), "out")) for rank in (0, 1)]
+    assert say(state, HostCopy("i/1", (5,), "out")) == copied
     for other in (
-        HostCopy("i/0", [5], "in"),
+        HostCopy("i/0", (5,), "in"),
         HostSum("i/0", 1, (3,)),
         HostSum("i/1", 2, (3,)),
         msgspec.structs.replace(pull, rank=2),

@@ -90,7 +90,7 @@ class HostCopy(msgspec.Struct, frozen=True, tag=True):
     """For all ranks of the host: see :class:`dsengine.rank_orders.RankCopy`."""
 
     link: str
-    blocks: list[int]
+    blocks: tuple[int, ...]
     way: MirrorWay
 
 
