@@ -54,7 +54,8 @@ def test_every_system_at_every_point(model_dir: Path) -> None:
     assert "load average" in done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert all(set(one) == KEYS and one["seconds"] > 0 and one["roofline_fraction"] > 0 for one in found)
-    assert all(one["in_turn_fraction"] >= one["roofline_fraction"] for one in found)
+    # equal but for rounding where all kernels are bound by the same
+    assert all(one["in_turn_fraction"] >= one["roofline_fraction"] * (1 - 1e-9) for one in found)
     # only compiled kernels know how long they were at work
     assert all((one["outside_fraction"] is None) == (one["system"] != "distserve") for one in found)
     assert all(0 < one["outside_fraction"] < 1 for one in found if one["system"] == "distserve")
