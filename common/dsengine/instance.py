@@ -107,7 +107,7 @@ class RunningInstance:
             # what nobody else maps needs no file
             mapped = not by_gpu and (hosts is None or bool(topology.relays))
             configs = rank_configs(topology, instance, model_dir, blocks, mapped=mapped)
-            engine, spread = await asyncio.to_thread(_engine, instance, configs, hosts)
+            engine, spread = await asyncio.to_thread(_engine, instance, configs, topology.run_dir, hosts)
         except BaseException:
             if hosts is not None:
                 hosts.close()
@@ -346,14 +346,16 @@ def _model(topology: Topology, instance: Instance) -> tuple[Path, int]:
 
 
 def _engine(
-    instance: Instance, configs: Sequence[EngineConfig], hosts: RankHosts | None
+    instance: Instance, configs: Sequence[EngineConfig], run_dir: Path, hosts: RankHosts | None
 ) -> tuple[Engine, SpreadKv | None]:
     """The engine, and its KV where ranks on other nodes have some that others map."""
     if len(configs) == 1:
         return Engine(configs[0]), None
     from dsengine.ranks import RankedEngine
+    from dsengine.rendezvous import Rendezvous
 
-    engine = RankedEngine(instance.name, configs, instance.tp, instance.pp, hosts)
+    rendezvous = Rendezvous(run_dir, instance.name)
+    engine = RankedEngine(instance.name, configs, instance.tp, instance.pp, rendezvous, hosts)
     if hosts is None or configs[0].segment is None:
         return engine, None
     from dsengine.spread import SpreadKv

@@ -11,10 +11,8 @@ failed half-way, the ranks are of no use any more: ``on_lost`` is called, once, 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Lock
 from typing import TypeVar
@@ -37,6 +35,7 @@ from dsengine.rank_orders import (
     encode,
 )
 from dsengine.rank_process import END_S, RankProcess
+from dsengine.rendezvous import Rendezvous
 from dsengine.runner import Engine, StepItem, device_of
 from dsengine.span import Span
 from dsengine.wire import PeerGone, Wires
@@ -91,7 +90,13 @@ class RankedEngine(Engine):
     """``tp * pp`` ranks that are one replica of a model."""
 
     def __init__(
-        self, name: str, configs: Sequence[EngineConfig], tp: int, pp: int, hosts: RankHosts | None = None
+        self,
+        name: str,
+        configs: Sequence[EngineConfig],
+        tp: int,
+        pp: int,
+        rendezvous: Rendezvous,
+        hosts: RankHosts | None = None,
     ) -> None:
         """Start the others and load; ``configs`` go by rank and differ in device and segment.
 
@@ -111,9 +116,10 @@ class RankedEngine(Engine):
         self._hosts = hosts
         self._children: dict[int, RankProcess] = {}
         self._others = {rank: _Other(name, rank, self._lose) for rank in range(tp * pp) if rank != own}
-        with contextlib.ExitStack() as undo, tempfile.TemporaryDirectory(prefix="ds-ranks-") as directory:
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as met:
             undo.callback(self._end)
-            meeting = Path(directory) / "rendezvous"
+            met.callback(rendezvous.clear)
+            meeting = rendezvous.new()
             wiring = None if hosts is None else hosts.wiring
             if hosts is not None:
                 hosts.begin({rank: self._others[rank].take for rank in hosts.ranks})

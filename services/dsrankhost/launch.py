@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from dsengine.configs import rank_configs, rank_segments
 from dsengine.rank_orders import Start, Wiring
+from dsengine.rendezvous import Rendezvous
 from dstopology.resolved import Instance, RankHost, Topology
 
 
 class Launch:
-    """Makes the starts of all ranks of the host. It has a directory, until it is closed."""
+    """Makes the starts of all ranks of the host, which meet by files of the run directory."""
 
     def __init__(self, topology: Topology, host: RankHost, model_dir: Path) -> None:
         self._topology = topology
         self._node = topology.node(host.node)
         self._model_dir = model_dir
-        self._directory = tempfile.TemporaryDirectory(prefix="ds-ranks-")
-        self._numbers = itertools.count()
+        self._rendezvous = Rendezvous(topology.run_dir, host.name)
         self.instance: Instance = topology.instance(host.instance)
         self.ranks = frozenset(self.instance.ranks_on(host.node))
 
@@ -30,10 +28,10 @@ class Launch:
         handed = bool(self._topology.relays)
         configs = rank_configs(self._topology, one, self._model_dir, blocks, mapped=handed)
         segments = tuple(map(str, rank_segments(one))) if handed else ()
-        meeting = str(Path(self._directory.name) / f"rendezvous-{next(self._numbers)}")
+        meeting = str(self._rendezvous.new())
         for rank in sorted(self.ranks):
             yield Start(one.name, one.tp, one.pp, rank, meeting, configs[rank], segments, wiring)
 
     def close(self) -> None:
-        """Remove the directory."""
-        self._directory.cleanup()
+        """Remove those files."""
+        self._rendezvous.clear()

@@ -19,6 +19,7 @@ from dsengine import mirror
 from dsengine.gpu_copies import GpuCopies
 from dsengine.pool import KvPool
 from dsengine.ranks import RankedEngine
+from dsengine.rendezvous import Rendezvous
 from dsengine.runner import Engine
 from dskv.layout import KvLayout
 from dskv.shards import GpuMemory
@@ -117,7 +118,8 @@ async def test_kv_is_handed_over(tmp_path: Path, owner: str, reader: str) -> Non
 def test_ranks_of_a_gpu_each(tmp_path: Path, tp: int, pp: int) -> None:
     here = engine_config(make_model(tmp_path))
     want = generate(Engine(here), PROMPTS, COUNT)
-    engine = RankedEngine("gpu", [dataclasses.replace(here, device=f"cuda:{rank}") for rank in range(2)], tp, pp)
+    configs = [dataclasses.replace(here, device=f"cuda:{rank}") for rank in range(2)]
+    engine = RankedEngine("gpu", configs, tp, pp, Rendezvous(tmp_path, "gpu"))
     assert generate(engine, PROMPTS, COUNT) == want
     engine.close()
 

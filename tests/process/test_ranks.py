@@ -18,6 +18,7 @@ import pytest
 from dsclient import AsyncClient
 from dsengine import rank_process
 from dsengine.ranks import RankedEngine
+from dsengine.rendezvous import Rendezvous
 from dskv.segment import Segment
 from dswire.errors import DsError, DuplicateName, EngineFailed
 from dswire.messages.client import Sampling
@@ -99,6 +100,7 @@ async def test_a_rank_that_dies_costs_no_request(system: System, wanted: list[li
 async def test_no_rank_outlives_its_instance(system: System) -> None:
     (other,) = _other_ranks(system, "prefill-0")
     assert len(_pools(system, "prefill-0")) == 2
+    assert list(system.topology.run_dir.glob("*.ranks.*")) == []  # they have met
     system.kill("prefill-0")
     await _gone(other)
     (left,) = _pools(system, "prefill-0")
@@ -110,7 +112,7 @@ def test_a_rank_that_cannot_load_tells_why(model: Path, tmp_path: Path) -> None:
     configs = [engine_config(model, segment=tmp_path / f"{rank}.kv") for rank in range(2)]
     taken = Segment.create(tmp_path / "0.kv", 1, 1)
     with pytest.raises(DuplicateName, match="a live process of that name uses it"):
-        RankedEngine("prefill-0", configs, 1, 2)
+        RankedEngine("prefill-0", configs, 1, 2, Rendezvous(tmp_path, "prefill-0"))
     assert [path.name for path in tmp_path.iterdir()] == ["0.kv"]
     taken.close()
 
@@ -138,7 +140,7 @@ def test_a_rank_that_is_frozen_is_noticed_and_ended(
     model: Path, wanted: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs = [engine_config(model, segment=tmp_path / f"{rank}.kv", mirror=True) for rank in range(2)]
-    engine = RankedEngine("decode-0", configs, 2, 1)
+    engine = RankedEngine("decode-0", configs, 2, 1, Rendezvous(tmp_path, "decode-0"))
     lost: SimpleQueue[DsError] = SimpleQueue()
     engine.watch(lost.put)
     assert _moved(engine, tmp_path, 6) == wanted[3][:6]

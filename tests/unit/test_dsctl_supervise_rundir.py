@@ -232,7 +232,7 @@ def test_clean_removes_what_the_run_left_and_nothing_else(topology: Topology) ->
     plan = make_plan(topology, None)
     ours = [
         *(topology.shm_dir / f"ds-{topology.digest}-{name}" for name in ("decode-0.kv", "relay-n0.keep")),
-        run.path / "decode-0.ready",
+        *(run.path / name for name in ("decode-0.ready", "decode-0.ranks.0a1b")),
     ]
     strangers = [topology.shm_dir / "ds-0123456789ab-decode-0.kv", topology.shm_dir / "other", run.path / "note"]
     for path in (*ours, *strangers):

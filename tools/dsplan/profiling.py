@@ -8,6 +8,7 @@ stages are taken for even parts.
 from __future__ import annotations
 
 import ctypes
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ def make_engine(model_dir: Path, subject: Subject, tp: int, max_model_len: int, 
     """An engine whose pool holds each of the steps, on ``tp`` ranks. Raises what the engine raises."""
     from dsengine.config import EngineConfig
     from dsengine.ranks import RankedEngine
+    from dsengine.rendezvous import Rendezvous
     from dsengine.runner import Engine
 
     config = EngineConfig(
@@ -86,7 +88,11 @@ def make_engine(model_dir: Path, subject: Subject, tp: int, max_model_len: int, 
         max_model_len=max_model_len,
         quantization=subject.quantization,
     )
-    engine = Engine(config) if tp == 1 else RankedEngine("profile", [config] * tp, tp, 1)
+    if tp == 1:
+        engine = Engine(config)
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            engine = RankedEngine("profile", [config] * tp, tp, 1, Rendezvous(Path(directory), "profile"))
     pool = engine.pool
     ctypes.memset(pool.base, FILL, pool.num_blocks * pool.layout.block_nbytes)
     return engine

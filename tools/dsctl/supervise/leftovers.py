@@ -43,8 +43,9 @@ def clean_record(run: RunDir) -> list[str]:
 def _files(run: RunDir, shm_dir: Path, digest: str, names: Sequence[str], sockets: Iterable[Path]) -> list[str]:
     segments = [path for name in names for path in sorted(shm_dir.glob(f"ds-{digest}-{name}.*"))]
     ready = [run.path / f"{name}.ready" for name in names]
+    meetings = [path for name in names for path in sorted(run.path.glob(f"{name}.ranks.*"))]
     run.forget()
-    return [f"removed {path}" for path in (*segments, *sockets, *ready) if _remove(path)]
+    return [f"removed {path}" for path in (*segments, *sockets, *ready, *meetings) if _remove(path)]
 
 
 def end(process: ProcessRecord) -> bool:

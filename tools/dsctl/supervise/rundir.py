@@ -4,6 +4,7 @@
     <run_dir>/state.json        the RunRecord, replaced atomically; there while the supervisor lives
     <run_dir>/logs/NAME.log     output of each process; NAME.log.1 is that of the run before
     <run_dir>/NAME.ready        see dswire.process
+    <run_dir>/NAME.ranks.*      by which ranks meet: see dsengine.rendezvous
     <run_dir>/*.sock            Unix sockets
 
 Invariants: at most one supervisor holds the lock; the kernel frees it with its holder, however that died. The lock
