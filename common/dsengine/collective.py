@@ -73,7 +73,10 @@ class _Pair:
         self.group = ProcessGroupGloo(self.meeting, self.rank, 2, gloo)
 
     def send(self, data: memoryview) -> None:
-        """The reader has it, or soon will."""
+        """The reader has it, or soon will.
+
+        One who leaves while Gloo's own thread writes is noticed when the time is over: Gloo forgets that message.
+        """
         self.group.send([_tensor(data).to(self.device)], _READER, 0).wait(self.timeout)
 
     def receive(self, count: int, nbytes: int) -> Iterator[Tensor]:

@@ -189,10 +189,11 @@ async def test_anybody_may_ask_what_is_held(world: World) -> None:
     world.decode.send(kv.KvAbort(handle.key))
 
 
-async def test_a_lease_ends(world: World) -> None:
-    handle = world.prefill.offer("r1/0", BLOCKS)
-    assert await world.prefill.released(handle.key) == "expired"
-    world.assert_idle()
+async def test_a_lease_ends(transport: str, tmp_path: Path) -> None:
+    async with running(transport, tmp_path, lease_s=0.1) as world:
+        handle = world.prefill.offer("r1/0", BLOCKS)
+        assert await world.prefill.released(handle.key) == "expired"
+        world.assert_idle()
 
 
 async def test_an_owner_that_vanishes_fails_the_pull(world: World, tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from support.kv_workers import PATIENCE_S, Decode, Prefill, ScriptedRouter
 #: GPU, which are CPUs here
 TRANSPORTS = ("shm", "tcp-self", "tcp-pair", "gloo-self", "gloo-pair", "cuda_ipc")
 
-LEASE_S = 3
-RELAY = f"{{lease_s: {LEASE_S}, transfer_timeout_s: 4, port: PORT}}"
+LEASE_S = 3.0
+RELAY = "{lease_s: LEASE, transfer_timeout_s: 4, port: PORT}"
 ONE_NODE = """
 model: tiny
 nodes: [{name: n0, host: 127.0.0.1, devices: [cpu:0, cpu:1]}]
@@ -159,7 +159,7 @@ class World:
             running.assert_idle()
 
 
-def topology_for(transport: str, directory: Path) -> Topology:
+def topology_for(transport: str, directory: Path, lease_s: float) -> Topology:
     """A topology that takes that transport, on free ports."""
     text = (TWO_NODES if transport.endswith("pair") else ONE_NODE).replace("RELAY", RELAY)
     if transport == "cuda_ipc":
@@ -167,7 +167,7 @@ def topology_for(transport: str, directory: Path) -> Topology:
     if transport in ("tcp-self", "gloo-self", "gloo-pair"):
         text += f"force_transport: {transport[:-5]}\n"
     first = free_ports(6)
-    text = text.replace("PORT", str(first)).replace("ROUTER", str(first + 4))
+    text = text.replace("PORT", str(first)).replace("ROUTER", str(first + 4)).replace("LEASE", str(lease_s))
     path = directory / "t.yaml"
     path.write_text(text)
     env = {"DS_RUN_DIR": str(directory / "run"), "DS_SHM_DIR": str(directory), "DS_HOME": str(directory)}
@@ -176,9 +176,9 @@ def topology_for(transport: str, directory: Path) -> Topology:
 
 
 @asynccontextmanager
-async def running(transport: str, directory: Path) -> AsyncIterator[World]:
+async def running(transport: str, directory: Path, lease_s: float = LEASE_S) -> AsyncIterator[World]:
     """Everything up and registered; on leaving, everything down, and whatever went wrong is raised."""
-    topology = topology_for(transport, directory)
+    topology = topology_for(transport, directory, lease_s)
     async with AsyncExitStack() as stack:
         world = World(topology, ScriptedRouter(topology.router.backend_bind))
         stack.callback(world.router.close)

@@ -22,7 +22,6 @@ from dssim.times import Linear, LinearTimes
 
 #: what a pipeline adds to each stage of prefill for each stage, hand-set in DistServe's simulator
 STAGE_S = 1e-3
-ENGINES = ("distserve", "vllm")
 
 
 @dataclass(frozen=True, slots=True)
