@@ -126,6 +126,10 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
     raise AssertionError(f"it ended without {text!r}:\n{printed}")
 
 
+def all_up(record: RunRecord) -> bool:
+    return all(process.phase == "ready" for process in record.processes)
+
+
 def wait_gone(pid: int) -> None:
     """Until the process has ended, or LIMIT_S."""
     try:
@@ -143,7 +147,7 @@ def test_up_serves_until_sigterm_and_leaves_nothing(host: Host) -> None:
     printed = read_until(up, "ready in")
     assert "decode-0: loading model" in printed
     record = host.record()
-    assert record.all_up()
+    assert all_up(record)
     assert [process.name for process in record.processes] == list(NAMES)
     assert {path.name for path in host.run.path.glob("*.ready")} == {f"{name}.ready" for name in NAMES}
     up.send_signal(signal.SIGTERM)
@@ -278,7 +282,7 @@ def test_a_second_up_is_refused_and_harms_nothing(host: Host) -> None:
     second = host.dsctl("up", "-f", str(host.topology))
     assert second.returncode == 3
     assert f"it runs already (pid {up.pid}" in second.stderr
-    assert host.record().all_up()
+    assert all_up(host.record())
 
 
 def test_leftovers_of_a_killed_run_are_removed(host: Host) -> None:
@@ -304,7 +308,7 @@ def test_detached_up_returns_when_all_serve_and_down_stops_it(host: Host) -> Non
     assert up.returncode == 0, up.stderr
     assert "ready in" in up.stdout
     record = host.record()
-    assert record.all_up()
+    assert all_up(record)
     status = host.dsctl("status", "-f", str(host.topology), "--json")
     assert [one["phase"] for one in json.loads(status.stdout)["processes"]] == ["ready"] * 4
     for name in NAMES:

@@ -52,7 +52,6 @@ def record(*processes: ProcessRecord, topology: str = "/t.yaml") -> RunRecord:
         model="tiny",
         frontend="tcp://127.0.0.1:5555",
         keys_dir=None,
-        began_at=1000.0,
         ready_s=None,
         stopping=False,
         processes=processes,

@@ -67,7 +67,6 @@ def record(topology: Topology, *processes: ProcessRecord) -> RunRecord:
         model="tiny",
         frontend="tcp://127.0.0.1:5555",
         keys_dir=None,
-        began_at=0.0,
         ready_s=None,
         stopping=False,
         processes=processes,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsengine import model
 from dsengine.native import shared
-from dsengine.native.packed_file import Mapped, intact
+from dsengine.native.packed_file import Mapped
 from dsengine.native.packing import Packing
 from dsengine.runner import Engine
 from dsengine.span import Span
@@ -67,7 +67,6 @@ def test_mapped_weights_answer_bit_for_bit_like_own_ones(
     model_dir: Path, form: tuple[str, str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed_now = logits(model_dir, *form)
-    assert intact(the_file())
     monkeypatch.setattr(model, "Checkpoint", None)  # the second one reads nothing but the file
     mapped = logits(model_dir, *form)
     monkeypatch.setattr(model, "Checkpoint", Checkpoint)
@@ -119,19 +118,9 @@ def test_a_damaged_file_is_made_anew(model_dir: Path, damage: str, caplog: pytes
     broken = {"short": whole[:-100], "empty": b"", "index": whole[:-60] + b"\xff" + whole[-59:]}[damage]
     path.write_bytes(broken)
     assert Mapped.open(path) is None
-    assert not intact(path)
     assert torch.equal(logits(model_dir), before)
     assert "is damaged: packing the weights again" in caplog.text
     assert the_file().read_bytes() == whole
-
-
-def test_damage_within_the_weights_is_found_when_asked_for(model_dir: Path) -> None:
-    logits(model_dir)
-    path = the_file()
-    content = bytearray(path.read_bytes())
-    content[5] ^= 1
-    path.write_bytes(content)
-    assert not intact(path)
 
 
 def test_other_weights_replace_the_file(model_dir: Path) -> None:

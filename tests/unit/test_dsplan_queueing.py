@@ -13,7 +13,22 @@ from hypothesis import strategies as st
 from dsplan import capacity
 from dsplan.errors import PlanInput
 from dsplan.goodput import Counts, Slo, Units, Workload, counts, experience, goodput, make_workload
-from dsplan.queueing import DecodeUnit, PrefillUnit, Request, inter_op, intra_op, serve, single
+from dsplan.queueing import DecodeUnit, PrefillUnit, Request, serve
+
+
+def single(rate: float, service_s: float) -> float:
+    """Equation 1 of the DistServe paper: mean TTFT of M/D/1, ``D + R D^2 / (2 (1 - R D))``."""
+    return service_s + rate * service_s**2 / (2 * (1 - rate * service_s))
+
+
+def inter_op(rate: float, service_s: float) -> float:
+    """Equation 2: two pipeline stages, ``D + R D^2 / (4 (2 - R D))``."""
+    return service_s + rate * service_s**2 / (4 * (2 - rate * service_s))
+
+
+def intra_op(rate: float, service_s: float, speedup: float) -> float:
+    """Equation 3: two devices share each layer, ``D / K + R D^2 / (2 K (K - R D))``."""
+    return service_s / speedup + rate * service_s**2 / (2 * speedup * (speedup - rate * service_s))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,7 @@
 """What fits a device: weights, activations, and how many tokens of KV are left.
 
-Two counts. :func:`kv_tokens` is the planner's: weights of the fullest rank with its share of the embeddings,
-activations of the largest step, KV replicated where TP exceeds the KV heads. :func:`distserve_kv_tokens` is the
-formula of DistServe's ``profile_memory.py`` (blocks = floor((0.95 mem - 0.01 mem - weights) / block)), kept to be
-checked against its published table.
+Weights of the fullest rank with its share of the embeddings, activations of the largest step, KV replicated where
+TP exceeds the KV heads.
 """
 
 from __future__ import annotations
@@ -30,7 +28,6 @@ class Memory:
 
     weights_nbytes: int
     activations_nbytes: int
-    kv_nbytes: int
     kv_tokens: int
 
 
@@ -52,15 +49,7 @@ def memory(shape: ModelShape, device: Device, tp: int, pp: int, step_tokens: int
     kv_heads = max(shape.kv_heads // tp, 1)
     token = 2 * layers * kv_heads * shape.head_dim * shape.item_nbytes
     tokens = max(free, 0) // (token * BLOCK_TOKENS) * BLOCK_TOKENS
-    return Memory(weights, activations, max(free, 0), tokens)
-
-
-def distserve_kv_tokens(shape: ModelShape, device: Device, tp: int, pp: int) -> int:
-    """KV capacity as DistServe's simulator counts it: every rank has all of the embeddings."""
-    layers = shape.layers * shape.layer_weights / (tp * pp)
-    weights = (layers + shape.vocab * shape.hidden) * shape.item_nbytes
-    block = shape.kv_token_nbytes * BLOCK_TOKENS / (tp * pp)
-    return int((device.memory_nbytes * (USABLE - 0.01) - weights) // block) * BLOCK_TOKENS
+    return Memory(weights, activations, tokens)
 
 
 def fitting(

@@ -1,6 +1,4 @@
-"""Queues: the paper's closed forms, and a fast approximation of a whole placement.
-
-:func:`single`, :func:`inter_op` and :func:`intra_op` are equations 1 to 3 of the DistServe paper (M/D/1).
+"""Queues: a fast approximation of a whole placement.
 
 :func:`serve` is the planner's *queueing oracle*, for workloads that no closed form knows. It follows every request,
 but not every message or decode step, and so is an approximation of :mod:`dssim`, not a second implementation of it:
@@ -26,21 +24,6 @@ from dssched.batching import chunk
 
 #: (arrival, prompt tokens, output tokens)
 Request = tuple[float, int, int]
-
-
-def single(rate: float, service_s: float) -> float:
-    """Equation 1: mean TTFT of M/D/1, ``D + R D^2 / (2 (1 - R D))``."""
-    return service_s + rate * service_s**2 / (2 * (1 - rate * service_s))
-
-
-def inter_op(rate: float, service_s: float) -> float:
-    """Equation 2: two pipeline stages, ``D + R D^2 / (4 (2 - R D))``."""
-    return service_s + rate * service_s**2 / (4 * (2 - rate * service_s))
-
-
-def intra_op(rate: float, service_s: float, speedup: float) -> float:
-    """Equation 3: two devices share each layer, ``D / K + R D^2 / (2 K (K - R D))``."""
-    return service_s / speedup + rate * service_s**2 / (2 * speedup * (speedup - rate * service_s))
 
 
 @dataclass(frozen=True, slots=True)

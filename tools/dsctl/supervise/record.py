@@ -46,15 +46,10 @@ class RunRecord(msgspec.Struct, frozen=True):
     frontend: str
     #: directory of the keys that a client needs; None when nothing is encrypted
     keys_dir: str | None
-    began_at: float
     #: seconds from begin until everything served; None before
     ready_s: float | None
     stopping: bool
     processes: tuple[ProcessRecord, ...]
-
-    def all_up(self) -> bool:
-        """Whether every process serves."""
-        return all(process.phase == "ready" for process in self.processes)
 
 
 def start_ticks(pid: int) -> int | None:

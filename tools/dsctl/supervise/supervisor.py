@@ -98,7 +98,6 @@ class _Supervisor:
         self._busy = False
         self._timer: asyncio.TimerHandle | None = None
         self._ready_s: float | None = None
-        self._began_at = time.time()
         self._started_at: dict[str, float] = {}
         self._ready_at: dict[str, float] = {}
         self._crashed_at: dict[str, float] = {}
@@ -271,7 +270,6 @@ class _Supervisor:
             model=topology.model.name,
             frontend=topology.router.frontend_connect,
             keys_dir=str(topology.security.keys_dir) if topology.security.encrypted else None,
-            began_at=self._began_at,
             ready_s=self._ready_s,
             stopping=self._machine.stopping_since is not None,
             processes=tuple(self._process(one) for one in self._machine.processes.values()),
