@@ -126,12 +126,14 @@ class ModelNotFound(BadInput):
 
     code = "model_not_found"
     http_status = 404
+    default_remedy = "`dsctl model list` shows what is here; model.path may be a directory, too"
 
 
 class UnsupportedModel(BadInput):
     """The model has a feature that the engine lacks."""
 
     code = "unsupported_model"
+    default_remedy = "use a model of a family in docs/models.md"
 
 
 class Refused(DsError):

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from dsbench.bootstrap import interval, percentile, share
 from dsctl.simulated import percentiles
+from dsobserve.files import writing
 from dsobserve.terminal import counted
 from dssim.records import Record
 from dssim.statistics import PERCENTILES, Estimate, wilson
@@ -150,12 +151,9 @@ def write_log(path: Path, arrivals: Sequence[Arrival], records: Iterable[Record]
 
     ``output_tokens`` are those that were asked for, ``received_tokens`` those that came.
     """
-    try:
-        with path.open("w", encoding="utf-8") as file:
-            for record in sorted(records, key=lambda one: one.number):
-                file.write(json.dumps(_row(arrivals[record.number], record)) + "\n")
-    except OSError as error:
-        raise BadInput(f"the log cannot be written to {path}: {error.strerror or error}") from error
+    with writing("log", path), path.open("w", encoding="utf-8") as file:
+        for record in sorted(records, key=lambda one: one.number):
+            file.write(json.dumps(_row(arrivals[record.number], record)) + "\n")
 
 
 def _row(arrival: Arrival, record: Record) -> dict[str, Any]:

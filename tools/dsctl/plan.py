@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dsctl.options import NewFile, arrival_options, workload_option, wrote
+from dsobserve.files import writing
 
 if TYPE_CHECKING:
     from dsplan.confirm import Confirmation
@@ -278,10 +279,6 @@ def _write(plan: Plan, path: Path) -> None:
 
 
 def _save(content: str, path: Path, what: str) -> None:
-    from dsplan.errors import PlanInput
-
-    try:
+    with writing(what, path):
         path.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise PlanInput(f"the {what} cannot be written to {path}: {error.strerror}") from error
     wrote(path)

@@ -14,6 +14,7 @@ import click
 
 from dsctl.options import PLOTS, NewFile, arrival_options, workload_option, wrote
 from dsctl.topology import file_option
+from dsobserve.files import writing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -202,12 +203,9 @@ def _write_trace(run: Run, path: Path | None) -> None:
     if path is None:
         return
     from dssim.trace import chrome
-    from dswire.errors import BadInput
 
-    try:
+    with writing("trace", path):
         path.write_text(json.dumps(chrome(run)))
-    except OSError as error:
-        raise BadInput(f"the trace cannot be written to {path}: {error.strerror}") from error
     wrote(path)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsctl.options import PLOTS, NewFile, wrote
+from dsobserve.files import writing
 
 if TYPE_CHECKING:
     from dsplan.studies.base import Setting, Study
@@ -141,15 +142,10 @@ def _run(run: Callable[[Setting], Study], given: dict[str, Any]) -> None:
 
 
 def _write(rows: list[dict[str, Any]], path: Path) -> None:
-    from dsplan.errors import PlanInput
-
-    try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]) if rows else [])
-            writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        raise PlanInput(f"the table cannot be written to {path}: {error.strerror}") from error
+    with writing("table", path), path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
     wrote(path)
 
 

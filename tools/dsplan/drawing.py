@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from dsobserve.files import writing
 from dsplan.errors import PlanInput
 from dssim.plot import COLOURS, GREY
 
@@ -84,10 +85,8 @@ def svg(panels: Sequence[Panel]) -> str:
 
 
 def save(panels: Sequence[Panel], path: Path) -> None:
-    """Write a file, its type by its ending. Raises :class:`PlanInput`."""
+    """Write a file, its type by its ending. Raises :class:`BadInput`."""
     if path.suffix.lower() not in TYPES:
         raise PlanInput(f"the plot {path} has no type that is known here", remedy=f"end it in {', '.join(TYPES)}")
-    try:
+    with writing("plot", path):
         figure(panels).savefig(path, dpi=150)
-    except OSError as error:
-        raise PlanInput(f"the plot cannot be written to {path}: {error.strerror}") from error

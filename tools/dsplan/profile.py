@@ -17,6 +17,7 @@ from typing import Any
 
 from dsengine.snapshot import identity
 from dshost.home import home
+from dsobserve.files import writing
 from dsplan.errors import ProfileMismatch
 from dsplan.latency import missing_degree
 from dssim.times import LinearTimes, linear_times
@@ -91,11 +92,9 @@ class Profile:
             "samples": {str(tp): [asdict(one) for one in samples] for tp, samples in self.samples.items()},
         }
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
+        with writing("profile", path):
             temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
             temporary.replace(path)
-        except OSError as error:
-            raise BadInput(f"the profile cannot be written to {path}: {error.strerror or error}") from error
 
 
 def load(path: Path) -> Profile:
@@ -103,7 +102,9 @@ def load(path: Path) -> Profile:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BadInput(f"profile {path} cannot be read: {error.strerror or error}") from error
+        raise BadInput(
+            f"profile {path} cannot be read: {error.strerror or error}", remedy="`dsctl profile` measures one"
+        ) from error
     except ValueError as error:
         raise BadInput(f"profile {path} is not JSON: {error}", remedy="measure it again") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
