@@ -64,8 +64,12 @@ def test_bad_options_are_refused_with_a_sentence(option: list[str], words: str) 
     assert words in str(result.exception)
 
 
-def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "words"), [("smollm2", "is of smollm2, not of"), ("opt-13b", "is not complete yet")]
+)
+def test_a_profile_of_another_model_or_without_times_is_refused(tmp_path: Path, model: str, words: str) -> None:
     path = tmp_path / "p.json"
-    Profile(Subject("machine", "smollm2", "fingerprint", "float32", 1)).save(path)
+    Profile(Subject("machine", model, "fingerprint", "float32", 1)).save(path)
     result = CliRunner().invoke(command, [*ARGUMENTS, "--profile", str(path)])
     assert isinstance(result.exception, ProfileMismatch)
+    assert words in str(result.exception)

@@ -197,7 +197,7 @@ def _latency(wanted: dict[str, object], device: Device) -> Latency:
 
 
 def _profile(path: Path, model: str) -> Latency:
-    """A measured profile. Raises :class:`ProfileMismatch` where it is of another model."""
+    """A measured profile. Raises :class:`ProfileMismatch` where it is of another model or not complete."""
     from dsplan.errors import ProfileMismatch
     from dsplan.profile import ProfileLatency, load
 
@@ -206,6 +206,11 @@ def _profile(path: Path, model: str) -> Latency:
         raise ProfileMismatch(
             f"profile {path} is of {profile.subject.model}, not of {model}",
             remedy="plan for the profile's model, or measure one of this with `dsctl profile`",
+        )
+    if not profile.fits:
+        raise ProfileMismatch(
+            f"profile {path} is not complete yet",
+            remedy=f"run `dsctl profile -o {path}` again: it goes on where it stood",
         )
     return ProfileLatency(path, profile)
 
