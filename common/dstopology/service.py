@@ -38,6 +38,8 @@ def service_command(role: str, build: Build) -> click.Command:
 def _load(path: Path, name: str, role: str) -> Topology:
     topology = load(path)
     check_servable(topology)
-    if topology.role_of(name) != role:
-        raise TopologyError(f"{path}: {name!r} is a {topology.role_of(name)} process, not a {role} one")
+    if (found := topology.role_of(name)) != role:
+        raise TopologyError(
+            f"{path}: {name!r} is a {found} process, not a {role} one", remedy=f"`python -m ds{found}` runs it"
+        )
     return topology
