@@ -80,3 +80,13 @@ def test_roofline_meets_splitwises_rows_at_tp_4_which_nothing_was_set_on() -> No
                 prompts.append(abs(instance.prefill_stage_s(length, length**2, 1) * 1e3 / prompt_ms - 1))
     assert statistics.mean(tokens) < 0.05
     assert statistics.mean(prompts) < 0.05
+
+
+def test_a_directory_without_measurements_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["fit", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        fit.main()
+    assert ended.value.code == 2
+    assert "cannot be read" in capsys.readouterr().err

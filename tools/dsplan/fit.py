@@ -23,6 +23,7 @@ import numpy as np
 
 from dsplan import kernels, vidur
 from dsplan.devices import WITHOUT, Device, find_device
+from dsplan.errors import PlanInput
 from dsplan.kernels import Parameters
 
 Column = np.ndarray[Any, np.dtype[np.float64]]
@@ -257,10 +258,13 @@ def _rounded(parameters: Parameters) -> list[float]:
 def main() -> None:
     """Fit, print the errors, and write the file where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--write", type=Path, default=None)
+    parser.add_argument("directory", type=Path, help="of the measurements; their names are above")
+    parser.add_argument("--write", type=Path, metavar="FILE.json", help="keep what was fitted")
     given = parser.parse_args()
-    found = run(given.directory)
+    try:
+        found = run(given.directory)
+    except PlanInput as error:
+        parser.exit(error.exit_code, f"error[{error.code}]: {error}\nremedy: {error.remedy}\n")
     for device, tables in found["errors"].items():
         for name, kinds in tables.items():
             for kind, errors in kinds.items():

@@ -22,7 +22,9 @@ def lines(path: Path) -> Iterator[Row]:
             yield from csv.DictReader(text)
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
-        raise PlanInput(f"{path} cannot be read: {why}") from error
+        raise PlanInput(
+            f"{path} cannot be read: {why}", remedy="docs/planning.md tells which tables are read"
+        ) from error
 
 
 def gemms(directory: Path, device: str) -> Iterator[tuple[float, float, float, float]]:
