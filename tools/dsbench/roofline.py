@@ -8,7 +8,7 @@ With ``W`` elements in the weight matrices that a token meets, of ``i`` bytes ea
     seconds = max(bytes / bandwidth, flops / peak)
 
 A prefill makes one row of logits. Embeddings looked up, norms and softmax count as nothing. Bandwidth and peak are
-what this machine does just before, at the same number of threads: :mod:`dsbench.systems.machine`.
+what this machine does in the same rounds, at the same number of threads: :mod:`dsbench.systems.machine`.
 
 That limit takes memory and arithmetic of a whole step to be at work side by side. But each kernel of a step needs
 what the one before it made, and where products are bound by arithmetic and attention by memory the two wait for
@@ -24,21 +24,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsbench.machine import Machine
 from dsbench.points import Point
 from dsengine.architecture import Architecture
 from dskv.layout import ITEM_NBYTES
 from dstopology.modelfacts import INT8_ITEM_NBYTES
 from dswire.errors import UnsupportedModel
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What it does with some number of threads."""
-
-    #: read from memory
-    bytes_per_s: float
-    #: of a large matrix product in the dtype that is measured
-    flops_per_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""One run: for each dtype and number of threads the machine, then every point, the systems taking turns.
+"""One run: for each dtype and number of threads every point, the machine itself and the systems taking turns.
 
 Turns, because a machine's speed drifts: what is compared was measured within seconds of each other. A point's
-figure is the median over all its rounds.
+figure is the median over all its rounds; so is what the machine can do, of which each round gives the best.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from dsbench.machine import Machine
 from dsbench.peer import Peer, PeerFailed
 from dsbench.points import Measured, Point
-from dsbench.roofline import Machine, kernels
+from dsbench.roofline import Kernels, kernels
 from dsengine.architecture import Architecture
 
+#: that the machine reads, and that it multiplies, in one round
+BARE_S = 0.1
 #: tells people what happens now
 Tell = Callable[[str], None]
 
@@ -37,23 +40,15 @@ class Plan:
     point_s: float
 
 
-def measure_machine(plan: Plan, python: str, dtype: str, threads: int) -> Machine:
-    """Bandwidth and peak, each the best of some seconds. Raises :class:`PeerFailed`."""
-    peer = Peer("machine", python, plan.model, dtype, threads, 0)
-    try:
-        best = []
-        for phase in ("read", "product"):
-            peer.prepare(phase)
-            best.append(min(peer.measure(1.0)))
-        return Machine(1 / best[0], 1 / best[1])
-    finally:
-        peer.close()
+def run_block(plan: Plan, python: str, points: Sequence[Point], tell: Tell) -> Iterator[list[Measured]]:
+    """All ``points``, which agree in dtype and threads; the results of one point at a time.
 
-
-def run_block(plan: Plan, machine: Machine, points: Sequence[Point], tell: Tell) -> Iterator[list[Measured]]:
-    """All ``points``, which agree in dtype and threads; the results of one point at a time."""
+    ``python``: that measures the machine. Raises :class:`PeerFailed` where it cannot.
+    """
     first = points[0]
     with contextlib.ExitStack() as stack:
+        bare = Peer("machine", python, plan.model, first.dtype, first.threads, 0)
+        stack.callback(bare.close)
         peers = []
         for system, python in plan.systems.items():
             tell(f"{system}: loading, {first.dtype}, {first.threads} threads")
@@ -63,23 +58,43 @@ def run_block(plan: Plan, machine: Machine, points: Sequence[Point], tell: Tell)
                 peers.append(peer)
                 tell(f"{system}: loaded in {peer.loaded.load_seconds:.1f} s")
         for point in points:
-            yield _measure(plan, machine, point, peers, tell)
+            yield _measure(plan, _Bare(bare), point, peers, tell)
 
 
-def _measure(plan: Plan, machine: Machine, point: Point, peers: Sequence[Peer], tell: Tell) -> list[Measured]:
+def _measure(plan: Plan, bare: _Bare, point: Point, peers: Sequence[Peer], tell: Tell) -> list[Measured]:
     taken = [_Taken(peer, point) for peer in peers]
     for one in taken:
         tell(f"{one.peer.system}: {point.phase}, batch {point.batch}, {point.context} tokens")
         with one.told(tell):
             one.peer.prepare_point(point)
     for _ in range(plan.rounds):
+        bare.measure()
         for one in taken:
             if one.reason is None and sum(one.seconds) <= plan.point_s:
                 with one.told(tell):
                     one.measure(plan.round_s)
-    needed = kernels(plan.arch, point)
-    least = needed.whole.seconds(machine), needed.seconds_in_turn(machine)
-    return [one.measured(*least) for one in taken]
+    machine, needed = bare.machine, kernels(plan.arch, point)
+    return [one.measured(machine, needed) for one in taken]
+
+
+class _Bare:
+    """What the machine can do in the rounds of one point."""
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+        #: seconds for a byte and for a floating-point operation, the least of each round
+        self._least: dict[str, list[float]] = {"read": [], "product": []}
+
+    def measure(self) -> None:
+        """One round. Raises :class:`PeerFailed`."""
+        for phase, least in self._least.items():
+            self._peer.prepare(phase)
+            least.append(min(self._peer.measure(BARE_S)))
+
+    @property
+    def machine(self) -> Machine:
+        """The median of the rounds."""
+        return Machine(*(1 / median(least) for least in self._least.values()))
 
 
 class _Taken:
@@ -108,15 +123,22 @@ class _Taken:
         if self.peer.kernel_s is not None:
             self._inside = (self._inside or 0.0) + self.peer.kernel_s
 
-    def measured(self, least_s: float, in_turn_s: float) -> Measured:
+    def measured(self, machine: Machine, needed: Kernels) -> Measured:
         """The median of them beside the limits; no figure where there are none, or where it cannot be one."""
         peer, middle = self.peer, median(self.seconds or [math.nan])
         if not self.seconds or not 0 < middle < math.inf:
             reason = self.reason or f"{peer.system} gave {middle:.3g} s for a step"
-            return Measured(peer.system, self._point, None, None, None, peer.loaded, reason)
-        outside = None if self._inside is None else 1 - self._inside / sum(self.seconds)
-        fraction, in_turn = least_s / middle, in_turn_s / middle
-        return Measured(peer.system, self._point, middle, fraction, outside, peer.loaded, None, in_turn)
+            return Measured(peer.system, self._point, None, machine, loaded=peer.loaded, reason=reason)
+        return Measured(
+            peer.system,
+            self._point,
+            middle,
+            machine,
+            needed.whole.seconds(machine) / middle,
+            None if self._inside is None else 1 - self._inside / sum(self.seconds),
+            peer.loaded,
+            in_turn_fraction=needed.seconds_in_turn(machine) / middle,
+        )
 
 
 def _room(points: Sequence[Point]) -> int:
