@@ -176,7 +176,8 @@ class Resolver:
         """The same, with addresses where rank hosts of other nodes join; tells of such that cannot be."""
         spread = [one for one in instances if one.hosts]
         if spread and self.file.mode != "colocated":
-            self._check_spread(spread[0], instances)
+            self._check_spread(spread[0])
+            self._check_partners(instances)
         joined: dict[str, Instance] = {}
         for port, one in enumerate(spread, self.file.ranks.port):
             node = next(node for node in nodes if node.name == one.node)
@@ -184,17 +185,22 @@ class Resolver:
             joined[one.name] = replace(one, join_bind=ends.bind, join_connect=ends.connect)
         return tuple(joined.get(one.name, one) for one in instances)
 
-    def _check_spread(self, spread: Instance, instances: Sequence[Instance]) -> None:
-        """Tell of KV that would have to leave a node: stages hand theirs over within it, by shared memory."""
-        stages = spread.stage_nodes
-        other = next((one for one in instances if one.stage_nodes != stages), None)
-        if other is not None:
+    def _check_partners(self, instances: Sequence[Instance]) -> None:
+        """Tell of an instance whose KV nobody could be handed, or that could be handed nobody's."""
+        other = {"prefill": "decode", "decode": "prefill"}
+        pairs = [(a, b) for a in instances for b in instances if b.role == other[a.role] and a.hands_over_to(b)]
+        lonely = [one for one in instances if one not in {owner for owner, _ in pairs}]
+        for one in [one for one in lonely if one.hosts] or lonely:
+            where = f"has stages on {' and '.join(one.stage_nodes)}" if one.hosts else f"is on {one.node} alone"
             reason = (
-                f"{spread.name} has stages on {' and '.join(stages)}, {other.name} on "
-                f"{' and '.join(other.stage_nodes)}: the KV of a stage is handed over within its node"
+                f"{one.name} {where}, and no {other[one.role]} instance is like that: "
+                "the KV of stages on several nodes is handed over stage by stage, each within its node"
             )
-            remedy = "have all instances' stages on the same nodes in the same order, or each instance on one node"
-            self.problems.add((spread.role, "place"), reason, remedy)
+            remedy = f"have the stages of a {other[one.role]} instance on the same nodes in the same order"
+            self.problems.add((one.role, "place"), reason, remedy)
+
+    def _check_spread(self, spread: Instance) -> None:
+        """Tell of settings by which KV would have to leave the nodes of the stages, which hand it over by shm."""
         relay, forced = self.file.relay, self.file.force_transport
         remedy = "leave the key out, or place each instance on one node"
         if forced not in (None, "shm") or "shm" not in relay.transports:
@@ -299,9 +305,10 @@ class Resolver:
         if forced is not None and forced not in allowed:
             reason = f"{forced} is not among relay.transports, which are {', '.join(allowed)}"
             self.problems.add(("force_transport",), reason, f"add {forced} there, or force another")
-        owners = {one.node for one in instances if one.role == "prefill"}
-        pullers = {one.node for one in instances if one.role == "decode"}
-        crossing = sorted({f"{a} to {b}" for a in owners for b in pullers if a != b})
+        owners = [one for one in instances if one.role == "prefill"]
+        pullers = [one for one in instances if one.role == "decode"]
+        pairs = [(a, b) for a in owners for b in pullers if a.hands_over_to(b)]
+        crossing = sorted({f"{a.node} to {b.node}" for a, b in pairs if a.node != b.node})
         if crossing and forced == "shm":
             reason = f"KV goes from node {crossing[0]}, where shm cannot reach"
             self.problems.add(("force_transport",), reason, "leave the key out, or use one node")

@@ -134,6 +134,10 @@ class Instance:
         """The node of each stage."""
         return self.nodes[:: self.tp]
 
+    def hands_over_to(self, reader: Instance) -> bool:
+        """Whether its KV can go there: stages on several nodes hand theirs over within these, layer by layer."""
+        return self.stage_nodes == reader.stage_nodes or not (self.hosts or reader.hosts)
+
     def ranks_on(self, node: str) -> tuple[int, ...]:
         """Its ranks on a node."""
         return tuple(rank for rank, one in enumerate(self.nodes) if one == node)
@@ -318,17 +322,32 @@ class Topology:
         same = owner_node == puller_node
         return "shm" if same and "shm" in self.relay_of(owner_node).transports else "tcp"
 
+    def handoffs(self) -> Iterator[tuple[Instance, Instance]]:
+        """Every prefill instance with each decode instance that can be handed its KV."""
+        for owner in self.role("prefill"):
+            for reader in self.role("decode"):
+                if owner.hands_over_to(reader):
+                    yield owner, reader
+
+    @property
+    def reach(self) -> dict[str, frozenset[str]]:
+        """Of each prefill instance the decode instances that can be handed its KV; empty where all of them can."""
+        if not self.hosts:
+            return {}
+        found = {one.name: frozenset[str]() for one in self.role("prefill")}
+        for owner, reader in self.handoffs():
+            found[owner.name] |= {reader.name}
+        return found
+
     def roles_on(self, node: str) -> set[Role]:
         """Of the instances on a node."""
         return {instance.role for instance in self.instances if instance.node == node}
 
     def sources_of(self, node: str) -> tuple[str, ...]:
         """Nodes whose KV comes to ``node`` by the network: those of owners, where this one has a reader."""
-        if "decode" not in self.roles_on(node):
-            return ()
+        owners = dict.fromkeys(owner.node for owner, reader in self.handoffs() if reader.node == node)
         reachable = (relay.node for relay in self.relays if relay.data_connect is not None)
-        owners = (other for other in reachable if "prefill" in self.roles_on(other))
-        return tuple(other for other in owners if self.transport(other, node) not in LOCAL)
+        return tuple(other for other in reachable if other in owners and self.transport(other, node) not in LOCAL)
 
     @property
     def collective(self) -> str:

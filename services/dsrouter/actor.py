@@ -117,6 +117,7 @@ async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> 
         node_affinity=router.node_affinity,
         mode=topology.mode,
         threshold_tokens=topology.threshold_tokens,
+        reach=topology.reach,
         keep_extend_s=min((one.lease_s / 3 for one in topology.relays if one.keep_nbytes), default=0.0),
     )
     keys = system_keys(topology)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dswire.messages.worker import ModelIdentity
 
@@ -31,5 +31,7 @@ class RouterConfig:
     node_affinity: float = 0.0
     mode: str = "disaggregated"
     threshold_tokens: int = 0
+    #: of each prefill instance the decode instances that can be handed its KV; empty where all of them can
+    reach: Mapping[str, frozenset[str]] = field(default_factory=dict)
     #: how often the leases of kept KV are renewed, in seconds; 0 where relays keep none
     keep_extend_s: float = 0.0

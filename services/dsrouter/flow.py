@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable
 from itertools import count
 from math import inf
-from typing import Protocol
 
 import msgspec
 
@@ -18,7 +17,9 @@ from dskv.handle import KvHandle, KvKey
 from dsrouter.config import RouterConfig
 from dsrouter.keeping import Keeping
 from dsrouter.request import Choice, Phase, Request
-from dsrouter.workers import Worker, Workers
+from dsrouter.sink import Sink
+from dsrouter.waiting import Waiting
+from dsrouter.workers import Among, Worker, Workers
 from dssched.dispatch import reads_locally, sending_tokens
 from dssched.prefix import digests
 from dswire.errors import DsError, ErrorInfo, NoInstance, WorkerLost, from_info
@@ -28,22 +29,6 @@ from dswire.messages.worker import Logprobs
 
 #: how long a choice waits while no instance of the role that it needs is up, in seconds
 INSTANCE_WAIT_S = 30.0
-
-
-class Sink(Protocol):
-    """What the flow tells the rest of the router."""
-
-    def send(self, peer: str, message: msgspec.Struct) -> None:
-        """Send a message."""
-
-    def emit(self, request: Request, event: msgspec.Struct) -> None:
-        """An event of the request, for its client."""
-
-    def choice_done(self, request: Request, choice: Choice, now: float) -> None:
-        """The choice is complete."""
-
-    def fail(self, request: Request, error: DsError, now: float) -> None:
-        """The request has failed."""
 
 
 class Flow:
@@ -58,11 +43,8 @@ class Flow:
         self._limits = {"prefill": config.max_prefill_queue, "decode": config.max_decode_queue}
         #: every choice that is not DONE, by sequence id, with its request
         self.choices: dict[str, tuple[Request, Choice]] = {}
-        #: those that wait for a prefill instance, for a decode instance that reads their prompts, and for one that
-        #: pulls their KV
-        self._queued: deque[str] = deque()
-        self._local: deque[str] = deque()
-        self._unplaced: deque[str] = deque()
+        #: those that wait for an instance
+        self._waiting = Waiting(workers, config.reach)
         self._epochs = count()
 
     def validate(self) -> None:
@@ -71,8 +53,8 @@ class Flow:
             phase = choice.life.phase
             assert request.live
             assert phase is not Phase.DONE
-            assert (sequence in self._queued) + (sequence in self._local) == (phase is Phase.QUEUED)
-            assert (sequence in self._unplaced) == (phase is Phase.PLACING and choice.handle is not None)
+            placing = phase is Phase.PLACING and choice.handle is not None
+            self._waiting.validate(sequence, queued=phase is Phase.QUEUED, placing=placing)
             assert phase is not Phase.DECODING or choice.decode is not None
             assert phase is Phase.DECODING or choice.decode is None or choice.told
         for one in self.workers:
@@ -97,7 +79,7 @@ class Flow:
         if mode == "conditional" and tokens >= threshold:
             unread = self._unread(request, choice)
             tokens = min((unread(one) for one in self.workers.role("decode")), default=tokens)
-        return self._local if reads_locally(mode, tokens, threshold) else self._queued
+        return self._waiting.local if reads_locally(mode, tokens, threshold) else self._waiting.queued
 
     def _unread(self, request: Request, choice: Choice) -> Callable[[Worker], int]:
         """How many tokens of the choice an instance would have to read."""
@@ -116,34 +98,49 @@ class Flow:
 
     def pump(self, now: float) -> None:
         """Send what can be sent."""
+        for sequence in self._waiting.stranded():
+            self._again(now, *self.choices[sequence], "read where its KV has somewhere to go")
+        self._read_locally(now)
+        self._read(now)
+        for among, queue in self._waiting.placing.items():
+            while queue:
+                request, choice = self.choices[queue[0]]
+                target = self._room_for(request, choice, among)
+                if target is None:
+                    break
+                queue.popleft()
+                self._send_decode(now, target, request, choice)
+
+    def _read_locally(self, now: float) -> None:
         conditional = self._config.mode == "conditional"
-        while self._local:
-            sequence = self._local[0]
+        while self._waiting.local:
+            sequence = self._waiting.local[0]
             most = self._config.threshold_tokens if conditional else inf
             unread = self._unread(*self.choices[sequence])
             target = self.workers.choose("decode", self._limits["decode"], unread, most, shares=False)
             if target is None and not conditional:
                 break
-            self._local.popleft()
+            self._waiting.local.popleft()
             if target is None:
                 # decode instances have enough to read
-                self._queued.append(sequence)
+                self._waiting.queued.append(sequence)
             else:
                 self._send_prefill(now, target, *self.choices[sequence])
-        while self._queued:
-            request, choice = self.choices[self._queued[0]]
-            target = self.workers.choose("prefill", self._limits["prefill"], self._unread(request, choice))
+
+    def _read(self, now: float) -> None:
+        leading = self._waiting.leading() if self._waiting.queued else None
+        while self._waiting.queued:
+            request, choice = self.choices[self._waiting.queued[0]]
+            unread = self._unread(request, choice)
+            target = self.workers.choose("prefill", self._limits["prefill"], unread, among=leading)
             if target is None:
                 break
-            self._queued.popleft()
+            self._waiting.queued.popleft()
             self._send_prefill(now, target, request, choice)
-        while self._unplaced:
-            request, choice = self.choices[self._unplaced[0]]
-            target = self.workers.choose("decode", self._limits["decode"], self._sending(request, choice))
-            if target is None:
-                break
-            self._unplaced.popleft()
-            self._send_decode(now, target, request, choice)
+
+    def _room_for(self, request: Request, choice: Choice, among: Among) -> Worker | None:
+        """The decode instance that gets its KV, if any has room."""
+        return self.workers.choose("decode", self._limits["decode"], self._sending(request, choice), among=among)
 
     def _send_prefill(self, now: float, target: Worker, request: Request, choice: Choice) -> None:
         choice.account.spend("router_queue_s", now)
@@ -209,7 +206,7 @@ class Flow:
         self.keeping.note(choice, handle)
         target = self.workers.get(choice.decode)
         if target is None:
-            self._unplaced.append(handle.key.sequence)
+            self._waiting.behind(choice.prefill).append(handle.key.sequence)
         else:
             self._send_decode(now, target, request, choice)
 
@@ -220,9 +217,9 @@ class Flow:
         request, choice = found
         choice.parts.append(handle)
         target = self.workers.get(choice.decode)
-        if target is None and not self._unplaced:
+        if target is None and not self._waiting.behind(choice.prefill):
             # those whose prompts are read already go first
-            target = self.workers.choose("decode", self._limits["decode"], self._sending(request, choice))
+            target = self._room_for(request, choice, self._waiting.reached_from(choice.prefill))
         if target is not None:
             self._tell_decode(target, request, choice)
 
@@ -334,10 +331,10 @@ class Flow:
         # it has waited before: it goes first
         self._queue(request, choice).appendleft(choice.key.sequence)
 
-    def starve(self, now: float, down_since: Callable[[str], float | None]) -> None:
+    def starve(self, now: float, down_since: Callable[[str, Among], float | None]) -> None:
         """Fail what has waited too long for a role of which no instance is up."""
-        for role, queue in (("prefill", self._queued), ("decode", self._local), ("decode", self._unplaced)):
-            since = down_since(role)
+        for role, among, queue in self._waiting.everything():
+            since = down_since(role, among)
             if since is None:
                 continue
             for sequence in list(queue):
@@ -360,9 +357,7 @@ class Flow:
     def _withdraw(self, choice: Choice, *, abort: bool) -> None:
         """Take the choice from wherever it is."""
         sequence = choice.key.sequence
-        for queue in (self._queued, self._local, self._unplaced):
-            if sequence in queue:
-                queue.remove(sequence)
+        self._waiting.remove(sequence)
         # who has parts of the KV does not know yet that there is nothing more to come
         early = choice.life.phase is not Phase.DECODING
         for name, tells in ((choice.prefill, abort), (choice.decode, abort or early)):

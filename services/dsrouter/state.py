@@ -355,7 +355,7 @@ class RouterState:
         self._registrar.ping(now)
         for gone in self.clients.silent(now):
             self._client_gone(now, gone, "its client fell silent")
-        self.flow.starve(now, lambda role: self.workers.down_since(role, self._started))
+        self.flow.starve(now, lambda role, among: self.workers.down_since(role, self._started, among))
 
     def _status(self, now: float) -> client.StatusReport:
         phases = Counter(one.life.phase.name.lower() for _, one in self.flow.choices.values())

@@ -19,6 +19,9 @@ from dswire.messages import PROTOCOL
 from dswire.messages.client import WorkerStatus
 from dswire.messages.worker import Load, ModelIdentity, WorkerHello
 
+#: names of some workers; None for all of them
+Among = frozenset[str] | None
+
 #: how long the holder of a name has to answer when another claims it
 PROBE_S = 1.0
 
@@ -148,9 +151,10 @@ class Workers:
         """The refusal of a second process under a live name."""
         return DuplicateName(f"a live {hello.role} worker is already named {hello.name!r}")
 
-    def sharing(self, role: str) -> list[Worker]:
+    def sharing(self, role: str, among: Among = None) -> list[Worker]:
         """The live workers of a role that can hand KV over or be handed some: those whose relay is not lost."""
-        return [worker for worker in self.role(role) if worker.hello.node not in self._cut_off]
+        able = [worker for worker in self.role(role) if worker.hello.node not in self._cut_off]
+        return able if among is None else [worker for worker in able if worker.hello.name in among]
 
     def choose(
         self,
@@ -160,13 +164,15 @@ class Workers:
         most: float = inf,
         *,
         shares: bool = True,
+        among: Among = None,
     ) -> Worker | None:
         """The worker that gets the next sequence (``dssched.dispatch``), if any has room.
 
         ``added``: tokens that it would have to read, or that sending KV there is worth. ``most``: only one that
-        would have fewer than that to read, and has fewer than that to read now. ``shares``: it hands KV over.
+        would have fewer than that to read, and has fewer than that to read now. ``shares``: it hands KV over,
+        and is one of ``among``.
         """
-        able = self.sharing(role) if shares else self.role(role)
+        able = self.sharing(role, among) if shares else self.role(role)
         open_to = [(one, added(one)) for one in able if len(one.sequences) < max_sequences]
         if most < inf:
             open_to = [(one, new) for one, new in open_to if new < most and sum(one.reading.values()) < most]
@@ -187,13 +193,18 @@ class Workers:
         for worker in self._up.values():
             worker.heard_at = min(now, worker.heard_at + seconds)
 
-    def down_since(self, role: str, started: float) -> float | None:
+    def down_since(self, role: str, started: float, among: Among = None) -> float | None:
         """Since when no worker of the role is up, its relay included (``started`` when none ever was); None while
-        one is."""
-        if self.sharing(role):
+        one is. ``among``: of these names alone."""
+        if self.sharing(role, among):
             return None
-        needed = (role, "relay")
-        return max((at for name, at in self.lost.items() if self._expected[name] in needed), default=started)
+        roles = {name: self._expected[name] for name in self.lost}
+        needed = [
+            at
+            for name, at in self.lost.items()
+            if roles[name] == "relay" or (roles[name] == role and (among is None or name in among))
+        ]
+        return max(needed, default=started)
 
     def status(self, now: float) -> tuple[WorkerStatus, ...]:
         """Every worker of the topology, in its order."""

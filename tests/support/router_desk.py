@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from random import Random
+from types import MappingProxyType
 from typing import TypeVar
 
 import msgspec
@@ -38,6 +40,8 @@ class Desk:
         mode: str = "disaggregated",
         threshold_tokens: int = 0,
         node_affinity: float = 0.0,
+        max_decode_queue: int = 8,
+        reach: Mapping[str, frozenset[str]] = MappingProxyType({}),
     ) -> None:
         config = RouterConfig(
             name="router-0",
@@ -48,7 +52,7 @@ class Desk:
             workers=ROLES,
             max_requests=8,
             max_prefill_queue=max_prefill_queue,
-            max_decode_queue=8,
+            max_decode_queue=max_decode_queue,
             max_deadline_s=600.0,
             client_lease_s=6.0,
             worker_lease_s=5.0,
@@ -56,6 +60,7 @@ class Desk:
             mode=mode,
             threshold_tokens=threshold_tokens,
             node_affinity=node_affinity,
+            reach=reach,
         )
         # an early clock: a time of zero is a time like any other
         self.now = 0.0

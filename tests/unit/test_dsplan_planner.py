@@ -281,7 +281,26 @@ def test_stages_side_by_side_are_written_and_can_be_served(plan: Plan, tmp_path:
     assert not topology.between_gpus
     # there is no room for more on these nodes, and others' KV would have to come from them
     assert not startable.startable(wide, dataclasses.replace(spec, decode=Group(Parallel(1, 2), 5)))
-    assert not startable.startable(wide, dataclasses.replace(spec, mode="conditional"))
+    assert startable.startable(wide, dataclasses.replace(spec, mode="conditional"))
+
+
+def test_pairs_side_by_side_are_on_as_many_groups_of_nodes_as_it_takes(plan: Plan, tmp_path: Path) -> None:
+    wide = dataclasses.replace(plan.question, nodes=4, devices_per_node=3)
+    three = Spec("low", Group(Parallel(1, 2), 3), Group(Parallel(1, 2), 3), stages=2)
+    assert startable.islands(three, 3) == [(1, 1)] * 3
+    assert not startable.startable(wide, three)
+    assert startable.islands(three, 4) == [(2, 2), (1, 1)]
+    spec = dataclasses.replace(three, prefill=Group(Parallel(1, 2), 2), decode=Group(Parallel(2, 2), 2))
+    assert not startable.startable(wide, dataclasses.replace(spec, decode=Group(Parallel(2, 2), 3)))
+    content = document(wide, spec)
+    assert content["prefill"]["place"] == [["n0/cuda:0", "n1/cuda:0"], ["n2/cuda:0", "n3/cuda:0"]]
+    assert content["decode"]["place"][1] == ["n2/cuda:1", "n2/cuda:2", "n3/cuda:1", "n3/cuda:2"]
+    (path := tmp_path / "t.yaml").write_text(dumped(content))
+    topology = load(path, {"DS_RUN_DIR": str(tmp_path), "DS_SHM_DIR": str(tmp_path), "DS_HOME": str(tmp_path)})
+    assert topology.reach == {f"prefill-{n}": {f"decode-{n}"} for n in range(2)}
+    assert topology.sources_of("n1") == topology.sources_of("n3") == ()
+    _, run = simulated(wide, spec, 2.0, 40, 40)
+    assert all(not record.error for record in run.records)
 
 
 def test_a_plan_of_what_can_be_started_has_stages_of_the_same_layers(plan: Plan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dskv.handle import KvKey
 from dsrouter.events import Note, Stopping, Tokenize, Tokenized
 from dswire.errors import ErrorInfo, InvalidRequest
 from dswire.machine import PeerLost, Send, Tick
@@ -375,3 +376,61 @@ def test_status_without_anybody(desk: Desk) -> None:
     (report,) = desk.told(CLIENT, client.StatusReport)
     assert {one.name: one.state for one in report.workers}["decode-0"] == "lost"
     assert report.requests == {"tokenizing": 1}
+
+
+#: stages of two pairs, each pair on nodes of its own
+PAIRS = {"prefill-0": frozenset({"decode-0"}), "prefill-1": frozenset({"decode-1"})}
+
+
+def test_kv_goes_where_it_can_and_nobody_waits_for_room_of_others() -> None:
+    desk = Desk(reach=PAIRS, max_decode_queue=1).join(*ROLES)
+    keys: dict[str, list[KvKey]] = {"prefill-0": [], "prefill-1": []}
+    for name in "abcd":
+        for send in [one for one in desk.submit(name) if isinstance(one, Send)]:
+            if isinstance(send.message, worker.PrefillWork):
+                keys[send.peer].append(send.message.key)
+    first, second = keys["prefill-0"]
+    desk.prefilled(first)
+    assert [one.handle.key for one in desk.told("decode-0", worker.DecodeWork)] == [first]
+    desk.prefilled(second)
+    assert not desk.did(Send)
+    # the other pair has room
+    desk.prefilled(keys["prefill-1"][0], "prefill-1")
+    assert [one.handle.key for one in desk.told("decode-1", worker.DecodeWork)] == [keys["prefill-1"][0]]
+    desk.say("decode-0", worker.StepDone((worker.TokenMade(first, 1, 7, finish_reason="length"),)))
+    assert [one.handle.key for one in desk.told("decode-0", worker.DecodeWork)] == [second]
+
+
+def test_kv_whose_decode_instance_is_down_is_read_again_elsewhere() -> None:
+    desk = Desk(reach=PAIRS, retries=0).join("prefill-0", "decode-0", "decode-1")
+    desk.submit()
+    key = only(desk.told("prefill-0", worker.PrefillWork)).key
+    desk.feed(PeerLost(desk.now, "decode-0"))
+    # there is nothing yet that reads for the other one
+    desk.prefilled(key)
+    assert not desk.told("prefill-0", worker.Abort)
+    desk.join("prefill-1")
+    assert desk.told("prefill-0", worker.Abort) == [worker.Abort(key)]
+    again = only(desk.told("prefill-1", worker.PrefillWork))
+    assert (again.key.sequence, again.output_ids) == (key.sequence, (7,))
+    # prompts come to those whose KV has somewhere to go
+    desk.submit("s")
+    assert desk.told("prefill-1", worker.PrefillWork)
+    desk.join("decode-0").submit("t")
+    assert desk.told("prefill-0", worker.PrefillWork)
+
+
+def test_kv_that_can_go_nowhere_does_not_wait_for_ever() -> None:
+    desk = Desk(reach=PAIRS).join("prefill-0", "decode-1")
+    desk.submit()
+    desk.prefilled(only(desk.told("prefill-0", worker.PrefillWork)).key)
+    for _ in range(40):
+        desk.now += 1.0
+        for name in ("prefill-0", "decode-1"):
+            desk.say(name, worker.WorkerReport(worker.Load()))
+        desk.say(CLIENT, client.ClientPing())
+        desk.feed(Tick(desk.now))
+        if failed := desk.told(CLIENT, client.Failed):
+            break
+    assert [one.error.code for one in failed] == ["no_instance"]
+    assert 29.0 < desk.now < 35.0

@@ -70,17 +70,16 @@ class Handoff:
 
 
 def handoffs(topology: Topology) -> Iterator[Handoff]:
-    """Every pair of a prefill and a decode instance."""
-    for owner in topology.role("prefill"):
-        for puller in topology.role("decode"):
-            yield Handoff(
-                owner.name,
-                puller.name,
-                topology.transport(owner.node, puller.node),
-                (topology.relay_of(owner.node).name, topology.relay_of(puller.node).name),
-                owner.node != puller.node,
-                owner.stage_nodes if owner.hosts else (),
-            )
+    """Every pair of a prefill and a decode instance between which KV goes."""
+    for owner, puller in topology.handoffs():
+        yield Handoff(
+            owner.name,
+            puller.name,
+            topology.transport(owner.node, puller.node),
+            (topology.relay_of(owner.node).name, topology.relay_of(puller.node).name),
+            owner.node != puller.node,
+            owner.stage_nodes if owner.hosts else (),
+        )
 
 
 def data(topology: Topology, live: Live) -> dict[str, Any]:

@@ -268,9 +268,6 @@ class Planner:
             return []
         pair, question = found.best.what, self.question
         room = question.devices_per_node // (pair.devices // pair.stages) * (question.nodes // pair.stages)
-        if question.startable and pair.stages > 1:
-            # all on the same nodes
-            room = min(room, question.devices_per_node // (pair.devices // pair.stages))
         n = room if question.rate is None else replicas(question.rate, found.best.rate)
         if question.startable and n > room:
             return []

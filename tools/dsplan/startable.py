@@ -1,7 +1,8 @@
 """What ``dsctl up`` can start, and the best of that, where the best of all is not.
 
 In mode colocated nothing is handed over, and the stages of instances may be on any nodes. Where KV is handed over,
-each instance is on one node, or the stages of all are side by side: of the same layers, on the same nodes.
+each instance is on one node, or its stages are side by side with those of the other phase: of the same layers, on
+the same nodes.
 """
 
 from __future__ import annotations
@@ -21,9 +22,21 @@ def startable(question: Question, spec: Spec) -> bool:
     if spec.mode == "colocated":
         return nodes_of(spec, question.devices_per_node) <= question.nodes
     if spec.stages > 1:
-        alike = spec.mode == "disaggregated" and spec.prefill.parallel.pp == spec.decode.parallel.pp
-        return alike and spec.devices <= spec.stages * question.devices_per_node
+        alike = spec.prefill.parallel.pp == spec.decode.parallel.pp
+        return alike and 0 < len(islands(spec, question.devices_per_node)) * spec.stages <= question.nodes
     return max(one.parallel.devices for one in (spec.prefill, spec.decode)) <= question.devices_per_node
+
+
+def islands(spec: Spec, per_node: int) -> list[tuple[int, int]]:
+    """Replicas of prefill and of decode on each group of as many nodes as there are stages; empty where they do not
+    go there. Those that one group does not hold go pair by pair."""
+    ahead, behind = spec.prefill.replicas, spec.decode.replicas
+    if spec.devices <= spec.stages * per_node:
+        return [(ahead, behind)]
+    pairs = per_node * spec.stages // (spec.prefill.parallel.devices + spec.decode.parallel.devices)
+    if ahead != behind or not pairs:
+        return []
+    return [(min(pairs, ahead - first),) * 2 for first in range(0, ahead, pairs)]
 
 
 def nodes_of(spec: Spec, per_node: int) -> int:
@@ -41,8 +54,9 @@ def check(question: Question, spec: Spec) -> None:
     weights, per_node = question.shape.weights_nbytes, question.devices_per_node
     holds = weights < per_node * min(kind.device.memory_nbytes for kind in question.kinds)
     raise PlanInput(
-        "instances of this placement have stages on several nodes, which are not those of all others or hold other "
-        "layers, so that KV would have to cross nodes stage by stage: it can be planned and compared, not started",
+        "instances of this placement have stages on several nodes, and prefill and decode are not side by side "
+        "there or hold other layers, so that KV would have to cross nodes stage by stage: it can be planned and "
+        "compared, not started",
         remedy="plan with --startable, among placements that can be started"
         if holds
         else f"its weights take {weights / 2**30:.0f} GiB, more than a node of {per_node} has: plan for nodes with "
@@ -70,7 +84,7 @@ def tell(plan: Plan, progress: Progress = silent, processes: int = 1) -> None:
     plan.startable = one
     devices = counted(one.spec.devices, "device")
     plan.notes.append(
-        "the choice hands KV over between instances over different nodes, which the servers cannot start; the best "
-        f"that they can is {one.spec} on {devices}, {one.per_device.rate:.3g} requests/s a device, "
+        "the choice hands KV over between stages on different nodes, which the servers cannot start; the best that "
+        f"they can is {one.spec} on {devices}, {one.per_device.rate:.3g} requests/s a device, "
         f"{1 - one.worth / plan.chosen.worth:.0%} less: --startable plans for that"
     )

@@ -106,7 +106,7 @@ def _places(spec: Spec, per_node: int, *, apart: bool) -> dict[str, list[list[st
     if spec.mode == "colocated" and spec.decode.parallel.devices > per_node:
         return {"prefill": [], "decode": _stage_by_stage(spec.decode, per_node)}
     if spec.stages > 1:
-        return _side_by_side(spec)
+        return _side_by_side(spec, per_node)
     wanted = [("prefill", spec.prefill), ("decode", spec.decode)]
     if spec.algorithm == "low":
         order = [pair for _ in range(spec.decode.replicas) for pair in wanted]
@@ -142,17 +142,19 @@ def _stage_by_stage(group: Group, per_node: int) -> list[list[str]]:
     return [ranks[first : first + one.devices] for first in range(0, len(ranks), one.devices)]
 
 
-def _side_by_side(spec: Spec) -> dict[str, list[list[str]]]:
-    """As many stages of each instance on every node; the instances have the devices of a node in turn."""
-    found: dict[str, list[list[str]]] = {}
-    first = 0
-    for role, group in (("prefill", spec.prefill), ("decode", spec.decode)):
-        here = group.parallel.devices // spec.stages
-        found[role] = [
-            [f"n{node}/{first + replica * here + i}" for node in range(spec.stages) for i in range(here)]
-            for replica in range(group.replicas)
-        ]
-        first += group.replicas * here
+def _side_by_side(spec: Spec, per_node: int) -> dict[str, list[list[str]]]:
+    """As many stages of each instance on every node of its group, whose instances have its devices in turn."""
+    found: dict[str, list[list[str]]] = {"prefill": [], "decode": []}
+    for island, counts in enumerate(startable.islands(spec, per_node)):
+        nodes = range(island * spec.stages, (island + 1) * spec.stages)
+        first = 0
+        for role, group, count in zip(found, (spec.prefill, spec.decode), counts, strict=True):
+            here = group.parallel.devices // spec.stages
+            found[role] += [
+                [f"n{node}/{at + i}" for node in nodes for i in range(here)]
+                for at in range(first, first + count * here, here)
+            ]
+            first += count * here
     return found
 
 

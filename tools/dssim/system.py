@@ -200,6 +200,7 @@ class System:
             node_affinity=router.node_affinity,
             mode=topology.mode,
             threshold_tokens=topology.threshold_tokens,
+            reach=topology.reach,
             keep_extend_s=min((one.lease_s / 3 for one in topology.relays if one.keep_nbytes), default=0.0),
         )
         writer = Silent()

@@ -98,8 +98,10 @@ class _Asked:
 
 
 def _ordinary(topology: Topology, layout: KvLayout, arrivals: Sequence[Arrival]) -> bool:
-    """Whether KV goes one way within nodes and can leave them, in equal blocks; no relay keeps any; prompts differ,
-    and each fits."""
+    """Whether KV goes one way within nodes, can leave them for any instance, in equal blocks; no relay keeps any;
+    prompts differ, and each fits."""
+    if topology.reach:
+        return False
     if topology.relays and (len(_within(topology)) > 1 or not all(_reached(topology))):
         return False
     if any(one.keep_nbytes for one in topology.relays):
