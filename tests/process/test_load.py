@@ -51,3 +51,37 @@ def test_load_is_sent_counted_logged_and_replayed() -> None:
             [sys.executable, "-m", "dsctl", "status", "-f", "t.yaml"], cwd=directory, env=env, capture_output=True
         )
         assert again.returncode != 0, "it still runs"
+
+
+def test_nothing_stays_of_many_requests_some_of_which_are_left() -> None:
+    with tempfile.TemporaryDirectory(prefix="ds-") as name:
+        directory = Path(name)
+        (directory / "t.yaml").write_text(YAML % free_ports())
+        env = {**os.environ, "DS_RUN_DIR": str(directory / "run"), "OMP_NUM_THREADS": "1"}
+        command = [
+            "-m",
+            "dsbench",
+            "soak",
+            "-f",
+            "t.yaml",
+            "--start",
+            "--requests",
+            "60",
+            "--leave",
+            "0.5",
+            "--json",
+        ]
+        done = subprocess.run(
+            [sys.executable, *command, "--json"],
+            cwd=directory,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        assert (told["requests"], told["counted"], told["failed"], told["held"]) == (60, 48, {}, {})
+        assert 10 < told["left"] < 50
+        assert set(told["end"]["processes"]) == {"relay-n0", "prefill-0", "decode-0", "router-0"}
+        assert told["failures"] == []

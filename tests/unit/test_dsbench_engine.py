@@ -15,11 +15,11 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from dsbench.engine import able, command
+from dsbench.engine_soak import ALLOWED_NBYTES, Soaked
 from dsbench.machine import Machine
 from dsbench.peer import Peer, PeerFailed
 from dsbench.points import Loaded, Measured, Point
 from dsbench.run import Plan, run_block
-from dsbench.soak import ALLOWED_NBYTES, Soaked
 from dsbench.systems.ours import Ours, OursBf16
 from dsbench.table import table
 from dsengine.families import load_architecture

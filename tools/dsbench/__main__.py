@@ -15,6 +15,7 @@ COMMANDS = {
     "calibrate": "dsbench.calibrate:command",
     "engine": "dsbench.engine:command",
     "kv": "dsbench.kv:command",
+    "soak": "dsbench.soak:command",
     "simdistserve": "dsbench.simdistserve:command",
 }
 

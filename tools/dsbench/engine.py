@@ -171,7 +171,7 @@ def command(
 
 
 def _soak(path: Path, dtype: str, threads: int, requests: int, console: Console, as_json: bool) -> None:
-    from dsbench.soak import soak
+    from dsbench.engine_soak import soak
 
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"{dtype}, {threads} threads", total=requests)

@@ -1,205 +1,170 @@
-"""``dsbench engine --soak``: many small requests through one engine, and what memory it holds afterwards.
+"""``dsbench soak``: many small requests through a whole system, some left on the way, and what is held afterwards.
 
-Requests come and go in one batch as in a service: prompts whole or in two chunks beside decode steps, greedy and
-drawn tokens, every seventh cancelled half-way. Blocks come from the pool that prefill instances use.
+Nothing is told from a single look: every process is looked at when the system is idle behind a first part of the
+requests, by which time every pool, cache and socket has been used, and again when it is idle behind the last one.
 """
 
 from __future__ import annotations
 
-import tempfile
+import asyncio
+import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from random import Random
-from typing import Any
 
-from dsengine.config import EngineConfig
-from dsengine.runner import Engine, StepItem
-from dsengine.sampler import Sampled, SamplerState
-from dssched.prefix import PrefixPool
-from dswire.messages.client import Sampling
+import click
+import uvloop
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 
-BLOCK = 16
-#: sequences at once, and blocks of the pool: more than they can fill
-BATCH, BLOCKS = 8, 64
-#: a prompt has 1 to so many tokens, an answer too
-PROMPT, ANSWER = 24, 8
-#: of some prompts that a step reads
-CHUNK = 16
-#: of all requests, those after which memory is first looked at: by then every kind of step has been
-WARM_UP = 0.1
-#: what the process may have grown from there to the end
-ALLOWED_NBYTES = 16 << 20
-_GREEDY = Sampling(temperature=0, ignore_eos=True)
-_DRAWN = Sampling(temperature=0.8, top_p=0.9, top_k=40, repetition_penalty=1.1, seed=3, ignore_eos=True)
-#: in a file of shared memory as an instance's pool is, where there is any
-_SHM = Path("/dev/shm")
+from dsbench import host
+from dsbench.endured import Endured, Look
+from dsbench.footprint import footprint
+from dsbench.hammer import Hammer
+from dsbench.started import started
+from dsclient import AsyncClient
+from dsctl.asking import Target, find_target
+from dsctl.overview import overview
+from dsctl.topology import FILE_HELP
+from dsobserve.terminal import output
+from dstopology.load import find, load
+from dstopology.resolved import Topology
+from dswire.errors import BadInput, Failed
+from dswire.messages.client import StatusReport
 
-
-@dataclass(frozen=True, slots=True)
-class Soaked:
-    """What came out; field by field the JSON."""
-
-    requests: int
-    steps: int
-    seconds: float
-    #: of an engine in a process that has all libraries: the first one may have to pack the weights, the second not
-    first_load_seconds: float
-    load_seconds: float
-    #: memory of this process alone, resident or swapped, after the warm-up and at the end; files and what is shared
-    #: are no part of it
-    warm_private_nbytes: int
-    private_nbytes: int
-    #: at the end; of that, what other processes may share
-    resident_nbytes: int
-    shared_nbytes: int
-    allowed_growth_nbytes: int
-    blocks_held: int
-    #: of the KV pool's memory, and as its configuration has it
-    pool_nbytes: int
-    configured_pool_nbytes: int
-
-    @property
-    def failures(self) -> list[str]:
-        """What is not as it has to be."""
-        growth = self.private_nbytes - self.warm_private_nbytes
-        problems = (
-            (growth > self.allowed_growth_nbytes, f"memory grew by {growth} bytes"),
-            (self.blocks_held > 0, f"{self.blocks_held} blocks are held by nobody's request"),
-            (self.pool_nbytes != self.configured_pool_nbytes, f"the KV pool has {self.pool_nbytes} bytes"),
-        )
-        return [text for wrong, text in problems if wrong]
-
-    def as_json(self) -> dict[str, Any]:
-        """One flat object."""
-        return {**asdict(self), "failures": self.failures}
+#: part of the requests behind which the first look is taken
+WARM_UP = 0.2
+#: longest wait for the system to be idle, and between two looks whether it is
+IDLE_S, LOOK_S = 30.0, 0.25
 
 
-@dataclass(slots=True)
-class _Request:
-    number: int
-    tokens: list[int]
-    prompt: int
-    blocks: list[int]
-    sampler: SamplerState
-    #: tokens that it is still to get
-    left: int
-    #: tokens whose KV is there
-    done: int = 0
-    item: StepItem = field(init=False)
+@click.command("soak")
+@click.option("-f", "--file", type=click.Path(path_type=Path), help=FILE_HELP)
+@click.option("--start", is_flag=True, help="Start the topology's processes for the measurement, and stop them.")
+@click.option("--requests", type=click.IntRange(10), default=10_000, show_default=True)
+@click.option("--at-once", type=click.IntRange(1), default=16, show_default=True, help="Requests under way.")
+@click.option(
+    "--leave",
+    type=click.FloatRange(0, 1),
+    default=0.15,
+    show_default=True,
+    help="Share that is cancelled.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of lengths, and of who is cancelled when.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    file: Path | None, start: bool, requests: int, at_once: int, leave: float, seed: int, as_json: bool
+) -> None:
+    """Send many small requests, and see that nothing of them stays: memory, KV blocks, files, threads.
 
-    def next_item(self) -> StepItem:
-        """What the next step does for it."""
-        chunk = CHUNK if self.number % 3 else PROMPT
-        end = min(len(self.tokens), self.done + chunk)
-        sampler = self.sampler if end == len(self.tokens) else None
-        self.item = StepItem(self.tokens[self.done : end], self.done, self.blocks, sampler)
-        return self.item
+    Prompts of 4 to 64 tokens, some behind 32 that others begin with too; answers of up to 24 tokens. Those that are
+    cancelled are left before the first token or behind any later one. The exit status is 5 if the memory of a
+    process grew by more than 16 MiB after the first fifth of the requests, if one has more files open or more
+    threads, if blocks, handles or requests are held when nothing is asked any more, or if a request failed.
 
-    def ends_with(self, sampled: Sampled | None) -> bool:
-        """Note that the step is done; whether that was the last one."""
-        self.done = self.item.end
-        if sampled is not None:
-            self.tokens.append(sampled.token)
-            self.left -= 1
-        cancelled = self.number % 7 == 0 and self.done > self.prompt
-        return self.left == 0 or cancelled
-
-
-def soak(model: Path, dtype: str, threads: int, requests: int, tell: Callable[[int], None]) -> Soaked:
-    """Run; ``tell`` hears how many requests have ended. Raises what :class:`Engine` raises."""
-    with tempfile.TemporaryDirectory(dir=_SHM if _SHM.is_dir() else None, prefix="ds-soak-") as folder:
-        first_s = _time_of_loading(model, dtype, threads, Path(folder) / "pool.kv")
-        engine, load_s = _loaded(model, dtype, threads, Path(folder) / "pool.kv")
-        try:
-            return _run(engine, requests, tell, (first_s, load_s))
-        finally:
-            engine.close()
+    \b
+    dsbench soak -f T.yaml --start
+    dsbench soak --requests 500 --leave 0.5 --json
+    """
+    path, console = find(file), Console(stderr=True)
+    topology, target = load(path), find_target(path, None, None)
+    host.warn(console)
+    with started(path, console) if start else nullcontext():
+        hammer = Hammer(requests, at_once, leave, topology.model.max_model_len, seed)
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("requests", total=requests)
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                endured = runner.run(_soak(topology, target, hammer, lambda: progress.advance(task)))
+    if as_json:
+        click.echo(json.dumps(endured.as_json(), indent=2))
+    else:
+        show(endured)
+    if endured.failures:
+        raise Failed(f"{path}: after {requests} requests, " + "; ".join(endured.failures))
 
 
-def _run(engine: Engine, requests: int, tell: Callable[[int], None], load_s: tuple[float, float]) -> Soaked:
-    pool, begin = PrefixPool(BLOCKS, BLOCK, keep=False), time.perf_counter()
-    segment = engine.pool.segment
-    assert segment is not None
-    segment.warmed(60.0)
-    steps, warm = 0, None
-    for ended in _steps(engine, pool, requests):
-        steps += 1
-        tell(ended)
-        if warm is None and ended >= requests * WARM_UP:
-            warm = _memory()
-    memory = _memory()
-    assert warm is not None
-    return Soaked(
-        requests=requests,
-        steps=steps,
-        seconds=time.perf_counter() - begin,
-        first_load_seconds=load_s[0],
-        load_seconds=load_s[1],
-        warm_private_nbytes=_private(warm),
-        private_nbytes=_private(memory),
-        resident_nbytes=memory["VmRSS"],
-        shared_nbytes=memory["RssFile"] + memory["RssShmem"],
-        allowed_growth_nbytes=ALLOWED_NBYTES,
-        blocks_held=pool.held,
-        pool_nbytes=segment.path.stat().st_size,
-        configured_pool_nbytes=BLOCKS * engine.layout.block_nbytes,
+async def _soak(topology: Topology, target: Target, hammer: Hammer, on_end: Callable[[], None]) -> Endured:
+    async with AsyncClient(target.address, keys=target.keys) as client:
+        first = int(hammer.requests * WARM_UP)
+        await hammer.run(client, first, on_end)
+        await _idle(client)
+        warm = await asyncio.to_thread(_look, topology)
+        await hammer.run(client, hammer.requests - first, on_end)
+        held = await _idle(client)
+        end = await asyncio.to_thread(_look, topology)
+    return Endured(
+        requests=hammer.requests,
+        counted=hammer.requests - first,
+        left=hammer.left,
+        failed=dict(hammer.failed),
+        seconds=hammer.seconds,
+        warm=warm,
+        end=end,
+        held=held,
     )
 
 
-def _steps(engine: Engine, pool: PrefixPool, requests: int) -> Iterator[int]:
-    """Step until all have ended; after each step, how many have."""
-    running: list[_Request] = []
-    random, begun = Random(1), 0
-    while begun < requests or running:
-        while len(running) < BATCH and begun < requests:
-            running.append(_request(engine, pool, random, begun))
-            begun += 1
-        drawn = engine.step([request.next_item() for request in running])
-        for request, sampled in zip(list(running), drawn, strict=True):
-            if request.ends_with(sampled):
-                running.remove(request)
-                pool.give(request.blocks)
-        yield begun - len(running)
+async def _idle(client: AsyncClient) -> dict[str, int]:
+    """Wait until nothing is held; what still is after :data:`IDLE_S`. Words from before the wait do not count."""
+    began_s, held = time.monotonic(), {"router: unheard workers": 1}
+    for _ in range(int(IDLE_S / LOOK_S)):
+        report = await client.status()
+        if max(one.report_age_s for one in report.workers) < time.monotonic() - began_s:
+            held = holds(report)
+        if not held:
+            break
+        # workers tell once a second, and nobody tells that they have told
+        await asyncio.sleep(LOOK_S)
+    return held
 
 
-def _time_of_loading(model: Path, dtype: str, threads: int, segment: Path) -> float:
-    engine, seconds = _loaded(model, dtype, threads, segment)
-    engine.close()
-    return seconds
+def holds(report: StatusReport) -> dict[str, int]:
+    """What workers hold for some request: name of the thing -> how many, zeros left out."""
+    found = {f"router: {phase} requests": count for phase, count in report.requests.items()}
+    for one in report.workers:
+        for thing, count in (
+            ("blocks", one.blocks_held),
+            ("requests that wait", one.waiting),
+            ("requests that run", one.running),
+            *((f"{state} handles", count) for state, count in one.handles.items()),
+        ):
+            found[f"{one.name}: {thing}"] = count
+    return {thing: count for thing, count in found.items() if count}
 
 
-def _loaded(model: Path, dtype: str, threads: int, segment: Path) -> tuple[Engine, float]:
-    begin = time.perf_counter()
-    engine = Engine(
-        EngineConfig(
-            model_dir=model,
-            dtype="bfloat16" if dtype == "int8" else dtype,
-            quantization="int8" if dtype == "int8" else None,
-            device="cpu",
-            block_size=BLOCK,
-            num_blocks=BLOCKS,
-            segment=segment,
-            threads=threads,
-            max_model_len=PROMPT + ANSWER,
+def _look(topology: Topology) -> Look:
+    """Raises :class:`BadInput` where no supervisor of this host runs it."""
+    seen = overview(topology.path)
+    if seen.supervisor_pid is None:
+        raise BadInput(f"no supervisor of this host runs {topology.path}", remedy="start it, or say --start")
+    processes = {row.name: footprint(row.pid) for row in seen.rows if row.pid is not None}
+    restarts = sum(row.restarts or 0 for row in seen.rows)
+    segments = sum(1 for _ in topology.shm_dir.glob(f"ds-{topology.digest}-*"))
+    return Look(processes, segments, restarts)
+
+
+def show(endured: Endured) -> None:
+    """A table, and the verdict in a sentence."""
+    table = Table(title=f"{endured.requests} requests, {endured.left} of them left on the way")
+    for name in ("process", "own memory, MiB", "growth", "per 1,000 requests, KiB", "files", "threads"):
+        table.add_column(name, justify="left" if name == "process" else "right")
+    for name, before, after in endured.pairs():
+        growth = after.private_nbytes - before.private_nbytes
+        table.add_row(
+            name,
+            f"{after.private_nbytes / 2**20:.1f}",
+            f"{growth / 2**20:+.2f}",
+            f"{growth / 2**10 / max(endured.counted / 1000, 1e-9):+.1f}",
+            _change(before.files, after.files),
+            _change(before.threads, after.threads),
         )
-    )
-    return engine, time.perf_counter() - begin
+    output().print(table)
+    rate = endured.requests / endured.seconds
+    held = ", ".join(f"{count} {thing}" for thing, count in endured.held.items()) or "nothing"
+    output().print(f"{rate:.0f} requests/s; held when idle: {held}", highlight=False)
 
 
-def _request(engine: Engine, pool: PrefixPool, random: Random, number: int) -> _Request:
-    prompt = [random.randrange(engine.model.vocab_size) for _ in range(random.randint(1, PROMPT))]
-    blocks = pool.take(engine.layout.blocks_for(len(prompt) + ANSWER))
-    sampler = engine.sampler(_DRAWN if number % 2 else _GREEDY, prompt, [])
-    return _Request(number, prompt, len(prompt), blocks, sampler, random.randint(1, ANSWER))
-
-
-def _memory() -> dict[str, int]:
-    """``VmRSS``, ``RssAnon`` and the like of this process, in bytes."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {words[0][:-1]: int(words[1]) << 10 for words in lines if words[-1] == "kB"}
-
-
-def _private(memory: dict[str, int]) -> int:
-    return memory["RssAnon"] + memory["VmSwap"]
+def _change(before: int, after: int) -> str:
+    return str(after) if before == after else f"{before} -> {after}"
