@@ -47,12 +47,14 @@ class Waiting:
                 queue.remove(sequence)
 
     def leading(self) -> Among:
-        """The prefill instances that are up and whose KV has somewhere to go; None for any, also where none has."""
+        """The prefill instances that are up and whose KV has somewhere to go, if it can be without waiting there;
+        None for any, also where none has."""
         if not self._reach:
             return None
         up = {one.hello.name for one in self._workers.sharing("decode")}
-        names = (one.hello.name for one in self._workers.sharing("prefill"))
-        return frozenset(name for name in names if self._reach[name] & up) or None
+        names = [one.hello.name for one in self._workers.sharing("prefill")]
+        leading = [name for name in names if self._reach[name] & up]
+        return frozenset([name for name in leading if not self.behind(name)] or leading) or None
 
     def stranded(self) -> list[str]:
         """Those whose decode instances are all down, while prompts can be read for others."""

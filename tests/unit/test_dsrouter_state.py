@@ -394,6 +394,9 @@ def test_kv_goes_where_it_can_and_nobody_waits_for_room_of_others() -> None:
     assert [one.handle.key for one in desk.told("decode-0", worker.DecodeWork)] == [first]
     desk.prefilled(second)
     assert not desk.did(Send)
+    # new prompts come to the pair that has room, though the other one reads fewer now
+    desk.submit("e")
+    assert desk.told("prefill-1", worker.PrefillWork)
     # the other pair has room
     desk.prefilled(keys["prefill-1"][0], "prefill-1")
     assert [one.handle.key for one in desk.told("decode-1", worker.DecodeWork)] == [keys["prefill-1"][0]]
