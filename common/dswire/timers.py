@@ -8,6 +8,9 @@ from typing import Generic, TypeVar
 
 NameT = TypeVar("NameT", bound=Hashable)
 
+#: entries that may be no deadline any more, beside as many as there are deadlines
+_SPARE = 64
+
 
 class Timers(Generic[NameT]):
     """At most one deadline for each name."""
@@ -29,6 +32,10 @@ class Timers(Generic[NameT]):
         self._at[name] = at
         self._serial += 1
         heapq.heappush(self._heap, (at, self._serial, name))
+        if len(self._heap) > 2 * len(self._at) + _SPARE:
+            # deadlines are far away, and most are cancelled long before
+            self._heap = [(when, serial, one) for serial, (one, when) in enumerate(self._at.items())]
+            heapq.heapify(self._heap)
 
     def cancel(self, name: NameT) -> None:
         """Forget a deadline; an unknown one is no error."""

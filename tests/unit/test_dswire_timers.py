@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +29,18 @@ def test_cancelling_what_is_not_there_is_no_error() -> None:
     timers.cancel("a")
     assert "a" not in timers
     assert timers.next() is None
+
+
+def test_what_was_cancelled_or_moved_takes_no_room() -> None:
+    timers: Timers[int] = Timers()
+    timers.set(-1, 1000.0)
+    for name in range(10_000):
+        timers.set(name, 600.0 + name)
+        timers.set(-1, 1000.0)
+        timers.cancel(name)
+    assert len(timers) == 1
+    assert sys.getsizeof(timers._heap) < 2000
+    assert list(timers.due(20_000.0)) == [-1]
 
 
 def test_what_is_cancelled_while_an_earlier_one_is_dealt_with_does_not_come_up() -> None:
