@@ -36,7 +36,7 @@ from dskv.pages import SPARE_NBYTES, MirrorPages
 from dskv.receive import Receiver
 from dskv.segment import SegmentCache
 from dskv.shards import KvShard, copies, shards
-from dskv.stage import of_stage
+from dskv.stage import of_layers
 from dskv.transport import Transport
 from dstopology.resolved import Instance, Topology
 from dstopology.wiring import model_identity
@@ -130,11 +130,11 @@ class RunningInstance:
 
     @property
     def near(self) -> PoolInfo:
-        """What the relay can map: all, or the last stage where they are on several nodes."""
+        """What the relay can map: all, or the last stages where they are on several nodes."""
         layout, every = self.engine.layout, self.shards
         if self._hosts is not None:
-            last = every[-1]
-            layout, every = of_stage(layout, every, (last.first_layer, last.end_layer))
+            first = self._instance.runs[-1].first * self._instance.tp
+            layout, every = of_layers(layout, every, (every[first].first_layer, every[-1].end_layer))
         return PoolInfo(layout, every, self.engine.pool.num_blocks)
 
     @cached_property

@@ -154,9 +154,9 @@ class _Rank:
             return 0
         if self._stage is None:
             start, pool = self._start, engine.pool
-            stage, mirrored = start.rank // start.tp, pool.mirror is not None
+            mirrored = pool.mirror is not None
             self._stage = StageKv(
-                engine.layout, start.tp, start.pp, stage, start.segments, pool.num_blocks, mirrored=mirrored
+                engine.layout, start.tp, start.pp, start.stages, start.segments, pool.num_blocks, mirrored=mirrored
             )
         match order:
             case RankPages(key, blocks):

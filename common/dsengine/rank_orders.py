@@ -60,6 +60,8 @@ class Start(msgspec.Struct, frozen=True):
     config: EngineConfig
     #: the files of all ranks' pools, as those of its node find them; none where they have none
     segments: tuple[str, ...] = ()
+    #: with its own those that lie beside it on its node; half-open
+    stages: tuple[int, int] = (0, 0)
     #: None where all ranks are on one node
     wiring: Wiring | None = None
 
@@ -97,27 +99,28 @@ class RankCopy(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class RankPages(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The first rank of a stage has pages for blocks of all its mirrors; for none, it lets go those of ``key``."""
+    """The first rank of stages on one node has pages for blocks of all their mirrors; for none, it lets go those of
+    ``key``."""
 
     key: KvKey
     blocks: tuple[int, ...]
 
 
 class RankSum(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The first rank of a stage sums blocks of the whole stage; its end is reported."""
+    """It sums blocks of all these stages; its end is reported."""
 
     blocks: tuple[int, ...]
 
 
 class RankPull(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """It has the KV of that stage, which lies on its node, in blocks of the whole stage; its end is reported."""
+    """It has the KV of the owner's stages on its node in blocks of all of these stages; its end is reported."""
 
     handle: KvHandle
     blocks: tuple[int, ...]
     summed: bool
 
 
-#: what the first rank of a stage does with the KV of the whole stage
+#: what the first rank of stages on one node does with the KV of all of them
 StageOrder: TypeAlias = RankPages | RankSum | RankPull
 
 

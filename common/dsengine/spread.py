@@ -1,7 +1,7 @@
 """KV of an instance whose stages are on several nodes: each node sums and copies what it holds; none leaves it.
 
-The process of the instance does that for the stages of its own node, and has the first rank of each other stage do
-it there. The checksum is of all stages together. For one thread.
+The process of the instance does that for the stages of its own node, and has the first rank of those of each other
+node do it there. The checksum is of all of them together. For one thread.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ class SpreadKv:
     """As one, to the process of the instance."""
 
     def __init__(self, engine: RankedEngine, instance: Instance) -> None:
-        segments, tp, pp = list(map(str, rank_segments(instance))), instance.tp, instance.pp
-        first = [stage * tp for stage in range(pp)]
+        segments, runs = list(map(str, rank_segments(instance))), instance.runs
+        tp, pp, blocks = instance.tp, instance.pp, engine.pool.num_blocks
         mirrored = engine.pool.mirror is not None
         self._engine = engine
-        #: by stage
+        #: by place in the order of the layers
         self._near = {
-            stage: StageKv(engine.layout, tp, pp, stage, segments, engine.pool.num_blocks, mirrored=mirrored)
-            for stage, rank in enumerate(first)
-            if instance.nodes[rank] == instance.node
+            at: StageKv(engine.layout, tp, pp, (run.first, run.end), segments, blocks, mirrored=mirrored)
+            for at, run in enumerate(runs)
+            if run.node == instance.node
         }
         #: the first ranks of the others
-        self._far = {stage: rank for stage, rank in enumerate(first) if stage not in self._near}
+        self._far = {at: run.first * tp for at, run in enumerate(runs) if at not in self._near}
 
     def hold(self, key: KvKey, blocks: tuple[int, ...]) -> None:
         """Have pages for ``blocks`` of mirrors until ``key`` lets them go.
@@ -74,13 +74,13 @@ class SpreadKv:
 
     def _joined(self, order: StageOrder, here: Callable[[StageKv], int]) -> int:
         sums = self._all(order, here)
-        return joined(sums[stage] for stage in sorted(sums))
+        return joined(sums[at] for at in sorted(sums))
 
     def _all(self, order: StageOrder, here: Callable[[StageKv], T]) -> dict[int, T | int]:
-        """What comes of each stage: of ``here`` on this node, of ``order`` on the others."""
+        """What comes of the stages of each node: of ``here`` on this one, of ``order`` on the others."""
 
         def near() -> dict[int, T]:
-            return {stage: here(one) for stage, one in self._near.items()}
+            return {at: here(one) for at, one in self._near.items()}
 
         mine, theirs = self._engine.beside(order, list(self._far.values()), near)
-        return {**mine, **{stage: theirs[rank] for stage, rank in self._far.items()}}
+        return {**mine, **{at: theirs[rank] for at, rank in self._far.items()}}

@@ -1,7 +1,8 @@
-"""The KV of one stage of an instance whose stages are on several nodes: what its node sums and copies of it.
+"""The KV of the stages that an instance has on one of several nodes: what that node sums and copies of it.
 
-A stage's layers are taken for a model of their own, so blocks, checksums and copies are as everywhere else. Owner
-and reader have their stages on the same nodes; pools are files of one name in each host's own directory.
+The layers of these stages are taken for a model of their own, so blocks, checksums and copies are as everywhere
+else. Owner and reader have the same layers on the same nodes, in as many stages as each likes; pools are files of
+one name in each host's own directory.
 """
 
 from __future__ import annotations
@@ -23,27 +24,29 @@ from dswire.errors import TransferFailed
 
 
 class StageKv:
-    """The pools of one stage's ranks, in a process of their node. For one thread."""
+    """The pools of these stages' ranks, in a process of their node. For one thread."""
 
     def __init__(
         self,
         layout: KvLayout,
         tp: int,
         pp: int,
-        stage: int,
+        stages: tuple[int, int],
         segments: Sequence[str],
         blocks: int,
         *,
         mirrored: bool = False,
     ) -> None:
-        """``layout``: of the whole model; ``segments``: files of all ``tp * pp`` ranks, of ``blocks`` each.
+        """``layout``: of the whole model; ``stages``: half-open; ``segments``: files of all ``tp * pp`` ranks, of
+        ``blocks`` each.
 
         ``mirrored``: these are not the pools but mirrors of them, whose pages come and go.
 
         Raises :class:`UnsupportedModel` for a model that cannot be shared out so.
         """
-        self._layers = stage_layers(layout.layers, pp)[stage]
-        self._layout, self._shards = of_stage(layout, shards(layout, tp, pp, segments), self._layers)
+        every = stage_layers(layout.layers, pp)[slice(*stages)]
+        self._layers = every[0][0], every[-1][1]
+        self._layout, self._shards = of_layers(layout, shards(layout, tp, pp, segments), self._layers)
         self._directory = Path(segments[0]).parent
         self._blocks = blocks
         self._mapped = SegmentCache()
@@ -64,19 +67,19 @@ class StageKv:
             self._pages.let_go(key)
 
     def checksum(self, blocks: Sequence[int]) -> int:
-        """Over blocks of the stage. Raises :class:`TransferFailed` where a pool cannot be mapped."""
+        """Over blocks of these stages. Raises :class:`TransferFailed` where a pool cannot be mapped."""
         return self._pools().checksum(blocks)
 
     def bring(self, handle: KvHandle, blocks: Sequence[int], *, summed: bool) -> int:
-        """Copy this stage's part of ``handle`` to ``blocks``; the checksum of what lies there, 0 if not ``summed``.
+        """Copy what ``handle`` has of these layers to ``blocks``; the checksum of it there, 0 if not ``summed``.
 
-        Raises :class:`TransferFailed` where the owner's pools cannot be mapped, or have other stages.
+        Raises :class:`TransferFailed` where the owner's pools cannot be mapped, or have other layers here.
         """
-        layout, every = of_stage(handle.layout, handle.shards, self._layers)
+        layout, every = of_layers(handle.layout, handle.shards, self._layers)
         if not every:
             first, end = self._layers
             raise TransferFailed(
-                f"{handle.key}: {handle.owner} has no stage of the layers {first} to {end - 1}",
+                f"{handle.key}: {handle.owner} has no stages of the layers {first} to {end - 1}",
                 remedy="start all processes from the same topology",
             )
         here = tuple(
@@ -96,11 +99,16 @@ class StageKv:
         return RankPools.map(self._layout, self._shards, self._blocks, self._mapped, writable=True)
 
 
-def of_stage(
+def of_layers(
     layout: KvLayout, every: Sequence[KvShard], layers: tuple[int, int]
 ) -> tuple[KvLayout, tuple[KvShard, ...]]:
-    """The layers of a stage as a model of its own, and who of ``every`` rank has them."""
+    """The layers of some stages as a model of its own, and who of ``every`` rank has them; nobody where those have
+    other layers too, or not all of these."""
     first, end = layers
-    mine = [one for one in every if (one.first_layer, one.end_layer) == layers]
-    parts = tuple(msgspec.structs.replace(one, first_layer=0, end_layer=end - first) for one in mine)
+    mine = [one for one in every if one.first_layer < end and one.end_layer > first]
+    whole = mine and (mine[0].first_layer, mine[-1].end_layer) == layers
+    parts = tuple(
+        msgspec.structs.replace(one, first_layer=one.first_layer - first, end_layer=one.end_layer - first)
+        for one in (mine if whole else ())
+    )
     return msgspec.structs.replace(layout, layers=end - first), parts

@@ -9,7 +9,7 @@ from math import lcm
 from pathlib import Path
 from typing import cast
 
-from dstopology import fit, gpus, modelfacts
+from dstopology import fit, gpus, modelfacts, sides
 from dstopology.modelfacts import ModelFacts
 from dstopology.network import Ends, Network, same_machine
 from dstopology.placement import Placed, WorkerRole, place, resolve_nodes
@@ -176,40 +176,14 @@ class Resolver:
         """The same, with addresses where rank hosts of other nodes join; tells of such that cannot be."""
         spread = [one for one in instances if one.hosts]
         if spread and self.file.mode != "colocated":
-            self._check_spread(spread[0])
-            self._check_partners(instances)
+            sides.check_settings(self.file, spread[0], self.problems)
+            sides.check_partners(instances, self.problems)
         joined: dict[str, Instance] = {}
         for port, one in enumerate(spread, self.file.ranks.port):
             node = next(node for node in nodes if node.name == one.node)
             ends = network.ranks(one.name, node, port, ("ranks", "port"))
             joined[one.name] = replace(one, join_bind=ends.bind, join_connect=ends.connect)
         return tuple(joined.get(one.name, one) for one in instances)
-
-    def _check_partners(self, instances: Sequence[Instance]) -> None:
-        """Tell of an instance whose KV nobody could be handed, or that could be handed nobody's."""
-        other = {"prefill": "decode", "decode": "prefill"}
-        pairs = [(a, b) for a in instances for b in instances if b.role == other[a.role] and a.hands_over_to(b)]
-        lonely = [one for one in instances if one not in {owner for owner, _ in pairs}]
-        for one in [one for one in lonely if one.hosts] or lonely:
-            where = f"has stages on {' and '.join(one.stage_nodes)}" if one.hosts else f"is on {one.node} alone"
-            reason = (
-                f"{one.name} {where}, and no {other[one.role]} instance is like that: "
-                "the KV of stages on several nodes is handed over stage by stage, each within its node"
-            )
-            remedy = f"have the stages of a {other[one.role]} instance on the same nodes in the same order"
-            self.problems.add((one.role, "place"), reason, remedy)
-
-    def _check_spread(self, spread: Instance) -> None:
-        """Tell of settings by which KV would have to leave the nodes of the stages, which hand it over by shm."""
-        relay, forced = self.file.relay, self.file.force_transport
-        remedy = "leave the key out, or place each instance on one node"
-        if forced not in (None, "shm") or "shm" not in relay.transports:
-            at: Key = ("force_transport",) if "shm" in relay.transports else ("relay", "transports")
-            reason = f"stages of {spread.name} on several nodes hand their KV over by shm"
-            self.problems.add(at, reason, remedy)
-        if relay.keep is not None:
-            reason = f"the KV of {spread.name} lies on several nodes, and no relay sees the whole of it"
-            self.problems.add(("relay", "keep"), reason, remedy)
 
     # router, relays, gateway
 
@@ -305,10 +279,7 @@ class Resolver:
         if forced is not None and forced not in allowed:
             reason = f"{forced} is not among relay.transports, which are {', '.join(allowed)}"
             self.problems.add(("force_transport",), reason, f"add {forced} there, or force another")
-        owners = [one for one in instances if one.role == "prefill"]
-        pullers = [one for one in instances if one.role == "decode"]
-        pairs = [(a, b) for a in owners for b in pullers if a.hands_over_to(b)]
-        crossing = sorted({f"{a.node} to {b.node}" for a, b in pairs if a.node != b.node})
+        crossing = sorted({f"{a.node} to {b.node}" for a, b in sides.pairs(instances) if a.node != b.node})
         if crossing and forced == "shm":
             reason = f"KV goes from node {crossing[0]}, where shm cannot reach"
             self.problems.add(("force_transport",), reason, "leave the key out, or use one node")
@@ -366,6 +337,8 @@ class Resolver:
                 reason = f"{facts.architecture} runs through transformers' modules, which have no such weights"
                 self.problems.add(("model", "quantization"), reason, "leave it out")
             fit.check_shape(facts, groups, self.problems)
+            if relays:
+                sides.check_layers(facts, instances, self.problems)
             fit.check_memory(facts, dtype, quantization, nodes, instances, relays, self.shm_dir, self.problems)
             for relay in [one for one in relays if one.keep_nbytes][:1]:
                 fit.check_keep(facts, relay, self._block_size(groups["prefill"]), dtype, self.problems)

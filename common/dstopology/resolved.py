@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -87,6 +89,15 @@ class Router:
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """Stages of an instance that follow each other on one node; half-open."""
+
+    node: str
+    first: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class Instance:
     """One prefill or decode instance: ``tp * pp`` ranks, one device each, stage-major."""
 
@@ -134,9 +145,27 @@ class Instance:
         """The node of each stage."""
         return self.nodes[:: self.tp]
 
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """All stages."""
+        found: list[Run] = []
+        for node, each in groupby(enumerate(self.stage_nodes), key=lambda stage: stage[1]):
+            stages = [stage for stage, _ in each]
+            found.append(Run(node, stages[0], stages[-1] + 1))
+        return tuple(found)
+
+    def run_of(self, rank: int) -> Run:
+        """The run that a rank's stage is in."""
+        return next(one for one in self.runs if rank // self.tp < one.end)
+
     def hands_over_to(self, reader: Instance) -> bool:
-        """Whether its KV can go there: stages on several nodes hand theirs over within these, layer by layer."""
-        return self.stage_nodes == reader.stage_nodes or not (self.hosts or reader.hosts)
+        """Whether its KV can go there: stages on several nodes hand theirs over within these, and have to make the
+        same part of the model there."""
+        return not (self.hosts or reader.hosts) or self._parts == reader._parts
+
+    @property
+    def _parts(self) -> list[tuple[str, Fraction]]:
+        return [(one.node, Fraction(one.end, self.pp)) for one in self.runs]
 
     def ranks_on(self, node: str) -> tuple[int, ...]:
         """Its ranks on a node."""

@@ -30,7 +30,9 @@ class Launch:
         segments = tuple(map(str, rank_segments(one))) if handed else ()
         meeting = str(self._rendezvous.new())
         for rank in sorted(self.ranks):
-            yield Start(one.name, one.tp, one.pp, rank, meeting, configs[rank], segments, wiring)
+            run = one.run_of(rank)
+            stages = (run.first, run.end)
+            yield Start(one.name, one.tp, one.pp, rank, meeting, configs[rank], segments, stages, wiring)
 
     def close(self) -> None:
         """Remove those files."""

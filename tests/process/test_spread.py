@@ -49,10 +49,15 @@ relay: {overlap: on}
 prefill: {pp: 2, place: [[n0/cpu:0, n1/cpu:0], [n2/cpu:0, n2/cpu:1]], max_batch_tokens: 32}
 decode: {pp: 2, place: [[n0/cpu:1, n1/cpu:1], [n2/cpu:2, n2/cpu:3]]}
 """
+# two stages on each node beside one of the same three and two layers
+UNEQUAL = """
+prefill: {pp: 4, place: [[n0/cpu:0, n0/cpu:1, n1/cpu:0, n1/cpu:1]], max_batch_tokens: 32}
+decode: {pp: 2, place: [[n0/cpu:2, n1/cpu:2]]}
+"""
 #: and whether pools have mirrors, as those of GPUs do
 MODES = {
     "colocated": (COLOCATED, "off"),
-    "disaggregated": (DISAGGREGATED, "off"),
+    "unequal": (UNEQUAL, "off"),
     "mirrored": (DISAGGREGATED, "on"),
     "pairs": (PAIRS, "off"),
 }
@@ -62,7 +67,7 @@ PROMPTS = [prompt_of(length) for length in (1, 17, 33, 60, 5, 90)]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return odd_model(tmp_path_factory.mktemp("model"))
+    return odd_model(tmp_path_factory.mktemp("model"), layers=5)
 
 
 @pytest.fixture(scope="module")

@@ -182,10 +182,10 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
     return [int(token) for token in torch.randint(3, VOCAB, (length,), generator=generator)]
 
 
-def odd_model(path: Path) -> Path:
+def odd_model(path: Path, layers: int = 3) -> Path:
     """A tokenizer, and a model with a vocabulary and layers that two ranks cannot halve."""
     made = save(path, byte_level())
-    return make_model(made, vocab_size=301, num_hidden_layers=3, max_position_embeddings=256)
+    return make_model(made, vocab_size=301, num_hidden_layers=layers, max_position_embeddings=256)
 
 
 def engine_alone(model_dir: Path, prompts: Sequence[Sequence[int]], count: int, **changes: Any) -> list[list[int]]:

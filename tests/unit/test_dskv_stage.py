@@ -19,25 +19,29 @@ from dswire.errors import KvCorrupt, TransferFailed
 from support.handles import LAYOUT
 
 TOKENS, BLOCKS = 10, 12
+#: two stages have three and two of them, four have two and one each
+LAYERS = 5
 
 
 class Side:
-    """An instance of two stages, whose files lie in one directory a node."""
+    """An instance with half of its stages on each of two nodes, whose files lie in one directory a node."""
 
-    def __init__(self, stack: ExitStack, nodes: list[Path], name: str, tp: int, block_size: int) -> None:
-        self.layout = KvLayout(LAYOUT.layers, LAYOUT.kv_heads, LAYOUT.head_dim, block_size, LAYOUT.dtype)
-        self.names = [f"{name}.{rank}.kv" for rank in range(2 * tp)]
+    def __init__(
+        self, stack: ExitStack, nodes: list[Path], name: str, tp: int, block_size: int, pp: int = 2
+    ) -> None:
+        self.layout = KvLayout(LAYERS, LAYOUT.kv_heads, LAYOUT.head_dim, block_size, LAYOUT.dtype)
+        self.names = [f"{name}.{rank}.kv" for rank in range(pp * tp)]
         # as the process of the instance finds them, on the second node
-        self.shards = shards(self.layout, tp, 2, [str(nodes[1] / one) for one in self.names])
+        self.shards = shards(self.layout, tp, pp, [str(nodes[1] / one) for one in self.names])
         self.stages: list[StageKv] = []
         self.pools: list[Segment] = []
         for rank, shard in enumerate(self.shards):
-            path = nodes[rank // tp] / self.names[rank]
+            path = nodes[rank // (tp * pp // 2)] / self.names[rank]
             self.pools.append(Segment.create(path, BLOCKS, shard.layout(self.layout).block_nbytes))
             stack.callback(self.pools[-1].close)
-        for stage, node in enumerate(nodes):
+        for stages, node in zip(((0, pp // 2), (pp // 2, pp)), nodes, strict=True):
             files = [str(node / one) for one in self.names]
-            self.stages.append(StageKv(self.layout, tp, 2, stage, files, BLOCKS))
+            self.stages.append(StageKv(self.layout, tp, pp, stages, files, BLOCKS))
             stack.callback(self.stages[-1].close)
 
     def handle(self, blocks: tuple[int, ...]) -> KvHandle:
@@ -60,9 +64,9 @@ def stack() -> Iterator[ExitStack]:
         yield made
 
 
-def filled(stack: ExitStack, nodes: list[Path], tp: int, block_size: int) -> tuple[Side, KvHandle]:
+def filled(stack: ExitStack, nodes: list[Path], tp: int, block_size: int, pp: int = 2) -> tuple[Side, KvHandle]:
     """An owner; what is behind the last token is zero, as in pools that models write."""
-    owner = Side(stack, nodes, "prefill-0", tp, block_size)
+    owner = Side(stack, nodes, "prefill-0", tp, block_size, pp)
     blocks = tuple(range(3, 3 + owner.layout.blocks_for(TOKENS)))
     draw = random.Random(tp)
     inside = TOKENS - (len(blocks) - 1) * block_size
@@ -76,12 +80,13 @@ def filled(stack: ExitStack, nodes: list[Path], tp: int, block_size: int) -> tup
     return owner, owner.handle(blocks)
 
 
+@pytest.mark.parametrize(("pp", "own_pp"), [(2, 2), (4, 2), (2, 4)])
 @pytest.mark.parametrize(("tp", "own_tp", "size", "own_size"), [(1, 1, 4, 4), (1, 2, 4, 4), (2, 1, 8, 4)])
-def test_each_node_copies_its_stage_and_all_have_the_checksum(
-    stack: ExitStack, nodes: list[Path], tp: int, own_tp: int, size: int, own_size: int
+def test_each_node_copies_its_layers_and_all_have_the_checksum(
+    stack: ExitStack, nodes: list[Path], tp: int, own_tp: int, size: int, own_size: int, pp: int, own_pp: int
 ) -> None:
-    _, handle = filled(stack, nodes, tp, size)
-    reader = Side(stack, nodes, "decode-0", own_tp, own_size)
+    _, handle = filled(stack, nodes, tp, size, pp)
+    reader = Side(stack, nodes, "decode-0", own_tp, own_size, own_pp)
     blocks = tuple(reversed(range(reader.layout.blocks_for(TOKENS))))
     found = [one.bring(handle, blocks, summed=True) for one in reader.stages]
     assert joined(found) == handle.checksum
@@ -99,8 +104,10 @@ def test_a_byte_that_changed_on_either_node_is_seen(stack: ExitStack, nodes: lis
 
 def test_an_owner_with_other_stages_is_refused(stack: ExitStack, nodes: list[Path]) -> None:
     _, handle = filled(stack, nodes, 1, 4)
-    alone = StageKv(LAYOUT, 1, 1, 0, [str(nodes[0] / "alone.kv")], BLOCKS)
-    with pytest.raises(TransferFailed, match="has no stage of the layers"):
+    layout = KvLayout(LAYERS, LAYOUT.kv_heads, LAYOUT.head_dim, 4, LAYOUT.dtype)
+    # the first of three has two layers, and so has no stage of the owner
+    alone = StageKv(layout, 1, 3, (0, 1), [str(nodes[0] / f"alone.{rank}.kv") for rank in range(3)], BLOCKS)
+    with pytest.raises(TransferFailed, match="has no stages of the layers"):
         alone.bring(handle, (0, 1, 2), summed=True)
 
 

@@ -308,7 +308,7 @@ def test_a_plan_of_what_can_be_started_has_stages_of_the_same_layers(plan: Plan)
     found = Planner(wide)._search_low()
     pairs = [one.what for one in found.tried if isinstance(one.what, Pair)]
     assert {one.stages for one in pairs} == {1, 2}
-    assert all(one.alike for one in pairs if one.stages == 2)
+    assert all(one.alike(wide.shape.layers) for one in pairs if one.stages == 2)
 
 
 def test_colocated_instances_over_several_nodes_are_written_stage_by_stage(plan: Plan) -> None:

@@ -212,7 +212,8 @@ class Planner:
         question, oracles = self.question, self.oracles
         pairs = pairs_of(question.nodes, question.devices_per_node, self.mixed[0].__contains__)
         if question.startable:
-            pairs = [one for one in pairs if one.stages == 1 or one.alike]
+            layers = question.shape.layers
+            pairs = [one for one in pairs if one.alike(layers)]
         counted = self._counted("algorithm 2", len(pairs), oracles.pair_rate)
         bounds = oracles.pair_cap, oracles.pair_bound
         return algorithm2(pairs, counted, bounds, lambda one, rate: oracles.reaches(oracles.of_pair(one), rate))

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from dskv.shards import stage_layers
+
 #: slack for comparing sums of rates with a rate
 _ROUNDING = 1e-9
 
@@ -33,6 +35,15 @@ class Parallel:
         return f"TP {self.tp} PP {self.pp}"
 
 
+def same_layers(layers: int, prefill_pp: int, decode_pp: int, nodes: int) -> bool:
+    """Whether each of ``nodes`` has the same layers of both."""
+    ends = [
+        [stage_layers(layers, pp)[pp * node // nodes - 1][1] for node in range(1, nodes + 1)]
+        for pp in (prefill_pp, decode_pp)
+    ]
+    return ends[0] == ends[1]
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """Segments of ``stages`` nodes, each holding one stage of prefill and of decode. PPs count within a node."""
@@ -46,10 +57,9 @@ class Pair:
         """Devices of the pair."""
         return self.stages * (self.prefill.devices + self.decode.devices)
 
-    @property
-    def alike(self) -> bool:
-        """Whether a stage of prefill and one of decode are of the same layers, wherever they are."""
-        return self.prefill.pp == self.decode.pp
+    def alike(self, layers: int) -> bool:
+        """Whether each node has the same layers of both."""
+        return same_layers(layers, self.whole_prefill.pp, self.whole_decode.pp, self.stages)
 
     @property
     def whole_prefill(self) -> Parallel:

@@ -14,6 +14,7 @@ from dsplan.errors import PlanInput
 from dsplan.placement import Plan, Spec
 from dsplan.planner import Planner, Progress, silent
 from dsplan.question import Question
+from dsplan.search import same_layers
 from dswire.errors import DsError
 
 
@@ -22,8 +23,11 @@ def startable(question: Question, spec: Spec) -> bool:
     if spec.mode == "colocated":
         return nodes_of(spec, question.devices_per_node) <= question.nodes
     if spec.stages > 1:
-        alike = spec.prefill.parallel.pp == spec.decode.parallel.pp
-        return alike and 0 < len(islands(spec, question.devices_per_node)) * spec.stages <= question.nodes
+        pps = spec.prefill.parallel.pp, spec.decode.parallel.pp
+        return (
+            same_layers(question.shape.layers, *pps, spec.stages)
+            and 0 < len(islands(spec, question.devices_per_node)) * spec.stages <= question.nodes
+        )
     return max(one.parallel.devices for one in (spec.prefill, spec.decode)) <= question.devices_per_node
 
 
