@@ -21,6 +21,12 @@ def figures(*headings: str, words: int = 1, title: str | None = None) -> Table:
     return made
 
 
+def digits(value: float, count: int = 3) -> str:
+    """A figure in ``count`` digits, or in more where it has more before its point: 0.0123, 12.3, 12345."""
+    short = f"{value:.{count}g}"
+    return f"{value:.0f}" if "e+" in short else short
+
+
 def counted(number: int, noun: str) -> str:
     """So many of something: 1 device, 2 devices."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

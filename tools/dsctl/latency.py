@@ -115,11 +115,11 @@ def _show_times(
         about = {"model": latency.shape.name, "device": device, "tp": tp, "pp": pp, "source": latency.source}
         click.echo(json.dumps({**about, "steps": steps}, indent=2))
         return
-    from dsobserve.terminal import figures, output
+    from dsobserve.terminal import digits, figures, output
 
     table = figures("step", "sequences", "tokens of each", "ms", title=f"TP {tp} PP {pp}")
     for phase, batch, tokens, ms in rows:
-        table.add_row(phase, str(batch), str(tokens), f"{ms:.4g}")
+        table.add_row(phase, str(batch), str(tokens), digits(ms, 4))
     console = output()
     console.print(table)
     console.print(f"{latency.source}; software: {stack.about}")

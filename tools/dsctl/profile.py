@@ -13,7 +13,7 @@ import click
 
 from dsctl.options import NewFile
 from dsctl.topology import FILE_HELP
-from dsobserve.terminal import figures, output
+from dsobserve.terminal import digits, figures, output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -228,7 +228,7 @@ def _show(profile: Profile, path: Path) -> None:
         table = figures(f"ms, tp {tp}", "base", "a token", "a square", "a sequence", "error", "p90")
         for name in ("prefill", "decode", "decode_large"):
             row, errors = fit[name], fit["errors"].get(name)
-            known = [f"{row[key]:.4g}" if key in row else "" for key in _COLUMNS]
+            known = [digits(row[key], 4) if key in row else "" for key in _COLUMNS]
             told = [f"{errors['mean']:.1%}", f"{errors['p90']:.1%}"] if errors else ["", ""]
             table.add_row(name.replace("_large", f", {fit['large_batch']} and more"), *known, *told)
         if mixed := fit["errors"].get("mixed"):

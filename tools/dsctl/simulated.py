@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dsobserve.terminal import counted, figures
+from dsobserve.terminal import counted, digits, figures
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -146,7 +146,7 @@ def show_rates(runs: Sequence[AtRate], slo: Slo, about: str) -> None:
     most = goodput(runs, slo.attainment)
     console.print(
         f"at least {slo.attainment:.0%} of requests have TTFT within {slo.ttft_s * 1e3:g} ms and TPOT within "
-        f"{slo.tpot_s * 1e3:g} ms up to [bold]{most:.3g}[/] requests/s"
+        f"{slo.tpot_s * 1e3:g} ms up to [bold]{digits(most)}[/] requests/s"
         + (", the highest rate that was tried" if most == runs[-1].rate else ""),
         soft_wrap=True,
     )

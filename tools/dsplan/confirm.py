@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dsobserve.terminal import digits
 from dsplan.goodput import Goodput
 from dsplan.latency import Instance as PlannedInstance
 from dsplan.latency import Steps
@@ -91,8 +92,8 @@ def _correct(plan: Plan, one: Placement, run: Confirmation) -> None:
 def _less(one: Placement, run: Confirmation, own: Confirmation) -> str:
     """The simulator finds less than the search did."""
     return (
-        f"the simulator is less hopeful: {run.attainment:.1%} at {run.rate:.3g} requests/s, and its own goodput is "
-        f"about {own.rate:.3g} ({own.rate / one.spec.devices:.3g} a device)"
+        f"the simulator is less hopeful: {run.attainment:.1%} at {digits(run.rate)} requests/s, and its own "
+        f"goodput is about {digits(own.rate)} ({digits(own.rate / one.spec.devices)} a device)"
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from dsobserve.terminal import counted
+from dsobserve.terminal import counted, digits
 from dsplan import drawing, pareto
 from dsplan.drawing import Panel
 from dsplan.goodput import experience
@@ -90,11 +90,11 @@ def _systems(plan: Plan, compared: Placement | None) -> str:
             "yours: " + one.spec.mode if one is compared else one.spec.mode,
             plan.system(one.spec),
             f"{one.spec.devices}",
-            f"{one.goodput.rate:.3g}",
-            f"{rate.rate:.3g}",
-            f"{rate.low:.3g} to {rate.high:.3g}",
+            digits(one.goodput.rate),
+            digits(rate.rate),
+            f"{digits(rate.low)} to {digits(rate.high)}",
         ]
-        cells += ["" if cost is None else f"{cost:.3g}"] * priced
+        cells += ["" if cost is None else digits(cost)] * priced
         rows.append((one is plan.chosen, cells))
     return _table(head, rows)
 
@@ -152,8 +152,8 @@ def _front(planner: Planner, plan: Plan) -> str:
             (
                 plan.system(one.spec),
                 f"{one.spec.devices}",
-                f"{one.ttft_s * 1e3:.4g}",
-                f"{one.tpot_s * 1e3:.3g}",
+                digits(one.ttft_s * 1e3, 4),
+                digits(one.tpot_s * 1e3),
                 f"{one.share:.1%}",
             ),
         )
@@ -162,7 +162,7 @@ def _front(planner: Planner, plan: Plan) -> str:
     if not good:
         return "<p>No system was found that serves this rate.</p>"
     if len(each) == 1:
-        return f"<p>Only one system was found that serves {rate:.3g} requests/s.</p>{_table(head, rows)}"
-    panel = Panel(f"at {rate:.3g} requests/s", "TTFT p90, ms", "TPOT p90, ms", lines, scatter=True)
+        return f"<p>Only one system was found that serves {digits(rate)} requests/s.</p>{_table(head, rows)}"
+    panel = Panel(f"at {digits(rate)} requests/s", "TTFT p90, ms", "TPOT p90, ms", lines, scatter=True)
     about = f"Systems that no other of the {len(each)} looked at beats in all of TTFT, TPOT and devices."
     return f"<p>{about}</p>{drawing.svg([panel])}{_table(head, rows)}"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from dsobserve.terminal import digits
 from dsplan import branches, reach
 from dsplan.branches import Part
 from dsplan.errors import DoesNotFit, PlanInput
@@ -185,7 +186,7 @@ class Planner:
         if large:
             best = max(large, key=lambda one: one.worth)
             self.notes.append(
-                f"{best.spec} would serve {best.per_device.rate:.3g} a device, but takes {best.spec.devices} "
+                f"{best.spec} would serve {digits(best.per_device.rate)} a device, but takes {best.spec.devices} "
                 f"devices, and the cluster has {question.devices}"
             )
 

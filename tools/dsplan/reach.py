@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from dsobserve.terminal import counted
+from dsobserve.terminal import counted, digits
 from dsplan.errors import DoesNotFit, UnreachableSlo
 from dsplan.search import Parallel
 
@@ -40,8 +40,8 @@ def bounded(question: Question, allowed: Sequence[Parallel]) -> None:
         if seconds > wanted_s:
             raise UnreachableSlo(
                 f"a {name} of {wanted_s * 1e3:g} ms cannot be had for {share} on {question.device.name} at any "
-                f"rate: the best is {seconds * 1e3:.4g} ms, with {one} and no queue",
-                remedy=f"allow a {name} above {seconds * 1.2e3:.3g} ms, more devices in a node, or faster ones",
+                f"rate: the best is {digits(seconds * 1e3, 4)} ms, with {one} and no queue",
+                remedy=f"allow a {name} above {digits(seconds * 1.2e3)} ms, more devices in a node, or faster ones",
             )
 
 
@@ -71,8 +71,8 @@ def _explain_network(question: Question) -> None:
     seconds, tokens = prompt * question.shape.kv_token_nbytes / link, question.workload.mean_output
     if seconds > question.slo.tpot_s * tokens:
         raise UnreachableSlo(
-            f"the KV of a mean prompt, {prompt:.0f} tokens, takes {seconds:.3g} s at {link * 8e-9:.3g} Gbit/s "
-            f"between nodes: longer than a TPOT of {question.slo.tpot_s * 1e3:g} ms allows for all {tokens:.0f} "
-            "tokens of an answer",
+            f"the KV of a mean prompt, {prompt:.0f} tokens, takes {digits(seconds)} s at {digits(link * 8e-9)} "
+            f"Gbit/s between nodes: longer than a TPOT of {question.slo.tpot_s * 1e3:g} ms allows for all "
+            f"{tokens:.0f} tokens of an answer",
             remedy="use --algorithm low, which keeps KV in its node, or a faster --network",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsobserve.terminal import counted
+from dsobserve.terminal import counted, digits
 from dsplan.placement import Placement, Plan
 
 #: relative difference of goodputs that their precision does not tell apart
@@ -53,7 +53,7 @@ def reasons(plan: Plan, compared: Placement | None = None) -> list[str]:
     words = [verdict(plan), _placement(plan), _bound(plan)]
     if plan.strict.rate:
         share = plan.strict.rate / plan.chosen.spec.devices
-        words.append(f"For 99% instead of {plan.question.slo.attainment:.0%} it serves {share:.3g} a device.")
+        words.append(f"For 99% instead of {plan.question.slo.attainment:.0%} it serves {digits(share)} a device.")
     else:
         words.append("There is no rate at which 99% of the requests meet both objectives.")
     return words + _algorithms(plan) + ([] if compared is None else [_yours(plan, compared)])
@@ -61,7 +61,7 @@ def reasons(plan: Plan, compared: Placement | None = None) -> list[str]:
 
 def _yours(plan: Plan, compared: Placement) -> str:
     """A system of somebody's own beside the choice."""
-    told = f"Yours, {plan.system(compared.spec)}, serves {compared.per_device.rate:.3g} a device"
+    told = f"Yours, {plan.system(compared.spec)}, serves {digits(compared.per_device.rate)} a device"
     margin = compared.worth / plan.chosen.worth - 1
     if abs(margin) < EQUAL:
         return f"{told}: as good as the choice."

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from dsobserve.terminal import counted, figures, output
+from dsobserve.terminal import counted, digits, figures, output
 from dsplan.placement import Group, Placement, Plan
 from dsplan.planner import ORACLE
 from dsplan.reasons import reasons, verdict
@@ -116,7 +116,7 @@ def show(plan: Plan, confirmations: Sequence[Confirmation] = (), compared: Place
     columns = ("for", "parallelism", "devices", "requests/s", "a device")
     table = figures(*columns, words=2, title="best candidates")
     for kind, one in best_tried(plan, 3):
-        table.add_row(kind, _words(one.what), str(one.what.devices), f"{one.rate:.3g}", f"{one.per_device:.3g}")
+        table.add_row(kind, _words(one.what), str(one.what.devices), digits(one.rate), digits(one.per_device))
     console.print(table)
     console.print()
     console.print(_systems(plan, compared))
@@ -135,7 +135,7 @@ def confirmed(run: Confirmation) -> str:
     """What the simulator says, in words."""
     return (
         f"Simulated with the servers' own schedulers, mode {run.mode}: {run.attainment:.1%} of {run.requests} "
-        f"requests meet both objectives at {run.rate:.3g} requests/s "
+        f"requests meet both objectives at {digits(run.rate)} requests/s "
         f"(95% interval {run.low:.1%} to {run.high:.1%})."
     )
 
@@ -149,10 +149,10 @@ def _systems(plan: Plan, compared: Placement | None) -> Any:
         rows.append((compared, False, "yours"))
     for one, chosen, name in rows:
         rate, cost = one.per_device, one.cost(plan.question.workload.mean_output)
-        row = [name, plan.system(one.spec), str(one.spec.devices), f"{one.goodput.rate:.3g}", f"{rate.rate:.3g}"]
-        row.append(f"{rate.low:.3g} to {rate.high:.3g}")
+        row = [name, plan.system(one.spec), str(one.spec.devices), digits(one.goodput.rate), digits(rate.rate)]
+        row.append(f"{digits(rate.low)} to {digits(rate.high)}")
         if priced:
-            row.append("" if cost is None else f"{cost:.3g}")
+            row.append("" if cost is None else digits(cost))
         table.add_row(*row, style="bold green" if chosen else None)
     return table
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from dsobserve.terminal import digits
 from dsplan import startable
 from dsplan.devices import Device
 from dsplan.memory import BLOCK_TOKENS, memory
@@ -163,7 +164,7 @@ def text(plan: Plan, one: Placement | None = None) -> str:
     placed = one or plan.chosen
     names = " and ".join(dict.fromkeys(kind.device.name for kind in plan.question.kinds))
     head = (
-        f"# Planned for {plan.question.workload.name}: {placed.goodput.rate:.3g} requests/s on "
+        f"# Planned for {plan.question.workload.name}: {digits(placed.goodput.rate)} requests/s on "
         f"{placed.spec.devices} devices of {names}.\n"
         "# Hosts are loopback addresses; put real ones in their place.\n"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dsobserve.terminal import digits
 from dsplan.drawing import Panel
 from dsplan.errors import DoesNotFit, UnreachableSlo
 from dsplan.goodput import Slo, experience
@@ -135,11 +136,10 @@ def _rows(name: str, best: dict[str, Placement], by_rate: Lines, by_scale: Lines
 def _sentence(name: str, best: dict[str, Placement]) -> str:
     if len(best) < len(MODES):
         only = next(iter(best))
-        return (
-            f"{name}: only mode {only} meets the objectives, {best[only].per_device.rate:.3g} requests/s a device."
-        )
+        rate = digits(best[only].per_device.rate)
+        return f"{name}: only mode {only} meets the objectives, {rate} requests/s a device."
     apart, together = (best[mode].per_device.rate for mode in MODES)
     return (
-        f"{name}: disaggregated {apart:.3g}, colocated with chunked prefill {together:.3g} requests/s a device: "
-        f"that disaggregation serves more {held(apart / together)} ({apart / together:.2f} times)."
+        f"{name}: disaggregated {digits(apart)}, colocated with chunked prefill {digits(together)} requests/s a "
+        f"device: that disaggregation serves more {held(apart / together)} ({apart / together:.2f} times)."
     )

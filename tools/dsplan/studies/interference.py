@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dsobserve.terminal import digits
 from dsplan.drawing import Panel
 from dsplan.errors import DoesNotFit
 from dsplan.goodput import Experience, experience
@@ -117,10 +118,10 @@ def _sentences(question: Question, oracles: Oracles, each: dict[str, Spec]) -> l
         "decode": oracles.decode_rate(each["disaggregated"].decode.parallel)
         / each["disaggregated"].decode.parallel.devices,
     }
-    told = [f"{name} ({each[name]}): {rate:.3g} requests/s a device." for name, rate in rates.items()]
+    told = [f"{name} ({each[name]}): {digits(rate)} requests/s a device." for name, rate in rates.items()]
     told.append(
-        f"A phase alone looks better than it is: prefill {alone['prefill']:.3g} and decode {alone['decode']:.3g} a "
-        "device, though neither serves a request without the other."
+        f"A phase alone looks better than it is: prefill {digits(alone['prefill'])} and decode "
+        f"{digits(alone['decode'])} a device, though neither serves a request without the other."
     )
     for name, rate in (("whole prompts", whole), ("chunks", chunks)):
         found = (

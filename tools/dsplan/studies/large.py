@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsobserve.terminal import counted
+from dsobserve.terminal import counted, digits
 from dsplan.drawing import Panel
 from dsplan.errors import DoesNotFit, UnreachableSlo
 from dsplan.memory import memory
@@ -68,7 +68,7 @@ def _sentences(setting: Setting, alone: int, found: dict[str, Placement], rows: 
         return [*told, "No placement with prefill and decode stages side by side meets the objectives."]
     low = found["low"]
     told.append(
-        f"Side by side: {low.spec}, each over {counted(low.spec.stages, 'node')}, {low.per_device.rate:.3g} "
+        f"Side by side: {low.spec}, each over {counted(low.spec.stages, 'node')}, {digits(low.per_device.rate)} "
         "requests/s a device, no KV between nodes."
     )
     if "high" not in found:
@@ -76,7 +76,7 @@ def _sentences(setting: Setting, alone: int, found: dict[str, Placement], rows: 
     high, sent = found["high"], rows[-1]["kv_gbit_per_s_between_nodes"]
     held = "holds" if low.per_device.rate > high.per_device.rate else "does not hold"
     told.append(
-        f"Anywhere: {high.spec}, {high.per_device.rate:.3g} a device, {sent:.3g} Gbit/s of KV between nodes. That "
-        f"stages side by side are better on this network {held}."
+        f"Anywhere: {high.spec}, {digits(high.per_device.rate)} a device, {digits(sent)} Gbit/s of KV between "
+        f"nodes. That stages side by side are better on this network {held}."
     )
     return told

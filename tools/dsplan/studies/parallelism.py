@@ -10,6 +10,7 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
+from dsobserve.terminal import digits
 from dsplan.drawing import Panel
 from dsplan.errors import PlanInput
 from dsplan.goodput import make_workload
@@ -88,7 +89,7 @@ def _prefill(setting: Setting, both: dict[str, Instance]) -> tuple[list[dict[str
         ]
     held = "as in the paper" if better == tp else "the other way round than in the paper"
     worse = pp if better == tp else tp
-    return rows, [f"Prefill: {better} is better below {where:.3g} requests/s, {worse} above: {held}."]
+    return rows, [f"Prefill: {better} is better below {digits(where)} requests/s, {worse} above: {held}."]
 
 
 def _decode(setting: Setting) -> tuple[list[dict[str, Any]], list[str]]:
