@@ -100,26 +100,8 @@ async def build(topology: Topology, name: str, phase: Callable[[str], None]) -> 
     model_dir = resolve(topology.model.path)
     text = await asyncio.to_thread(Text, model_dir)
     router = topology.router
-    config = RouterConfig(
-        name=name,
-        incarnation=uuid.uuid4().hex[:12],
-        model=model_identity(topology, model_dir),
-        vocab_size=text.vocab_size,
-        max_model_len=topology.model.max_model_len,
-        workers={one.name: one.role for one in topology.instances} | {one.name: "relay" for one in topology.relays},
-        max_requests=router.max_requests,
-        max_prefill_queue=min((one.max_queue for one in topology.role("prefill")), default=1),
-        max_decode_queue=min((one.max_queue for one in topology.role("decode")), default=1),
-        max_deadline_s=router.max_deadline_s,
-        client_lease_s=router.client_lease_s,
-        worker_lease_s=router.worker_lease_s,
-        retries=router.retries,
-        node_affinity=router.node_affinity,
-        mode=topology.mode,
-        threshold_tokens=topology.threshold_tokens,
-        reach=topology.reach,
-        keep_extend_s=min((one.lease_s / 3 for one in topology.relays if one.keep_nbytes), default=0.0),
-    )
+    identity = model_identity(topology, model_dir)
+    config = RouterConfig.of(topology, uuid.uuid4().hex[:12], identity, text.vocab_size)
     keys = system_keys(topology)
     authenticator = start_authenticator(topology.security.keys_dir) if keys is not None else None
     routes = [

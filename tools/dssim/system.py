@@ -181,28 +181,8 @@ class System:
         return f"simulated-{self._made}"
 
     def _router(self) -> RouterProcess:
-        topology, router = self.topology, self.topology.router
-        config = RouterConfig(
-            name=router.name,
-            incarnation="simulated",
-            model=self._model,
-            vocab_size=VOCABULARY,
-            max_model_len=topology.model.max_model_len,
-            workers={one.name: one.role for one in topology.instances}
-            | {one.name: "relay" for one in topology.relays},
-            max_requests=router.max_requests,
-            max_prefill_queue=min((one.max_queue for one in topology.role("prefill")), default=1),
-            max_decode_queue=min(one.max_queue for one in topology.role("decode")),
-            max_deadline_s=router.max_deadline_s,
-            client_lease_s=router.client_lease_s,
-            worker_lease_s=router.worker_lease_s,
-            retries=router.retries,
-            node_affinity=router.node_affinity,
-            mode=topology.mode,
-            threshold_tokens=topology.threshold_tokens,
-            reach=topology.reach,
-            keep_extend_s=min((one.lease_s / 3 for one in topology.relays if one.keep_nbytes), default=0.0),
-        )
+        router = self.topology.router
+        config = RouterConfig.of(self.topology, "simulated", self._model, VOCABULARY)
         writer = Silent()
         machine = RouterState(config, lambda sampling, prompt_ids: writer, Random(0), self.kernel.now)
         process = RouterProcess(router.name, router.node, machine, self.kernel, self._transfers)
