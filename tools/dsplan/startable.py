@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dsobserve.terminal import counted
+from dsobserve.terminal import counted, digits
 from dsplan.errors import PlanInput
 from dsplan.placement import Plan, Spec
 from dsplan.planner import Planner, Progress, silent
@@ -89,6 +89,6 @@ def tell(plan: Plan, progress: Progress = silent, processes: int = 1) -> None:
     devices = counted(one.spec.devices, "device")
     plan.notes.append(
         "the choice hands KV over between stages on different nodes, which the servers cannot start; the best that "
-        f"they can is {one.spec} on {devices}, {one.per_device.rate:.3g} requests/s a device, "
+        f"they can is {one.spec} on {devices}, {digits(one.per_device.rate)} requests/s a device, "
         f"{1 - one.worth / plan.chosen.worth:.0%} less: --startable plans for that"
     )
