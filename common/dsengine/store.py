@@ -148,7 +148,9 @@ def _hub(repo_id: str) -> Path:
     try:
         return check(Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES)))
     except (OSError, ValueError) as error:
-        raise ModelNotFound(f"{repo_id} could not be fetched from the Hub: {error}", remedy=remedy) from error
+        # its other lines are advice, and we have our own
+        told = str(error).partition("\n")[0]
+        raise ModelNotFound(f"{repo_id} could not be fetched from the Hub: {told}", remedy=remedy) from error
 
 
 def installed(name: str) -> Path | None:

@@ -29,8 +29,13 @@ def shown_key(key: Key) -> str:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``did you mean 'x'?`` for the nearest of ``known``; when none is near, all of them."""
     names = list(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names)}"
+    return nearest(word, names) or f"use one of {', '.join(names)}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``did you mean 'x'?`` for the nearest of ``known``; empty when none is near."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
 @dataclass(frozen=True, slots=True)

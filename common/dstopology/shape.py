@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dstopology.problems import Key, Problems, did_you_mean
+from dstopology.problems import Key, Problems, did_you_mean, nearest
 
 Json = dict[str, Any]
 
@@ -248,13 +248,19 @@ class Mapping:
     def fits(self, value: Any) -> bool:
         return isinstance(value, dict)
 
+    def _meant(self, name: str, value: dict[str, Any]) -> str:
+        """Which key ``name`` may mean: one that must be given and is not, before all others."""
+        fields = self._fields()
+        missing = [key for key, one in fields.items() if one.default is dataclasses.MISSING and key not in value]
+        return nearest(name, missing) or did_you_mean(name, fields)
+
     def check(self, value: Any, at: Key, problems: Problems) -> Any:
         fields = self._fields()
         found: dict[str, Any] = {}
         for name, item in value.items():
             field = fields.get(name)
             if field is None:
-                problems.add((*at, name), "there is no such key", did_you_mean(name, fields))
+                problems.add((*at, name), "there is no such key", self._meant(name, value))
             elif item is None and field.default is None:
                 found[name] = None
             else:

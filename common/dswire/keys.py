@@ -71,16 +71,14 @@ def read_key(path: Path) -> bytes:
     return check_key(text, str(path))
 
 
-def check_key(text: str, where: str) -> bytes:
-    """``text`` as a key. Raises :class:`BadInput` when it is none."""
+def check_key(text: str, where: str, remedy: str = "make the keys anew with `dsctl keys make`") -> bytes:
+    """``text`` as a key. Raises :class:`BadInput` with ``remedy`` when it is none."""
     try:
         valid = len(text) == KEY_NCHARS and len(z85.decode(text)) == 32
     except (ValueError, KeyError, struct.error):
         valid = False
     if not valid:
-        raise BadInput(
-            f"{where}: is no Z85 key of 40 characters", remedy="make the keys anew with `dsctl keys make`"
-        )
+        raise BadInput(f"{where}: is no Z85 key of 40 characters", remedy=remedy)
     return text.encode()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from dsbench.handoff.ends import scattered
+from dsbench.handoff.world import owning
 from dsbench.kv import command
 
 QUICK = ["--rounds", "1", "--mib", "2", "--handles", "20", "--no-system"]
@@ -20,6 +23,12 @@ def _rows(*arguments: str) -> list[dict[str, Any]]:
     done = CliRunner().invoke(command, [*QUICK, *arguments, "--json"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_ctrl_c_is_not_for_the_owner() -> None:
+    with owning([sys.executable, "-c", "import sys; sys.stdin.read()"]) as process:
+        assert os.getpgid(process.pid) != os.getpgrp()
+    assert process.returncode == 0
 
 
 def test_every_transport_beside_its_limit() -> None:

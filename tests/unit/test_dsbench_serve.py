@@ -230,3 +230,16 @@ def test_wrong_wishes_are_refused(options: list[str], word: str) -> None:
     done = CliRunner().invoke(cli, ["serve", "--address", "tcp://127.0.0.1:1", "--warmup", "0", *options])
     assert isinstance(done.exception, BadInput)
     assert word in str(done.exception)
+
+
+def test_prompts_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"^prompts .*x\.jsonl cannot be read") as caught:
+        read_prompts(tmp_path / "x.jsonl")
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("option", ["--timeout", "--request-timeout"])
+def test_waits_are_longer_than_nothing(option: str) -> None:
+    done = CliRunner().invoke(cli, ["serve", "--rate", "1", option, "-1"])
+    assert done.exit_code == 2
+    assert "not in the range" in done.output

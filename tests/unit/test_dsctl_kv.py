@@ -95,9 +95,13 @@ async def proved(world: World, wrong: bool) -> list[kv.PathInfo]:
 async def test_a_relay_that_does_not_answer_is_told(environment: None, tmp_path: Path) -> None:
     async with running("shm", tmp_path) as world:
         pass
-    result = await run(world, "kv", "ls")
-    assert "relay-n0" in result.stdout
-    assert "does not answer" in result.stdout
+    for command in (("kv", "ls"), ("check",)):
+        result = await run(world, *command)
+        assert result.stdout.startswith("relay-n0 at ")
+        assert "does not answer; see `dsctl status`" in result.stdout.replace("\n", " ")
+        # what nobody has told is not known: neither that there are no handles, nor that no path was tried
+        assert "no live handles" not in result.stdout
+        assert "no path" not in result.stdout
 
 
 def test_where_no_kv_moves_nobody_is_asked(environment: None, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import click
 import pytest
 
-from dsctl import __main__ as main_module
 from dsctl.__main__ import COMMANDS, run
+from dsctl.commandline import BROKEN_PIPE
 from dswire.errors import Cancelled, DsError, InvalidRequest, Overloaded
 
 HEAVY = ("torch", "transformers", "numpy", "zmq", "rich", "yaml", "dsengine", "dsclient", "dstopology")
@@ -57,6 +57,11 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stderr.strip() == "[]"
 
 
+def test_the_help_of_a_group_has_whole_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["kv", "--help"]) == 0
+    assert "size and what is left of its lease." in " ".join(capsys.readouterr().out.split())
+
+
 def test_version() -> None:
     done = dsctl("--version")
     assert (done.returncode, done.stdout) == (0, "dsctl, version 0.1.0\n")
@@ -66,6 +71,14 @@ def test_version() -> None:
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(arguments) == 2
     assert "Usage: dsctl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "meant"), [("stauts", "'status'"), ("generat", "'generate'")])
+def test_a_mistyped_name_is_answered_with_the_nearest(
+    name: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([name]) == 2
+    assert f"did you mean {meant}?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [InvalidRequest("bad", remedy="do this"), Overloaded("full"), Cancelled("gone")])
@@ -142,4 +155,4 @@ def test_reader_that_went_away(lines: int) -> None:
         process.stdout.close()
         process.stdin.close()
         assert process.stderr.read() == ""
-        assert process.wait(60) == main_module.BROKEN_PIPE
+        assert process.wait(60) == BROKEN_PIPE

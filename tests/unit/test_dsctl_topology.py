@@ -225,8 +225,15 @@ def test_validate_tells_what_is_there(desk: Desk) -> None:
     assert result.exit_code == 0
     assert "valid (1 prefill, 1 decode, nodes a, b)" in result.stdout
     assert "model m is not on this host: what depends on it was not checked" in result.stderr
+    assert "did you mean" not in result.stderr
     desk.model(name="m")
     assert call("validate", desk.write(TWO_NODES)).stderr == ""
+
+
+def test_validate_knows_which_model_is_meant(desk: Desk) -> None:
+    result = call("validate", desk.write("model: smollm2-135m-instrct\n"))
+    assert result.exit_code == 0
+    assert "did you mean 'smollm2-135m-instruct'?" in result.stderr
 
 
 def test_validate_warns_of_what_cannot_be_served_yet(desk: Desk) -> None:

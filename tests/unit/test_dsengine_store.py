@@ -95,6 +95,7 @@ def test_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     with pytest.raises(ModelNotFound, match="some/model could not be fetched") as caught:
         store.resolve("some/model")
     assert "local directory" in caught.value.remedy
+    assert "\n" not in caught.value.message
 
 
 def test_hub_id_that_was_fetched_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -260,6 +260,12 @@ def test_all_problems_are_told_at_once(desk: Desk) -> None:
     assert keys == ["router.node", "router.frontend", "decode.place[0]", "force_transport"]
 
 
+def test_a_key_that_is_missing_is_the_one_that_is_meant(desk: Desk) -> None:
+    with pytest.raises(TopologyError) as caught:
+        desk.load("modle: m\n")
+    assert "modle: there is no such key\n    did you mean 'model'?" in str(caught.value)
+
+
 def test_the_remedy_of_a_single_problem_is_its_own(desk: Desk) -> None:
     with pytest.raises(TopologyError) as caught:
         desk.load("modl: m\nmodel: m\n")

@@ -7,7 +7,8 @@ from importlib import import_module
 
 import click
 
-from dswire.errors import DsError
+from dsctl import commandline
+from dsctl.commandline import Commands
 
 #: name -> module:attribute
 COMMANDS = {
@@ -20,7 +21,7 @@ COMMANDS = {
 }
 
 
-class _Commands(click.Group):
+class _Commands(Commands):
     """Imports a command when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -41,13 +42,7 @@ def cli() -> None:
 
 def main() -> None:
     """Run, and end with the exit status of what went wrong."""
-    try:
-        cli()
-    except DsError as error:
-        click.echo(click.style(f"error[{error.code}]: ", fg="red", bold=True) + error.message, err=True)
-        if error.remedy:
-            click.echo(click.style("remedy: ", bold=True) + error.remedy, err=True)
-        sys.exit(error.exit_code)
+    sys.exit(commandline.run(cli, "dsbench"))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,13 @@ class Measurement:
 @objective_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of arrivals and lengths.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="JSON lines with key prompt: texts to send.")
-@click.option("--request-timeout", type=float, default=300.0, show_default=True, help="Seconds of one request.")
+@click.option(
+    "--request-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=300.0,
+    show_default=True,
+    help="Seconds of one request.",
+)
 @click.option("--log", type=NewFile("log"), help="Write a JSON line for each request.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -150,7 +156,7 @@ def _board(console: Console, sent: Sent, measurement: Measurement) -> Iterator[C
 def read_prompts(path: Path) -> list[str]:
     """Texts of a file of JSON lines (``.jsonl``, ``.jsonl.gz``). Raises :class:`BadInput`."""
     texts = []
-    with rows_of(path) as rows:
+    with rows_of(path, "prompts") as rows:
         for number, row in rows:
             if not isinstance(row.get("prompt"), str) or not row["prompt"]:
                 raise BadInput(f"{path}:{number}: key prompt: a text is wanted, {row.get('prompt')!r} came")

@@ -1,20 +1,19 @@
 """``dsctl``: the commands that people run.
 
 Each command is a file of this package with a click command named ``command``. The table below names them, so that
-``dsctl --help`` and a mistyped name import none of them. How a command may end: return nothing (exit status 0),
-return an int (that status), or raise a :class:`DsError` (printed with its remedy; the status is the error's).
+``dsctl --help`` and a mistyped name import none of them. :mod:`dsctl.commandline` tells how a command may end.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 import click
 
-from dswire.errors import DsError, StartFailed
+from dsctl import commandline
+from dsctl.commandline import Commands
 
 #: name -> (module:attribute, help in one line), in the order of ``--help``
 COMMANDS = {
@@ -37,26 +36,6 @@ COMMANDS = {
     "keys": ("dsctl.keys:command", "Make the keys of encrypted sockets, and say who may connect."),
 }
 
-#: exit status after Ctrl-C: what a shell gives a program that this signal ended
-INTERRUPTED = 130
-#: exit status when nobody reads the output any more, as click has it
-BROKEN_PIPE = 1
-
-#: packages that only the extra ``engine`` brings
-_ENGINE_PACKAGES = frozenset(
-    {
-        "accelerate",
-        "gguf",
-        "huggingface_hub",
-        "jinja2",
-        "numpy",
-        "safetensors",
-        "tokenizers",
-        "torch",
-        "transformers",
-    }
-)
-
 _EPILOG = """\b
 Examples:
   dsctl model pull smollm2-135m-instruct
@@ -67,7 +46,7 @@ Examples:
 """
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Commands):
     """A group whose commands are imported when they are run or asked for help, from :data:`COMMANDS`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -106,42 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """The exit status of ``dsctl`` with ``arguments``; errors are told on stderr."""
-    try:
-        returned = dsctl.main(arguments, prog_name="dsctl", standalone_mode=False)
-        sys.stdout.flush()
-        return returned if isinstance(returned, int) else 0
-    except DsError as error:
-        return _tell(error)
-    except ModuleNotFoundError as error:
-        return _tell(_missing(error))
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # click handles it inside a command, not in the last flush; Python would complain once more at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-
-
-def _tell(error: DsError) -> int:
-    click.echo(click.style(f"error[{error.code}]: ", fg="red", bold=True) + error.message, err=True)
-    if error.remedy:
-        click.echo(click.style("remedy: ", bold=True) + error.remedy, err=True)
-    return error.exit_code
-
-
-def _missing(error: ModuleNotFoundError) -> DsError:
-    """What to tell of a package that is not installed; anything else that is missing is a defect, and is raised."""
-    package = (error.name or "").partition(".")[0]
-    if package not in _ENGINE_PACKAGES:
-        raise error
-    return StartFailed(
-        f"this command needs the package {package}, which is not installed",
-        remedy="install the engine's packages with `pip install 'distserve[engine]'`",
-    )
+    return commandline.run(dsctl, "dsctl", arguments)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def target_options(function: CommandT) -> CommandT:
         click.option(
             "--timeout",
             "timeout_s",
-            type=float,
+            type=click.FloatRange(min=0, min_open=True),
             default=10.0,
             show_default=True,
             help="Seconds to wait for a router that does not answer.",

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import click
 
+from dsctl.commandline import Commands
 from dsctl.topology import FILE_HELP
 from dswire.errors import BadInput, InvalidRequest, TopologyError
 
+_NO_KEY = "give the key itself, or the file that holds it"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
 
 directory_options = (
@@ -34,7 +36,7 @@ def _directory(file: Path | None, directory: Path | None) -> Path:
     return load(path).security.keys_dir
 
 
-@click.group()
+@click.group(cls=Commands)
 def command() -> None:
     """CURVE keys of an encrypted system: make them, and say which clients may connect.
 
@@ -101,7 +103,7 @@ def allow(name: str, key: str, file: Path | None, directory: Path | None) -> Non
 
     _check_name(name)
     path = Path(key)
-    public = keys.read_key(path) if path.is_file() else keys.check_key(key, "the key")
+    public = keys.read_key(path) if path.is_file() else keys.check_key(key, repr(key), _NO_KEY)
     home = _directory(file, directory)
     keys.allow(home, name, public)
     click.echo(f"{name} may connect (in {home / keys.ALLOWED})")
@@ -146,4 +148,7 @@ def list_keys(file: Path | None, directory: Path | None) -> None:
 
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
-        raise InvalidRequest(f"{name!r}: a name has 1 to 64 of [A-Za-z0-9_.-] and begins with no dot")
+        raise InvalidRequest(
+            f"client {name!r} cannot be called that",
+            remedy="give 1 to 64 letters, digits, dots, dashes and underscores, with no dot at the beginning",
+        )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dsctl.commandline import Commands
 from dsctl.topology import file_option
 from dsobserve.terminal import output
 
@@ -23,7 +24,7 @@ STYLES = {"ready": "green", "pulling": "cyan", "quarantined": "yellow", "kept": 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-@click.group(name="kv")
+@click.group(name="kv", cls=Commands)
 def command() -> None:
     """Look at the KV that prefill instances have handed out.
 
@@ -117,7 +118,10 @@ def _print_handles(answers: list[Answer]) -> None:
         for one in answer.listing.handles
     ]
     headings = ("handle", "owner", "reader", "state", "age", "tokens", "size", "lease left")
-    _print(_table(headings, rows, right=("age", "tokens", "size", "lease left")) if rows else "no live handles")
+    if rows:
+        _print(_table(headings, rows, right=("age", "tokens", "size", "lease left")))
+    elif _status(answers) == 0:
+        _print("no live handles")
     for answer in answers:
         if answer.listing is None:
             _complain(answer)
@@ -135,8 +139,10 @@ def _print_paths(answers: list[Answer]) -> None:
         if answer.listing is not None
         for path in answer.listing.paths
     ]
-    table = _table(("from", "to node", "path", "rate", ""), rows, right=("rate",))
-    _print(table if rows else "no path has been tried yet")
+    if rows:
+        _print(_table(("from", "to node", "path", "rate", ""), rows, right=("rate",)))
+    elif _status(answers) == 0:
+        _print("no path has been tried yet")
     for answer in answers:
         if answer.listing is None:
             _complain(answer)
@@ -146,7 +152,8 @@ def _complain(answer: Answer) -> None:
     from rich.text import Text
 
     assert answer.error is not None
-    _print(Text(answer.error.message, "red"))
+    told = Text(answer.error.message, "red")
+    _print(told.append(f"; {answer.error.remedy}", "default") if answer.error.remedy else told)
 
 
 def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, right: tuple[str, ...]) -> Table:

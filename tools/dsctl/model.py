@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
+from dsctl.commandline import Commands
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -30,7 +32,7 @@ _STEPS = {
 _BYTE_STEPS = frozenset({"download", "unpack", "check"})
 
 
-@click.group(name="model")
+@click.group(name="model", cls=Commands)
 def command() -> None:
     """Fetch models into this host's store, and list them.
 

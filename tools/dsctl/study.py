@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dsctl.commandline import Commands
 from dsctl.options import PLOTS, NewFile, wrote
 from dsobserve.files import writing
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 APPLICATIONS = ("chatbot-13b", "chatbot-66b", "chatbot-175b", "code-66b", "summarization-66b")
 
 
-@click.group()
+@click.group(cls=Commands)
 def command() -> None:
     """Rerun the DistServe paper's studies on the planner's models.
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dsctl.commandline import Commands
+
 if TYPE_CHECKING:
     from dsctl.drawing import Live
     from dstopology.resolved import Topology
@@ -21,7 +23,7 @@ FILE_HELP = "The topology; default $DS_TOPOLOGY, ./topology.yaml or deploy/topol
 file_option = click.option("-f", "--file", type=click.Path(path_type=Path), default=None, help=FILE_HELP)
 
 
-@click.group()
+@click.group(cls=Commands)
 def command() -> None:
     """Show, check and describe topology files.
 
@@ -96,6 +98,15 @@ def _paths(topology: Topology) -> dict[tuple[str, str], PathInfo]:
     return {(path.source, node): path for node, path in known}
 
 
+def _unchecked(model: str) -> str:
+    from dsengine.store import KNOWN
+    from dstopology.problems import nearest
+
+    meant = nearest(model, KNOWN)
+    told = f"  model {model} is not on this host: what depends on it was not checked"
+    return f"{told}; {meant}" if meant else told
+
+
 @command.command()
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 @file_option
@@ -118,8 +129,7 @@ def validate(files: tuple[Path, ...], file: Path | None) -> None:
         counts = f"{len(topology.role('prefill'))} prefill, {len(topology.role('decode'))} decode"
         click.echo(f"{path}: valid ({counts}, nodes {', '.join(node.name for node in topology.nodes)})")
         if modelfacts.read(topology.model.path, os.environ) is None:
-            told = f"  model {topology.model.name} is not on this host: what depends on it was not checked"
-            click.echo(told, err=True)
+            click.echo(_unchecked(topology.model.path), err=True)
         try:
             check_servable(topology)
         except TopologyError as error:

@@ -62,17 +62,25 @@ def read(path: Path) -> tuple[list[Arrival], bool]:
 
 
 @contextmanager
-def rows_of(path: Path) -> Iterator[Iterator[tuple[int, Row]]]:
-    """The rows of a file with their numbers. Raises :class:`BadInput`, inside of the context as well."""
+def rows_of(path: Path, what: str = "workload") -> Iterator[Iterator[tuple[int, Row]]]:
+    """The rows of a file with their numbers. Raises :class:`BadInput`, inside of the context as well.
+
+    ``what`` is the word for the file in such an error.
+    """
     try:
         with _open(path) as file:
             yield _json_rows(path, file) if ".jsonl" in path.suffixes else _csv_rows(path, file)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise BadInput(f"workload {path} is not a whole gzip file: {error}") from error
+        raise BadInput(
+            f"{what} {path} is not a whole gzip file: {error}", remedy="fetch it again, whole"
+        ) from error
     except OSError as error:
-        raise BadInput(f"workload {path} cannot be read: {error.strerror or error}") from error
+        raise BadInput(
+            f"{what} {path} cannot be read: {error.strerror or error}", remedy="name a file that is there and yours"
+        ) from error
     except UnicodeDecodeError as error:
-        raise BadInput(f"workload {path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        told = f"{what} {path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        raise BadInput(told, remedy="convert it to UTF-8") from error
 
 
 def _open(path: Path) -> TextIO:

@@ -61,7 +61,10 @@ def gaps(kind: str, rate: float, random: Random, cv: float = 1.0) -> Iterator[fl
 def fixed(prompt_tokens: int, output_tokens: int) -> Iterator[Lengths]:
     """The same lengths without end. Raises :class:`BadInput`."""
     if prompt_tokens < 1 or output_tokens < 1:
-        raise BadInput(f"lengths {prompt_tokens},{output_tokens}: prompt and output have at least one token each")
+        raise BadInput(
+            f"lengths {prompt_tokens},{output_tokens}: prompt and output have at least one token each",
+            remedy="write fixed:IN,OUT with numbers above 0, as fixed:128,64",
+        )
     return repeat((prompt_tokens, output_tokens))
 
 

@@ -80,7 +80,7 @@ async def world(transport: str, blocks: int, *, curve: bool) -> AsyncIterator[Wo
         pools = [topology.instance(name).segment for name in ("prefill-0", "decode-0")]
         command = [sys.executable, "-m", "dsbench.handoff.ends", relay.local, relay.node]
         command += [str(pools[0]), str(blocks), transport, *([str(topology.security.keys_dir)] if keys else [])]
-        owner = stack.enter_context(_owner(command))
+        owner = stack.enter_context(owning(command))
         reader = Reader(topology, filled_pool(pools[1], blocks), keys)
         stack.callback(reader.close)
         await reader.hello()
@@ -153,8 +153,10 @@ def process(topology: Topology, name: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextmanager
-def _owner(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def owning(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """The owner's process, which ends when its input does."""
+    # its input ends when we do; Ctrl-C is for us alone
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
     try:
         yield process
     finally:
