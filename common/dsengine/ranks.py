@@ -144,11 +144,6 @@ class RankedEngine(Engine):
             undo.pop_all()
 
     @property
-    def pids(self) -> list[int]:
-        """The other ranks' processes, as far as they are on this node."""
-        return [child.pid for child in self._children.values()]
-
-    @property
     def lost(self) -> DsError | None:
         """Why the ranks are of no use any more."""
         return self._lost

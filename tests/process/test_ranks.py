@@ -144,7 +144,7 @@ def test_a_rank_that_is_frozen_is_noticed_and_ended(
     lost: SimpleQueue[DsError] = SimpleQueue()
     engine.watch(lost.put)
     assert _moved(engine, tmp_path, 6) == wanted[3][:6]
-    (other,) = engine.pids
+    (other,) = (child.pid for child in engine._children.values())
     os.kill(other, signal.SIGSTOP)
     # from now on, nothing can be taken for silence that is none
     monkeypatch.setattr(rank_process, "SILENCE_S", 1.0)

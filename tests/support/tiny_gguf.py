@@ -18,12 +18,6 @@ from dsengine.store import Published
 LAYERS, HEADS, KV_HEADS = 2, 4, 2
 BOS, EOS, VOCAB = 257, 258, 259
 
-#: names of the tensors outside the layers: transformers -> GGUF
-_OUTER = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
 #: names of a layer's tensors: transformers -> GGUF
 _LAYER = {
     "self_attn.q_proj": "attn_q",
