@@ -12,7 +12,7 @@ from dsplan import branches, pareto, report, startable
 from dsplan.confirm import agreed, checked, confirm, confirmations, simulated
 from dsplan.devices import find_device
 from dsplan.errors import DoesNotFit, PlanInput, UnreachableSlo
-from dsplan.given import read
+from dsplan.given import read, spec_of
 from dsplan.goodput import Goodput, Slo, make_workload
 from dsplan.linear import distserve_latency
 from dsplan.oracles import Oracles
@@ -298,6 +298,7 @@ def test_pairs_side_by_side_are_on_as_many_groups_of_nodes_as_it_takes(plan: Pla
     (path := tmp_path / "t.yaml").write_text(dumped(content))
     topology = load(path, {"DS_RUN_DIR": str(tmp_path), "DS_SHM_DIR": str(tmp_path), "DS_HOME": str(tmp_path)})
     assert topology.reach == {f"prefill-{n}": {f"decode-{n}"} for n in range(2)}
+    assert spec_of(topology) == spec
     assert topology.sources_of("n1") == topology.sources_of("n3") == ()
     _, run = simulated(wide, spec, 2.0, 40, 40)
     assert all(not record.error for record in run.records)

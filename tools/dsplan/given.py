@@ -25,6 +25,7 @@ def spec_of(topology: Topology) -> Spec:
         prefill or Group(decode.parallel, 0),
         decode,
         topology.mode,
+        stages=max(len(set(one.nodes)) for one in topology.instances) if topology.relays else 1,
         budget=0 if topology.mode == "disaggregated" else budget,
         threshold=topology.threshold_tokens if topology.mode == "conditional" else 0,
     )
@@ -51,8 +52,8 @@ def read(path: Path, planner: Planner) -> Spec:
 def _stays(topology: Topology) -> bool:
     """Whether KV hardly ever leaves its node."""
     decoding = {one.node for one in topology.role("decode")}
-    bound = len({one.node for one in topology.instances}) == 1 or topology.router.node_affinity > 0
-    return bound and all(one.node in decoding for one in topology.role("prefill"))
+    bound = topology.router.node_affinity > 0 and all(one.node in decoding for one in topology.role("prefill"))
+    return bound or all(owner.node == reader.node for owner, reader in topology.handoffs())
 
 
 def _group(topology: Topology, role: Literal["prefill", "decode"]) -> Group | None:
