@@ -27,6 +27,12 @@ NODES = (
     "kv: {blocks: 1500}\nsecurity: off\nnodes:\n"
     "- {name: a, host: 10.0.0.1, devices: [cpu:0, cpu:1, cpu:2]}\n"
     "- {name: b, host: 10.0.0.2, devices: [cpu:0, cpu:1, cpu:2]}\n"
+    "- {name: c, host: 10.0.0.3, devices: [cpu:0, cpu:1, cpu:2, cpu:3, cpu:4, cpu:5]}\n"
+)
+#: a pair whose stages are on both nodes, and two instances of one
+SPREAD = (
+    "prefill: {pp: 2, place: [[a/cpu:0, b/cpu:0], [c/cpu:0, c/cpu:1], [c/cpu:2, c/cpu:3]]}\n"
+    "decode: {pp: 2, place: [[a/cpu:1, b/cpu:1], [c/cpu:4, c/cpu:5]]}\n"
 )
 #: instances of both roles on both nodes
 MIXED = "prefill: {place: [a/cpu:0, b/cpu:0]}\ndecode: {place: [a/cpu:1, b/cpu:1, b/cpu:2]}"
@@ -47,6 +53,8 @@ TOPOLOGIES = {
     "near and far": NODES + "router: {node_affinity: 0.3}\n" + MIXED,
     "all by tcp": NODES + "force_transport: tcp\n" + MIXED,
     "colocated on two nodes": NODES + "mode: colocated\ndecode: {place: [a/cpu:1, b/cpu:1, b/cpu:2]}",
+    "pairs": NODES + SPREAD,
+    "pairs short of room": NODES + SPREAD.replace("decode: {", "decode: {max_queue: 8, "),
     "colocated pipelines": "mode: colocated\nkv: {blocks: 1500}\ndecode: {pp: 2, max_batch_tokens: 100}",
 }
 

@@ -8,7 +8,9 @@
 namespace express {
 
 struct Router : Instances {
-    std::deque<int64_t> local, queued, unplaced;
+    std::deque<int64_t> local, queued;
+    // by group
+    std::vector<std::deque<int64_t>> unplaced;
     int64_t live = 0, ended = 0, chosen = 0;
 
     void submit(int64_t number) {
@@ -17,8 +19,9 @@ struct Router : Instances {
         if (number + 1 < set.requests) at(set.begun_s + arrivals[number + 1].at_s, SUBMIT, number + 1);
     }
 
-    // with ``sent`` every instance of another node than its KV's counts as fuller by what sending that is worth
-    int choose(int64_t from, int64_t to, int64_t most, int64_t reading, const Request *sent = nullptr) {
+    // with ``sent`` every instance of another node than its KV's counts as fuller by what sending that is worth, and
+    // those of another group do not count; ``free``: only instances whose KV need not wait for room
+    int choose(int64_t from, int64_t to, int64_t most, int64_t reading, const Request *sent = nullptr, bool free = false) {
         auto fill = [&](const Instance &one) {
             bool far = sent && one.set.node != instances[sent->prefill].set.node;
             return one.tokens + (far ? int64_t(std::nearbyint(set.affinity * double(sent->prompt + 1))) : 0);
@@ -26,6 +29,8 @@ struct Router : Instances {
         int best = -1;
         for (int64_t i = from; i < to; i++) {
             const Instance &one = instances[i];
+            if (sent && one.set.group != instances[sent->prefill].set.group) continue;
+            if (free && !unplaced[size_t(one.set.group)].empty()) continue;
             if (one.sequences >= most || (reading >= 0 && one.to_read >= reading)) continue;
             if (best < 0 || better(one, fill(one), instances[best], fill(instances[best]))) best = int(i);
         }
@@ -64,18 +69,22 @@ struct Router : Instances {
             if (who < 0) queued.push_back(number);
             else send(who, number, ROUTER_QUEUE);
         }
+        bool some = false;
+        for (int64_t i = 0; i < set.prefills; i++) some |= unplaced[size_t(instances[i].set.group)].empty();
         while (!queued.empty()) {
-            int who = choose(0, set.prefills, set.prefill_queue, -1);
+            int who = choose(0, set.prefills, set.prefill_queue, -1, nullptr, set.groups > 1 && some);
             if (who < 0) break;
             send(who, queued.front(), ROUTER_QUEUE);
             queued.pop_front();
         }
-        while (!unplaced.empty()) {
-            int who = choose(set.prefills, all, set.decode_queue, -1, &requests[unplaced.front()]);
-            if (who < 0) break;
-            requests[unplaced.front()].pulls = true;
-            send(who, unplaced.front(), PLACEMENT);
-            unplaced.pop_front();
+        for (std::deque<int64_t> &waiting : unplaced) {
+            while (!waiting.empty()) {
+                int who = choose(set.prefills, all, set.decode_queue, -1, &requests[waiting.front()]);
+                if (who < 0) break;
+                requests[waiting.front()].pulls = true;
+                send(who, waiting.front(), PLACEMENT);
+                waiting.pop_front();
+            }
         }
     }
 

@@ -10,7 +10,6 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
 
 from dskv.layout import KvLayout
 from dssim.express.build import library
@@ -98,10 +97,8 @@ class _Asked:
 
 
 def _ordinary(topology: Topology, layout: KvLayout, arrivals: Sequence[Arrival]) -> bool:
-    """Whether KV goes one way within nodes, can leave them for any instance, in equal blocks; no relay keeps any;
-    prompts differ, and each fits."""
-    if topology.reach:
-        return False
+    """Whether KV goes one way within nodes and can leave them, in equal blocks; no relay keeps any; prompts differ,
+    and each fits."""
     if topology.relays and (len(_within(topology)) > 1 or not all(_reached(topology))):
         return False
     if any(one.keep_nbytes for one in topology.relays):
@@ -126,9 +123,20 @@ def _within(topology: Topology) -> set[str]:
 
 def _reached(topology: Topology) -> Iterator[bool]:
     """For each pair of nodes, whether KV can go from the one to the other."""
-    for owner, reader in product(topology.role("prefill"), topology.role("decode")):
+    for owner, reader in topology.handoffs():
         relay = topology.relay_of(owner.node)
         yield topology.transport(owner.node, reader.node) in LOCAL or relay.data_connect is not None
+
+
+def _groups(topology: Topology) -> list[frozenset[str]]:
+    """Instances between which KV goes, in the order in which the router looks at their queues."""
+    reach = topology.reach
+    if not reach:
+        return [frozenset(one.name for one in topology.instances)]
+    return [
+        each | {name for name, reached in reach.items() if reached == each}
+        for each in dict.fromkeys(reach.values())
+    ]
 
 
 def _blocks(instance: Instance, layout: KvLayout) -> int:
@@ -143,6 +151,7 @@ def _settings(
     return SettingsStruct(
         prefills=len(prefills),
         decodes=len(decodes),
+        groups=len(_groups(topology)),
         requests=requests,
         max_requests=topology.router.max_requests,
         prefill_queue=min((one.max_queue for one in prefills), default=1),
@@ -172,11 +181,13 @@ def _instances(
 ) -> ctypes.Array[InstanceStruct]:
     ranks = {name: place for place, name in enumerate(sorted(one.name for one in instances))}
     nodes = sorted({one.node for one in instances})
+    groups = _groups(topology)
     made = (InstanceStruct * len(instances))()
     for struct, one, its in zip(made, instances, times, strict=True):
         struct.blocks, struct.rank, struct.stages = _blocks(one, layout), ranks[one.name], one.pp
         struct.max_batch, struct.max_batch_tokens = one.max_batch, one.max_batch_tokens
         struct.prefill_priority, struct.node = one.prefill_priority, nodes.index(one.node)
+        struct.group = next(number for number, names in enumerate(groups) if one.name in names)
         struct.router_s = transfers.message_s(one.node == topology.router.node)
         struct.seal_bytes_per_s = transfers.seal_bytes_per_s
         struct.copy_bytes_per_s = transfers.copy_bytes_per_s

@@ -39,7 +39,7 @@ struct Simulation : Router {
             at(now + set.relay_s, OFFERED, who);
             at(now + instances[r.prefill].set.router_s, KV_SEALED, who);
             return next_steps(r.prefill);
-        case KV_SEALED: unplaced.push_back(who); return pump();
+        case KV_SEALED: unplaced[size_t(instances[r.prefill].set.group)].push_back(who); return pump();
         case PULL:
             if (!direct(r)) return at(now + relays_s(r), FETCH, who);
             [[fallthrough]];
@@ -66,6 +66,7 @@ extern "C" int64_t simulate(const Settings *set, const InstanceSettings *each, c
     one.set = *set, one.ask = ask, one.arrivals = arrivals, one.results = results, one.now = set->begun_s;
     one.requests.resize(size_t(set->requests));
     one.seen.resize(size_t(set->requests));
+    one.unplaced.resize(size_t(set->groups));
     for (int64_t i = 0; i < set->prefills + set->decodes; i++) {
         express::Instance made;
         made.set = each[i];

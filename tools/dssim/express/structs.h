@@ -13,8 +13,8 @@ struct InstanceSettings {
     int64_t blocks, max_batch, max_batch_tokens, stages, prefill_priority;
     // whether its times are asked of Python, and not those below
     int64_t asks;
-    // place in the order of names; number of its node
-    int64_t rank, node;
+    // place in the order of names; number of its node; KV goes to instances of the same group
+    int64_t rank, node, group;
     double router_s, seal_bytes_per_s, copy_bytes_per_s;
     Linear prefill, decode, decode_large;
     int64_t large_batch;
@@ -24,7 +24,7 @@ struct InstanceSettings {
 typedef double (*Ask)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 
 struct Settings {
-    int64_t prefills, decodes, requests, max_requests, prefill_queue, decode_queue;
+    int64_t prefills, decodes, groups, requests, max_requests, prefill_queue, decode_queue;
     // prompts below are read by decode instances; with threshold_limits only while they have less than that to read
     int64_t local_below, threshold_limits, block_size, block_nbytes;
     // whether instances copy before the relay's word; whether any KV stays in its node

@@ -33,7 +33,7 @@ class InstanceStruct(Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("blocks", "max_batch", "max_batch_tokens", "stages")),
-        *((name, c_int64) for name in ("prefill_priority", "asks", "rank", "node")),
+        *((name, c_int64) for name in ("prefill_priority", "asks", "rank", "node", "group")),
         *((name, c_double) for name in ("router_s", "seal_bytes_per_s", "copy_bytes_per_s")),
         *((name, LinearStruct) for name in ("prefill", "decode", "decode_large")),
         ("large_batch", c_int64),
@@ -44,9 +44,9 @@ class SettingsStruct(Structure):
     """The system."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("prefills", "decodes", "requests", "max_requests", "prefill_queue")),
-        *((name, c_int64) for name in ("decode_queue", "local_below", "threshold_limits", "block_size")),
-        *((name, c_int64) for name in ("block_nbytes", "early", "direct")),
+        *((name, c_int64) for name in ("prefills", "decodes", "groups", "requests", "max_requests")),
+        *((name, c_int64) for name in ("prefill_queue", "decode_queue", "local_below", "threshold_limits")),
+        *((name, c_int64) for name in ("block_size", "block_nbytes", "early", "direct")),
         *((name, c_double) for name in ("begun_s", "client_s", "relay_s", "max_deadline_s", "lease_s")),
         *((name, c_double) for name in ("affinity", "network_bytes_per_s")),
     ]
