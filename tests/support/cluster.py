@@ -59,6 +59,8 @@ class Shape:
     #: sequences waiting at one prefill instance
     prefill_queue: int = 16
     decode_queue: int = 64
+    #: KV goes to the decode instance of the same number, and to no other
+    pairs: bool = False
     #: KV that is not read directly is sent by communicators
     collective: str = ""
     #: KV of prompts that are longer than a step goes in parts, which end at multiples of so many tokens
@@ -87,6 +89,11 @@ class Shape:
         roles = {f"relay-{node}": "relay" for node in relays}
         roles |= {f"prefill-{number}": "prefill" for number in range(len(self.prefill))}
         return roles | {f"decode-{number}": "decode" for number in range(len(self.decode))}
+
+    @property
+    def reach(self) -> dict[str, frozenset[str]]:
+        """As the router has it."""
+        return {f"prefill-{n}": frozenset({f"decode-{n}"}) for n in range(len(self.prefill))} if self.pairs else {}
 
 
 TCP = Shape(direct=False)
@@ -267,6 +274,7 @@ class Cluster:
             node_affinity=shape.node_affinity,
             mode=shape.mode,
             threshold_tokens=shape.threshold_tokens,
+            reach=shape.reach,
             keep_extend_s=shape.lease_s / 3 if shape.keep_blocks else 0.0,
         )
         machine = RouterState(config, ScriptWriter, Random(0), self.now)
