@@ -166,7 +166,8 @@ def test_a_frame_above_the_limit_costs_its_sender_the_connection(beside: Beside,
 @pytest.mark.parametrize("door", DOORS)
 def test_bytes_that_are_no_zeromq(beside: Beside, door: str) -> None:
     for content in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\xff" * 100_000, b"", b"\x16\x03\x01\x02\x00\x01"):
-        with raw_connection(beside.door.address) as connection:
+        # it may be cut before all of it is sent
+        with raw_connection(beside.door.address) as connection, contextlib.suppress(ConnectionError):
             connection.sendall(content)
 
 
