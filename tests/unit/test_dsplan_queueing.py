@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dsplan import capacity
 from dsplan.errors import PlanInput
-from dsplan.goodput import Counts, Slo, Units, Workload, counts, experience, goodput, make_workload
+from dsplan.goodput import LONG, Counts, Slo, Units, Workload, counts, experience, goodput, make_workload
 from dsplan.queueing import DecodeUnit, PrefillUnit, Request, serve
 
 
@@ -169,6 +169,14 @@ def test_percentiles_and_attainment_of_one_run_agree() -> None:
     assert seen.share == counts(workload, 1.0, slo, units).share == 1.0
     assert seen.ttft_s == pytest.approx({50: 0.2, 90: 0.2, 99: 0.2})
     assert seen.tpot_s[50] == pytest.approx(0.0105)
+
+
+def test_a_queue_that_grows_slowly_shows_in_a_long_run() -> None:
+    workload = Workload("same", tuple((float(i), 200, 2) for i in range(12_000)))
+    # a tenth more than one instance reads
+    slo, units, rate = Slo(30.0, 1.0), Units((PrefillUnit(Constant(), 200, max_batch=1),), (_decode(),)), 5.5
+    assert experience(workload, rate, slo, units).share == 1.0
+    assert experience(workload, rate, slo, units, LONG).share < 0.9
 
 
 def test_a_handful_of_requests_is_no_workload(tmp_path: Path) -> None:

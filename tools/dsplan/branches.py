@@ -47,11 +47,18 @@ def run(planner: Planner, names: Sequence[str], processes: int) -> list[Part]:
     beside = min(processes, len(names)) - 1
     if beside < 1 or len(planner.allowed[0]) < WORTHWHILE:
         return [planner.part(name) for name in names]
+    before = set(multiprocessing.active_children())
     # not forked: the bar of a terminal is drawn by a thread
     with ProcessPoolExecutor(beside, mp_context=multiprocessing.get_context("spawn")) as pool:
-        others = [pool.submit(_part, planner.question, name) for name in names[:-1]]
-        last = planner.part(names[-1])
-        return [*(other.result() for other in others), last]
+        try:
+            others = [pool.submit(_part, planner.question, name) for name in names[:-1]]
+            last = planner.part(names[-1])
+            return [*(other.result() for other in others), last]
+        except BaseException:
+            # Ctrl-C too: nobody waits for the other parts, of which each process would go on with its next one
+            for process in set(multiprocessing.active_children()) - before:
+                process.terminate()
+            raise
 
 
 def _part(question: Question, name: str) -> Part:

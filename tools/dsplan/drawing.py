@@ -71,7 +71,8 @@ def _draw(axes: Any, panel: Panel) -> None:
         axes.set_xticks([n + middle for n in range(len(panel.bars))], panel.bars, fontsize=8)
     axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
     axes.set_ylim(bottom=0, top=panel.top)
-    axes.grid(visible=True, linewidth=0.3)
+    axes.set_axisbelow(True)
+    axes.grid(visible=True, axis="y" if panel.bars else "both", linewidth=0.3)
     if len(panel.lines) > 1 or panel.scatter:
         axes.legend(fontsize=8)
 

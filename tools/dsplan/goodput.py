@@ -22,6 +22,9 @@ LEAST_REQUESTS, MOST_REQUESTS = 1000, 12_000
 FEWEST_ROWS = 50
 #: a run lasts this many times a mean output at the TPOT objective, or the batch of decode would not fill up
 RESIDENCES = 4.0
+#: times as long as those of candidates are the runs of systems, and of what is drawn of them: queues that grow
+#: slowly show late
+LONG = 3
 #: rates below are taken for zero, and above are not looked at: requests a second
 LEAST_RATE, MOST_RATE = 0.005, 20_000.0
 #: share of the requests, the first to arrive, that is left out of the count
@@ -156,9 +159,9 @@ class Experience:
     share: float
 
 
-def experience(workload: Workload, rate: float, slo: Slo, units: Units) -> Experience:
-    """TTFT and TPOT at a rate; TPOT of answers with two tokens or more."""
-    requests = workload.at(rate, RESIDENCES * workload.mean_output * slo.tpot_s)
+def experience(workload: Workload, rate: float, slo: Slo, units: Units, times: int = 1) -> Experience:
+    """TTFT and TPOT at a rate, in a run ``times`` as long as need be; TPOT of answers with two tokens or more."""
+    requests = workload.at(rate, RESIDENCES * workload.mean_output * slo.tpot_s, times)
     served = units.serve(requests)
     first = int(len(requests) * WARM_UP)
     kept = range(first, len(requests))

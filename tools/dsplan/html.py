@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dsobserve.terminal import counted, digits
 from dsplan import drawing, pareto
 from dsplan.drawing import Panel
-from dsplan.goodput import experience
+from dsplan.goodput import LONG, experience
 from dsplan.placement import Placement, Plan
 from dsplan.reasons import reasons
 
@@ -107,14 +107,14 @@ def _curves(planner: Planner, plan: Plan, compared: Placement | None) -> list[Pa
     for name, one in seen.items():
         units, most = planner.oracles.units(one.spec), one.goodput.rate
         lines[name] = [
-            (most * share / one.spec.devices, experience(question.workload, most * share, question.slo, units))
-            for share in (SHARES if most else ())
+            (rate / one.spec.devices, experience(question.workload, rate, question.slo, units, LONG))
+            for rate in (most * share for share in (SHARES if most else ()))
         ]
-    slo, rate = question.slo, "requests/s and device"
+    slo, axis = question.slo, "requests/s and device"
     return [
         Panel(
             "attainment of both objectives",
-            rate,
+            axis,
             "share of requests",
             {name: [(x, e.share) for x, e in line] for name, line in lines.items()},
             {f"{slo.attainment:.0%}": slo.attainment},
@@ -122,7 +122,7 @@ def _curves(planner: Planner, plan: Plan, compared: Placement | None) -> list[Pa
         ),
         Panel(
             "90th percentile of TTFT",
-            rate,
+            axis,
             "ms",
             {name: [(x, e.ttft_s[90] * 1e3) for x, e in line] for name, line in lines.items()},
             {"objective": slo.ttft_s * 1e3},
@@ -130,7 +130,7 @@ def _curves(planner: Planner, plan: Plan, compared: Placement | None) -> list[Pa
         ),
         Panel(
             "90th percentile of TPOT",
-            rate,
+            axis,
             "ms",
             {name: [(x, e.tpot_s[90] * 1e3) for x, e in line] for name, line in lines.items()},
             {"objective": slo.tpot_s * 1e3},

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dsplan import capacity
-from dsplan.goodput import LEAST_REQUESTS, MOST_RATE, PRECISION, Counts, Goodput, Units, counts, goodput, highest
+from dsplan.goodput import (
+    LEAST_REQUESTS,
+    LONG,
+    MOST_RATE,
+    PRECISION,
+    Counts,
+    Goodput,
+    Units,
+    counts,
+    goodput,
+    highest,
+)
 from dsplan.latency import Instance, saturating_tokens
 from dsplan.memory import STEP_TOKENS, memory
 from dsplan.mixed import MixedUnit
@@ -16,8 +27,6 @@ from dsplan.search import Mixed, Pair, Parallel
 
 #: sequences of a decode batch
 MAX_BATCH = 512
-#: times as long as those of candidates are the runs of systems: queues that grow slowly show late
-LONG = 3
 #: share of a goodput that long runs are first tried at
 LASTING = 0.92
 #: two bisections may differ by their precision: what is added where one bounds the other

@@ -12,7 +12,7 @@ from typing import Any
 from dsobserve.terminal import digits
 from dsplan.drawing import Panel
 from dsplan.errors import DoesNotFit, UnreachableSlo
-from dsplan.goodput import Slo, experience
+from dsplan.goodput import LONG, Slo, experience
 from dsplan.placement import Placement
 from dsplan.planner import Planner
 from dsplan.question import Question
@@ -98,7 +98,7 @@ def _curves(question: Question, best: dict[str, Placement]) -> tuple[Lines, Line
     for mode, one in best.items():
         units, devices = oracles.units(one.spec), one.spec.devices
         by_rate[mode] = [
-            (most * share, experience(question.workload, most * share * devices, slo, units).share)
+            (most * share, experience(question.workload, most * share * devices, slo, units, LONG).share)
             for share in SHARES
         ]
         by_scale[mode] = [
@@ -109,6 +109,7 @@ def _curves(question: Question, best: dict[str, Placement]) -> tuple[Lines, Line
                     most * 0.9 * devices,
                     Slo(slo.ttft_s * scale, slo.tpot_s * scale),
                     units,
+                    LONG,
                 ).share,
             )
             for scale in SCALES

@@ -11,7 +11,7 @@ from typing import Any
 from dsobserve.terminal import digits
 from dsplan.drawing import Panel
 from dsplan.errors import DoesNotFit
-from dsplan.goodput import Experience, experience
+from dsplan.goodput import LONG, Experience, experience
 from dsplan.oracles import Oracles
 from dsplan.placement import WHOLE, Group, Spec
 from dsplan.planner import Planner
@@ -81,7 +81,7 @@ def run(setting: Setting) -> Study:
         setting.progress(name, len(lines), len(each))
         units, lines[name] = oracles.units(spec), []
         for share in SHARES:
-            seen = experience(question.workload, most * share, question.slo, units)
+            seen = experience(question.workload, most * share, question.slo, units, LONG)
             rate = most * share / question.devices
             lines[name].append((rate, seen))
             rows.append(
