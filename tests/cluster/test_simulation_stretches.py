@@ -99,3 +99,13 @@ def test_what_a_process_had_said_when_it_died_counts(desk: Desk, keep: str) -> N
     single = run(desk, text, asked, TIMES, FAR, failures, single_steps=True)
     assert single.seen.failures
     assert_alike(run(desk, text, asked, TIMES, FAR, failures), single)
+
+
+@pytest.mark.parametrize("transfers", [FlatTransfer(), FAR], ids=["near", "far"])
+def test_a_deadline_within_the_step_of_a_sequence_that_is_alone(desk: Desk, transfers: TransferTimes) -> None:
+    # the step ends, and there is nobody any more whose token could be told
+    text = TOPOLOGIES["1p1d"] + "\nrouter: {max_deadline_s: 2}"
+    asked = [Arrival(number * 3.0, 20, 400 + number) for number in range(6)]
+    single = run(desk, text, asked, TIMES, transfers, single_steps=True)
+    assert {one.error for one in single.records} == {"deadline_exceeded"}
+    assert_alike(run(desk, text, asked, TIMES, transfers), single)

@@ -122,6 +122,9 @@ class DecodeProcess(Worker):
         if word:
             self._router.count(self.peers[ROUTER].us, word[0], self.kernel.now)
             return
+        if not stretch.on_way or stretch.on_way[0] is not word:
+            # told already, and the machine had nothing to say: all of the step's sequences had been ended meanwhile
+            return
         stretch.on_way.popleft()
         stretch.heard, stretch.heard_at = stretch.heard + 1, self.kernel.now
         self._router.untold[self.name] = self._tell_heard
