@@ -9,27 +9,12 @@ from multiprocessing.process import BaseProcess
 import pytest
 
 from dsplan import branches
-from dsplan.devices import find_device
-from dsplan.goodput import Slo, make_workload
-from dsplan.linear import distserve_latency
 from dsplan.planner import Planner
-from dsplan.question import Question
-from dsplan.shapes import find_model
-
-QUESTION = Question(
-    shape=find_model("OPT-13B"),
-    device=find_device("a100-80g"),
-    latency=distserve_latency("OPT-13B", "a100-80g"),
-    nodes=1,
-    devices_per_node=3,
-    workload=make_workload("sharegpt", 2000),
-    slo=Slo(0.25, 0.1),
-    modes=("disaggregated",),
-)
+from support.plans import question
 
 
 def test_an_interrupted_search_ends_the_processes_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    planner = Planner(QUESTION)
+    planner = Planner(question())
     before = set(multiprocessing.active_children())
     beside: list[BaseProcess] = []
 
