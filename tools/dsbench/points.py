@@ -52,9 +52,9 @@ class Measured:
     point: Point
     #: median of the rounds, of one whole step; None where there is no figure to be believed
     seconds: float | None
-    #: as it was in the same rounds
+    #: as it was in the same rounds, the median of each figure
     machine: Machine
-    #: the least time that the machine allows, divided by ``seconds``
+    #: the least time that the machine allows, divided by that which was taken, the median of the rounds
     roofline_fraction: float | None = None
     #: of the steps' time, the part that is not spent inside kernels; None where that is not known
     outside_fraction: float | None = None

@@ -1,7 +1,8 @@
 """One run: for each dtype and number of threads every point, the machine itself and the systems taking turns.
 
 Turns, because a machine's speed drifts: what is compared was measured within seconds of each other. A point's
-figure is the median over all its rounds; so is what the machine can do, of which each round gives the best.
+figure is the median over all its rounds; so is what the machine can do, of which each round gives the best, and so
+are fractions of the limit, each of the machine as it was in that round.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import median
 
@@ -73,8 +74,8 @@ def _measure(plan: Plan, bare: _Bare, point: Point, peers: Sequence[Peer], tell:
             if one.reason is None and sum(one.seconds) <= plan.point_s:
                 with one.told(tell):
                     one.measure(plan.round_s)
-    machine, needed = bare.machine, kernels(plan.arch, point)
-    return [one.measured(machine, needed) for one in taken]
+    needed = kernels(plan.arch, point)
+    return [one.measured(bare.rounds, needed) for one in taken]
 
 
 class _Bare:
@@ -82,19 +83,15 @@ class _Bare:
 
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
-        #: seconds for a byte and for a floating-point operation, the least of each round
-        self._least: dict[str, list[float]] = {"read": [], "product": []}
+        self.rounds: list[Machine] = []
 
     def measure(self) -> None:
         """One round. Raises :class:`PeerFailed`."""
-        for phase, least in self._least.items():
-            self._peer.prepare(phase)
-            least.append(min(self._peer.measure(BARE_S)))
+        self.rounds.append(Machine(self._best("read"), self._best("product")))
 
-    @property
-    def machine(self) -> Machine:
-        """The median of the rounds."""
-        return Machine(*(1 / median(least) for least in self._least.values()))
+    def _best(self, phase: str) -> float:
+        self._peer.prepare(phase)
+        return 1 / min(self._peer.measure(BARE_S))
 
 
 class _Taken:
@@ -103,6 +100,8 @@ class _Taken:
     def __init__(self, peer: Peer, point: Point) -> None:
         self.peer = peer
         self.seconds: list[float] = []
+        #: the median of each round
+        self._rounds: list[float] = []
         #: why no more of them come
         self.reason: str | None = None
         self._point = point
@@ -119,13 +118,16 @@ class _Taken:
 
     def measure(self, for_s: float) -> None:
         """Steps of one round. Raises :class:`PeerFailed`."""
-        self.seconds.extend(self.peer.measure(for_s))
+        seconds = self.peer.measure(for_s)
+        self.seconds.extend(seconds)
+        self._rounds.append(median(seconds))
         if self.peer.kernel_s is not None:
             self._inside = (self._inside or 0.0) + self.peer.kernel_s
 
-    def measured(self, machine: Machine, needed: Kernels) -> Measured:
+    def measured(self, machines: Sequence[Machine], needed: Kernels) -> Measured:
         """The median of them beside the limits; no figure where there are none, or where it cannot be one."""
         peer, middle = self.peer, median(self.seconds or [math.nan])
+        machine = Machine(*(median(each) for each in zip(*map(astuple, machines), strict=True)))
         if not self.seconds or not 0 < middle < math.inf:
             reason = self.reason or f"{peer.system} gave {middle:.3g} s for a step"
             return Measured(peer.system, self._point, None, machine, loaded=peer.loaded, reason=reason)
@@ -134,11 +136,15 @@ class _Taken:
             self._point,
             middle,
             machine,
-            needed.whole.seconds(machine) / middle,
+            self._fraction(needed.whole.seconds, machines),
             None if self._inside is None else 1 - self._inside / sum(self.seconds),
             peer.loaded,
-            in_turn_fraction=needed.seconds_in_turn(machine) / middle,
+            in_turn_fraction=self._fraction(needed.seconds_in_turn, machines),
         )
+
+    def _fraction(self, least_s: Callable[[Machine], float], machines: Sequence[Machine]) -> float:
+        # one that takes long has fewer rounds than the machine
+        return median(least_s(machine) / seconds for machine, seconds in zip(machines, self._rounds, strict=False))
 
 
 def _room(points: Sequence[Point]) -> int:
