@@ -216,8 +216,11 @@ def _run(plan: Plan, blocks: list[list[Point]], console: Console, as_json: bool)
 
 def _machines(results: Sequence[Measured]) -> str:
     """What the machine did meanwhile."""
-    memory = sorted(one.machine.bytes_per_s / 1e9 for one in results)
-    products = sorted(one.machine.flops_per_s / 1e9 for one in results)
+    machines = [one.machine for one in results if one.machine is not None]
+    memory = sorted(one.bytes_per_s / 1e9 for one in machines)
+    products = sorted(one.flops_per_s / 1e9 for one in machines)
+    if not machines:
+        return "nothing was measured"
     return (
         f"memory {memory[0]:.1f} to {memory[-1]:.1f} GB/s, "
         f"products {products[0]:.0f} to {products[-1]:.0f} GFLOP/s, load average {host.load():.2f}"

@@ -52,8 +52,8 @@ class Measured:
     point: Point
     #: median of the rounds, of one whole step; None where there is no figure to be believed
     seconds: float | None
-    #: as it was in the same rounds, the median of each figure
-    machine: Machine
+    #: as it was in the same rounds, the median of each figure; None where there was none
+    machine: Machine | None
     #: the least time that the machine allows, divided by that which was taken, the median of the rounds
     roofline_fraction: float | None = None
     #: of the steps' time, the part that is not spent inside kernels; None where that is not known
@@ -79,8 +79,8 @@ class Measured:
             "roofline_fraction": self.roofline_fraction,
             "in_turn_fraction": self.in_turn_fraction,
             "outside_fraction": self.outside_fraction,
-            "machine_bytes_per_s": self.machine.bytes_per_s,
-            "machine_flops_per_s": self.machine.flops_per_s,
+            "machine_bytes_per_s": self.machine.bytes_per_s if self.machine else None,
+            "machine_flops_per_s": self.machine.flops_per_s if self.machine else None,
             "reason": self.reason,
             **(asdict(self.loaded) if self.loaded else {}),
         }

@@ -1,8 +1,8 @@
 """One run: for each dtype and number of threads every point, the machine itself and the systems taking turns.
 
 Turns, because a machine's speed drifts: what is compared was measured within seconds of each other. A point's
-figure is the median over all its rounds; so is what the machine can do, of which each round gives the best, and so
-are fractions of the limit, each of the machine as it was in that round.
+figure is the median over all its rounds. What the machine can do is measured before and behind each turn, and a
+round's fraction of the limit is that of the two together; the median of the rounds counts there, too.
 """
 
 from __future__ import annotations
@@ -69,29 +69,36 @@ def _measure(plan: Plan, bare: _Bare, point: Point, peers: Sequence[Peer], tell:
         with one.told(tell):
             one.peer.prepare_point(point)
     for _ in range(plan.rounds):
-        bare.measure()
+        before = bare.machine()
         for one in taken:
             if one.reason is None and sum(one.seconds) <= plan.point_s:
                 with one.told(tell):
                     one.measure(plan.round_s)
+                behind = bare.machine()
+                one.machines.append(between(before, behind))
+                before = behind
     needed = kernels(plan.arch, point)
-    return [one.measured(bare.rounds, needed) for one in taken]
+    return [one.measured(needed) for one in taken]
 
 
 class _Bare:
-    """What the machine can do in the rounds of one point."""
+    """What the machine can do by itself."""
 
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
-        self.rounds: list[Machine] = []
 
-    def measure(self) -> None:
-        """One round. Raises :class:`PeerFailed`."""
-        self.rounds.append(Machine(self._best("read"), self._best("product")))
+    def machine(self) -> Machine:
+        """Now. Raises :class:`PeerFailed`."""
+        return Machine(self._best("read"), self._best("product"))
 
     def _best(self, phase: str) -> float:
         self._peer.prepare(phase)
         return 1 / min(self._peer.measure(BARE_S))
+
+
+def between(before: Machine, behind: Machine) -> Machine:
+    """One that was half of the time like either."""
+    return Machine(*(2 / (1 / a + 1 / b) for a, b in zip(astuple(before), astuple(behind), strict=True)))
 
 
 class _Taken:
@@ -100,8 +107,9 @@ class _Taken:
     def __init__(self, peer: Peer, point: Point) -> None:
         self.peer = peer
         self.seconds: list[float] = []
-        #: the median of each round
+        #: the median of each round, and what the machine could do then
         self._rounds: list[float] = []
+        self.machines: list[Machine] = []
         #: why no more of them come
         self.reason: str | None = None
         self._point = point
@@ -124,10 +132,12 @@ class _Taken:
         if self.peer.kernel_s is not None:
             self._inside = (self._inside or 0.0) + self.peer.kernel_s
 
-    def measured(self, machines: Sequence[Machine], needed: Kernels) -> Measured:
+    def measured(self, needed: Kernels) -> Measured:
         """The median of them beside the limits; no figure where there are none, or where it cannot be one."""
         peer, middle = self.peer, median(self.seconds or [math.nan])
-        machine = Machine(*(median(each) for each in zip(*map(astuple, machines), strict=True)))
+        machine = None
+        if self.machines:
+            machine = Machine(*(median(each) for each in zip(*map(astuple, self.machines), strict=True)))
         if not self.seconds or not 0 < middle < math.inf:
             reason = self.reason or f"{peer.system} gave {middle:.3g} s for a step"
             return Measured(peer.system, self._point, None, machine, loaded=peer.loaded, reason=reason)
@@ -136,15 +146,16 @@ class _Taken:
             self._point,
             middle,
             machine,
-            self._fraction(needed.whole.seconds, machines),
+            self._fraction(needed.whole.seconds),
             None if self._inside is None else 1 - self._inside / sum(self.seconds),
             peer.loaded,
-            in_turn_fraction=self._fraction(needed.seconds_in_turn, machines),
+            in_turn_fraction=self._fraction(needed.seconds_in_turn),
         )
 
-    def _fraction(self, least_s: Callable[[Machine], float], machines: Sequence[Machine]) -> float:
-        # one that takes long has fewer rounds than the machine
-        return median(least_s(machine) / seconds for machine, seconds in zip(machines, self._rounds, strict=False))
+    def _fraction(self, least_s: Callable[[Machine], float]) -> float:
+        # the last round has no steps where something went wrong in it
+        rounds = zip(self.machines, self._rounds, strict=False)
+        return median(least_s(machine) / seconds for machine, seconds in rounds)
 
 
 def _room(points: Sequence[Point]) -> int:
