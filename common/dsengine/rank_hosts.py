@@ -90,11 +90,14 @@ class RankHosts:
         self._changed = Condition()
         #: of all ranks on other nodes, once it has begun
         self._takers: Mapping[int, Taker] | None = None
-        self._authenticator: ThreadAuthenticator | None = None
         assert instance.join_bind is not None
-        self._socket = BoundSocket(instance.join_bind, keys=system_keys(topology))
-        if encrypted:
-            self._authenticator = start_authenticator(topology.security.keys_dir, clients=False)
+        with contextlib.ExitStack() as stack:
+            self._authenticator: ThreadAuthenticator | None = None
+            if encrypted:
+                self._authenticator = start_authenticator(topology.security.keys_dir, clients=False)
+                stack.callback(self._authenticator.stop)
+            self._socket = BoundSocket(instance.join_bind, keys=system_keys(topology))
+            stack.pop_all()
         self._socket.start(self._received)
         self._pings = self._loop.call_later(BEAT_S, self._ping)
 

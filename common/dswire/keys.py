@@ -133,13 +133,15 @@ def allowed(directory: Path) -> dict[str, bytes]:
 def start_authenticator(directory: Path, *, clients: bool = True) -> ThreadAuthenticator:
     """Begin to turn away every key but the system's own and those of ``clients``; stop it with ``stop()``.
 
-    The list is read anew for each connection that knocks, so a change to it needs no restart.
+    The list is read anew for each connection that knocks, so a change to it needs no restart. To be called before
+    the sockets that it guards are bound: nobody is asked about who knocks earlier.
     """
     guard = _AllowList(directory / ALLOWED if clients else None, load_system(directory).public)
     allowed(directory)
     authenticator = ThreadAuthenticator(zmq.Context.instance())
-    authenticator.start()
+    # first: from the start on, those who knock are judged by it, and by nothing it turns away everyone
     authenticator.configure_curve_callback(DOMAIN, guard)
+    authenticator.start()
     return authenticator
 
 

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from zmq.auth.thread import ThreadAuthenticator
 
 from dsclient import AsyncClient
 from dsclient.errors import BadInput, RouterLost, Unauthorized
 from dswire import keys
-from dswire.keys import CurveKeys
+from dswire.keys import DOMAIN, CurveKeys
 from dswire.messages.client import Submit
 from support.scripted_router import ScriptedRouter
 
@@ -147,7 +148,17 @@ def test_where_clients_have_no_business_the_systems_key_alone_opens(home: Path, 
     system = keys.load_system(home).public
     for directory, wanted in ((home / keys.ALLOWED, [True, True, False]), (None, [True, False, False])):
         guard = keys._AllowList(directory, system)
-        assert [guard.callback(keys.DOMAIN, key) for key in (system, anna.public, b"x" * 40)] == wanted
+        assert [guard.callback(DOMAIN, key) for key in (system, anna.public, b"x" * 40)] == wanted
+
+
+def test_who_knocks_first_is_judged_by_the_list(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # an authenticator that runs and has not been told whom to ask turns away all
+    judges: list[bool] = []
+    monkeypatch.setattr(
+        ThreadAuthenticator, "start", lambda self: judges.append(DOMAIN in self.credentials_providers)
+    )
+    keys.start_authenticator(home)
+    assert judges == [True]
 
 
 def test_the_allow_list(home: Path, anna: CurveKeys) -> None:

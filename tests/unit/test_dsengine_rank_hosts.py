@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from queue import SimpleQueue
 
 import msgspec
 import pytest
+from zmq.auth.thread import ThreadAuthenticator
 
 from dsengine import rank_hosts
 from dsengine.configs import form_of
@@ -75,6 +77,11 @@ class World:
         hosts = await rebind(lambda: RankHosts(topology, topology.instances[0], MODEL, BLOCKS))
         self._stack.callback(hosts.close)
         return hosts
+
+    def is_free(self) -> bool:
+        """Whether nobody listens where the instance does."""
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self._port)) != 0
 
     def host(self, node: str, *, keys: str = "keys") -> Host:
         topology = self.topology(keys)
@@ -183,16 +190,19 @@ async def test_who_does_not_fit_is_refused(world: World, other: dict[str, object
 async def test_who_has_no_key_is_told_and_who_has_another_gets_no_connection(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # it guards against keys of clients, of which there are none here
+    # it guards against keys of clients, of which there are none here, and from the first connection on
     asked: list[bool] = []
 
-    def ask(_: Path, *, clients: bool) -> None:
+    def ask(_: Path, *, clients: bool) -> ThreadAuthenticator:
         asked.append(clients)
+        assert world.is_free()
+        return ThreadAuthenticator()
 
     monkeypatch.setattr(rank_hosts, "start_authenticator", ask)
     world.curve = "on"
     hosts = await world.instance()
     assert asked == [False]
+    assert not world.is_free()
     assert len(hosts.wiring.secret) == SECRET_NBYTES
     plain, other = world.host("a", keys=""), world.host("b", keys="other")
     async with asyncio.timeout(PATIENCE_S):
