@@ -8,7 +8,7 @@ ever sees its own blocks, and with a sliding window only those that the window r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, chain
 from typing import Protocol
 
@@ -25,13 +25,13 @@ _SHORT_BLOCKS = 8
 #: queries of one sequence that attend together where they cannot all see the same: bounds the scores held at once
 _QUERIES = 256
 #: every earlier token, scaled by the head size
-_PLAIN = AttentionRule()
+PLAIN = AttentionRule()
 
 
 class Attention(Protocol):
     """What a model asks of the step it runs in."""
 
-    def __call__(self, layer: int, q: Tensor, kv: Tensor, rule: AttentionRule = _PLAIN) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, kv: Tensor, rule: AttentionRule = PLAIN) -> Tensor:
         """``q`` ``[tokens, heads, head_dim]``, ``kv`` ``[tokens, 2 * kv_heads, head_dim]`` -> like ``q``."""
         ...
 
@@ -41,16 +41,12 @@ class PagedAttention:
 
     def __init__(self, pool: KvPool, spans: Sequence[Span]) -> None:
         """Clears every block that the step begins and does not fill."""
-        size = pool.layout.block_size
         self._pool = pool
         self._index = _write_index(pool, spans)
-        tails = [span for span in spans if span.end % size and span.end - span.end % size >= span.start]
-        pool.clear(_indices(pool, [span.blocks[span.end // size] for span in tails]))
-        ends = accumulate(len(span.tokens) for span in spans)
-        rows = [slice(end - len(span.tokens), end) for end, span in zip(ends, spans, strict=True)]
-        placed = list(zip(rows, spans, strict=True))
-        self._longer: list[_Whole | _Chunk] = [
-            _Chunk(pool, where, span) if span.start else _Whole(where)
+        clear_begun(pool, spans)
+        placed = list(rows_of(spans))
+        self._longer: list[Whole | _Chunk] = [
+            _Chunk(pool, where, span) if span.start else Whole(where)
             for where, span in placed
             if len(span.tokens) > 1
         ]
@@ -58,9 +54,9 @@ class PagedAttention:
         #: by window, since a window needs the last blocks only
         self._groups: dict[int | None, list[_Group]] = {}
 
-    def __call__(self, layer: int, q: Tensor, kv: Tensor, rule: AttentionRule = _PLAIN) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, kv: Tensor, rule: AttentionRule = PLAIN) -> Tensor:
         self._pool.write(layer, self._index, kv)
-        parts: list[_Whole | _Chunk | _Group] = [*self._longer, *self._singles(rule.window)]
+        parts: list[Whole | _Chunk | _Group] = [*self._longer, *self._singles(rule.window)]
         if len(parts) == 1:
             return parts[0].attend(layer, q, kv, rule)
         out = torch.empty_like(q)
@@ -89,7 +85,21 @@ class PagedAttention:
         ]
 
 
-class _Whole:
+def clear_begun(pool: KvPool, spans: Sequence[Span]) -> None:
+    """Clear every block that a step over ``spans`` begins and does not fill."""
+    size = pool.layout.block_size
+    tails = [span for span in spans if span.end % size and span.end - span.end % size >= span.start]
+    if tails:
+        pool.clear(_indices(pool, [span.blocks[span.end // size] for span in tails]))
+
+
+def rows_of(spans: Sequence[Span]) -> Iterator[tuple[slice, Span]]:
+    """Each span and its rows in the step, where they come one behind the other."""
+    ends = accumulate(len(span.tokens) for span in spans)
+    return ((slice(end - len(span.tokens), end), span) for end, span in zip(ends, spans, strict=True))
+
+
+class Whole:
     """A sequence from its first token on."""
 
     def __init__(self, rows: slice) -> None:

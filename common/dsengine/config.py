@@ -35,7 +35,10 @@ class EngineConfig:
     max_model_len: int
     #: ``int8`` makes the weights of matrices int8 at load, see :mod:`dsengine.int8`; None leaves them in ``dtype``
     quantization: str | None = None
-    #: use the compiled kernels (:mod:`dsengine.native`) where they can serve; ``DS_KERNELS=off`` to try without
+    #: sequences of a step for which a GPU's decode steps are recorded; 0: for none
+    max_batch: int = 0
+    #: use the kernels (:mod:`dsengine.native`, :mod:`dsengine.gpu`) where they can serve; ``DS_KERNELS=off`` to try
+    #: without
     kernels: bool = field(default_factory=lambda: os.environ.get("DS_KERNELS") != "off")
     #: keep the KV pool of a CPU out of the file, which then mirrors it as that of a GPU; ``DS_KV_MIRROR=on`` to try
     mirror: bool = field(default_factory=lambda: os.environ.get("DS_KV_MIRROR") == "on")

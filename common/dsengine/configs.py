@@ -24,6 +24,7 @@ def rank_configs(
             threads=instance.threads,
             max_model_len=topology.model.max_model_len,
             quantization=topology.model.quantization,
+            max_batch=instance.max_batch if instance.role == "decode" else 0,
         )
         for device, segment in zip(instance.devices, rank_segments(instance), strict=True)
     ]

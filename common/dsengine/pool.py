@@ -69,6 +69,10 @@ class KvPool:
         """All of it, ``[num_blocks, elements of a block]``."""
         return self._blocks
 
+    def layer(self, layer: int) -> Tensor:
+        """What begins at that layer of block 0, ``[.., head_dim]``; that of block 1 is a block's length behind."""
+        return self._rows[layer]
+
     @property
     def base(self) -> int:
         """The address of block 0."""

@@ -13,14 +13,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dsengine import drawing
+from dsengine.architecture import Architecture
 from dsengine.attention import PagedAttention
 from dsengine.config import EngineConfig, ModelInfo
-from dsengine.model import Model, is_out_of_memory, load_model, load_shape
+from dsengine.model import Model, Shape, is_out_of_memory, load_model, load_shape
 from dsengine.native.decoder import NativeDecoder
 from dsengine.parallel import WHOLE, Part, Peers
 from dsengine.pool import KvPool
@@ -31,6 +33,9 @@ from dskv.shards import shards
 from dswire.errors import DsError, EngineFailed, OutOfMemory, UnsupportedModel
 from dswire.messages.client import Sampling
 from dswire.messages.ranks import MirrorWay
+
+if TYPE_CHECKING:
+    from dsengine.gpu.steps import GpuSteps
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,7 @@ class Engine:
         mine = shards(self.layout, part.tp, part.pp, [""] * part.tp * part.pp)[part.rank]
         layout = mine.layout(self.layout)
         self.pool = KvPool(layout, config.num_blocks, self._device, config.segment, mirrored=config.mirrored)
+        self._gpu = self._gpu_steps(shape, config, part)
 
     def sampler(self, sampling: Sampling, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> SamplerState:
         """The sampler of a sequence that has ``output_ids`` already."""
@@ -173,7 +179,18 @@ class Engine:
         drawn = iter(sample(logits, samplers, self._draw) if samplers and logits is not None else ())
         return [None if item.sampler is None else next(drawn) for item in batch]
 
+    def _gpu_steps(self, shape: Shape, config: EngineConfig, part: Part) -> GpuSteps | None:
+        if self._device.type != "cuda" or not config.kernels or not isinstance(shape, Architecture):
+            return None
+        # Triton comes with torch where that is made for GPUs
+        from dsengine.gpu.steps import open_steps
+
+        assert not isinstance(self._model, NativeDecoder), "those are for CPUs"
+        return open_steps(self._model, shape, config, self.pool, part)
+
     def _run_torch(self, model: Model, spans: Sequence[Span], picked: Sequence[int]) -> Tensor | None:
+        if self._gpu is not None:
+            return self._gpu.run(spans, picked)
         tokens = torch.tensor([token for span in spans for token in span.tokens])
         positions = torch.tensor([at for span in spans for at in range(span.start, span.end)])
         rows = None if len(picked) == len(tokens) else torch.tensor(picked, dtype=torch.int64).to(self._device)

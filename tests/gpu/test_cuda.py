@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import torch
 
 from dsclient import Client
 from dsengine import mirror
+from dsengine.architecture import AttentionRule
+from dsengine.gpu.steps import prove
 from dsengine.gpu_copies import GpuCopies
 from dsengine.pool import KvPool
 from dsengine.ranks import RankedEngine
@@ -68,6 +71,27 @@ def test_half_precision_stays_near(tmp_path: Path, dtype: str) -> None:
     got = logits_of(Engine(engine_config(tmp_path, device="cuda:0", dtype=dtype)), tokens, 40).cpu()
     want = Reference(tmp_path).logits(tokens)
     assert float((got - want).norm() / want.norm()) < 0.05
+
+
+@pytest.mark.parametrize("rule", [AttentionRule(), AttentionRule(window=130), AttentionRule(0.2, 7, 20.0)], ids=str)
+@pytest.mark.parametrize("shape", [(9, 3, 64, 16), (5, 5, 24, 8), (32, 8, 128, 16), (8, 1, 256, 32)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_attention_in_place(dtype: str, shape: tuple[int, int, int, int], rule: AttentionRule) -> None:
+    heads, kv_heads, head_dim, block_size = shape
+    layout = KvLayout(layers=2, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
+    with torch.inference_mode():
+        prove(KvPool(layout, 4, torch.device("cuda:0")), heads, rule)
+
+
+@pytest.mark.parametrize("family", ["llama with yarn", "gemma2", "gpt2", "mixtral"])
+def test_recorded_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str) -> None:
+    config = engine_config(make_family(tmp_path, family))
+    with caplog.at_level(logging.INFO, "dsengine"):
+        engine = Engine(dataclasses.replace(config, device="cuda:0", max_batch=5))
+    assert ("sequences recorded in" in caplog.text) == (family != "mixtral")
+    assert "slower" not in caplog.text
+    for prompts in (PROMPTS, PROMPTS[1:], PROMPTS[2:]):
+        assert generate(engine, prompts, COUNT) == generate(Engine(config), prompts, COUNT)
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
@@ -126,6 +150,7 @@ def test_ranks_of_a_gpu_each(tmp_path: Path, tp: int, pp: int) -> None:
 
 OWNER = """
 import sys, msgspec, torch
+from dsengine.gpu.steps import prove
 from dsengine.gpu_copies import GpuCopies
 from support.handles import LAYOUT
 numbers = torch.randn(16, LAYOUT.block_nbytes // 2, generator=torch.Generator().manual_seed(5))
