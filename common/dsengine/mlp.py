@@ -51,12 +51,12 @@ class SharedExpert:
     """The expert that every token goes to, weighted by a gate of its own."""
 
     def __init__(self, gate: AnyLinear, mlp: GatedMlp) -> None:
-        self._gate = gate
-        self._mlp = mlp
+        self.gate = gate
+        self.mlp = mlp
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[tokens, hidden] -> [tokens, hidden]``."""
-        return torch.sigmoid(self._gate(x)) * self._mlp(x)
+        return torch.sigmoid(self.gate(x)) * self.mlp(x)
 
 
 class MixtureOfExperts:
@@ -73,23 +73,23 @@ class MixtureOfExperts:
         renormalise: bool,
         shared: SharedExpert | None,
     ) -> None:
-        self._router = router
-        self._experts = experts
+        self.router = router
+        self.experts = experts
+        self.shared = shared
         self._per_token = per_token
         self._renormalise = renormalise
-        self._shared = shared
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[tokens, hidden] -> [tokens, hidden]``."""
-        weights, chosen = self._router(x).float().softmax(-1).topk(self._per_token, -1)
+        weights, chosen = self.router(x).float().softmax(-1).topk(self._per_token, -1)
         if self._renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
         weights = weights.to(x.dtype)
         out = torch.zeros_like(x)
         for number in sorted(set(chosen.flatten().tolist())):
             rows, slots = (chosen == number).nonzero(as_tuple=True)
-            out.index_add_(0, rows, self._experts[number](x[rows]) * weights[rows, slots, None])
-        return out if self._shared is None else out + self._shared(x)
+            out.index_add_(0, rows, self.experts[number](x[rows]) * weights[rows, slots, None])
+        return out if self.shared is None else out + self.shared(x)
 
 
 AnyMlp = Mlp | GatedMlp | MixtureOfExperts

@@ -126,7 +126,7 @@ def _native(
 def _packed(share: Share, config: EngineConfig, kernels: Library) -> Packed:
     def fill(shelf: Shelf) -> None:
         checkpoint = Checkpoint(config.model_dir, share.dtype, torch.device("cpu"))
-        parts = Parts(share.arch, checkpoint, RawLinear, share.part)
+        parts = Parts(share.arch, checkpoint, RawLinear, share.part, RawLinear)
         Packing(parts, kernels, shelf, int8=config.quantization == "int8").run()
 
     files = (config.model_dir / "config.json", *weight_files(config.model_dir))

@@ -50,9 +50,17 @@ class Parts:
     """
 
     def __init__(
-        self, arch: Architecture, checkpoint: Checkpoint, make_linear: MakeLinear = Linear, part: Part = WHOLE
+        self,
+        arch: Architecture,
+        checkpoint: Checkpoint,
+        make_linear: MakeLinear = Linear,
+        part: Part = WHOLE,
+        make_exact: MakeLinear = Linear,
     ) -> None:
-        """Raises :class:`~dswire.errors.UnsupportedModel` where the heads or layers cannot be shared out so."""
+        """``make_exact`` for what is never rounded.
+
+        Raises :class:`~dswire.errors.UnsupportedModel` where the heads or layers cannot be shared out so.
+        """
         self.arch = arch
         self.checkpoint = checkpoint
         self.part = part
@@ -64,7 +72,7 @@ class Parts:
         self.heads, self.kv_heads = _length(self._q), _length(self._kv)
         #: tokens of the vocabulary that the place has
         self.vocabulary = part.piece(arch.vocab_size)
-        self._make = make_linear
+        self._make, self._make_exact = make_linear, make_exact
 
     def finish(self) -> None:
         """All is taken. Raises :class:`~dswire.errors.UnsupportedModel` for what has no place in the model."""
@@ -180,8 +188,8 @@ class Parts:
         if experts.shared_size:
             gate = self.checkpoint.take(prefix + names.shared_gate + ".weight", (1, arch.hidden_size))
             mlp = self._gated(prefix + names.shared, names.expert_in, names.expert_out, experts.shared_size)
-            shared = SharedExpert(Linear(gate), mlp)
-        return MixtureOfExperts(Linear(router), each, experts.per_token, experts.renormalise, shared)
+            shared = SharedExpert(self._make_exact(gate), mlp)
+        return MixtureOfExperts(self._make_exact(router), each, experts.per_token, experts.renormalise, shared)
 
     def _gated(
         self, prefix: str, names_in: Sequence[str], name_out: str, size: int, bias: bool = False

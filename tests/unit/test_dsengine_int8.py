@@ -130,7 +130,7 @@ def test_columns_that_do_not_pair_up_go_through_torch() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "qwen2-moe"])
 def test_kernels_and_torch_have_the_same_weights(tmp_path: Path, family: str) -> None:
     make_family(tmp_path, family, initializer_range=0.1)
     on_kernels, in_torch = (

@@ -26,6 +26,7 @@ from dsengine.weights import Checkpoint
 from dshost.library import compiler
 from dskv.layout import KvLayout
 from dswire.errors import EngineFailed
+from support.tiny_families import make_family
 from support.tiny_llama import VOCAB, Reference, edit_config, engine_config, generate, make_model, prompt_of
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
@@ -42,7 +43,8 @@ class Bare:
         arch = load_architecture(model_dir)
         assert obstacle(arch) is None
         shelf, kernels = OwnShelf(), library.library(dtype)
-        Packing(Parts(arch, Checkpoint(model_dir, DTYPES[dtype], CPU), RawLinear), kernels, shelf).run()
+        checkpoint = Checkpoint(model_dir, DTYPES[dtype], CPU)
+        Packing(Parts(arch, checkpoint, RawLinear, WHOLE, RawLinear), kernels, shelf).run()
         share = Share(arch, DTYPES[dtype], WHOLE, Alone())
         self.decoder = NativeDecoder(share, shelf.packed(), kernels, LONGEST, threads)
         self.pool = KvPool(KvLayout(arch.layers, arch.kv_heads, arch.head_dim, block_size, dtype), BLOCKS, CPU)
@@ -137,6 +139,25 @@ def test_single_tokens_together_have_the_bits_of_whole_prompts(
 def test_threads_change_no_bit(bare: Callable[..., Bare]) -> None:
     tokens = prompt_of(700)
     assert torch.equal(bare(threads=1).logits(span(tokens)), bare(threads=3).logits(span(tokens)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "qwen3-moe"])
+def test_rows_that_share_experts_change_no_bit(tmp_path: Path, family: str, dtype: str) -> None:
+    make_family(tmp_path, family, max_position_embeddings=LONGEST)
+    one, two = (Bare(tmp_path, dtype, threads) for threads in (1, 2))
+    prompts, first = [prompt_of(length, seed=length) for length in (1, 66, 17, 130, 40)], 0
+    whole, spans = [], []
+    for tokens in prompts:
+        blocks = range(first, first := first + len(tokens) // 16 + 1)
+        whole.append(one.logits(Span(tokens, 0, blocks)))
+        spans.append(Span(tokens[-1:], len(tokens) - 1, blocks))
+    assert torch.equal(one.logits(*spans), torch.cat(whole))
+    mixed = two.logits(Span(prompts[3], 0, range(9)), Span(prompts[1], 0, range(9, 20)))
+    assert torch.equal(mixed, torch.cat((whole[3], whole[1])))
+    for bare in (one, two):
+        bare.decoder.close()
 
 
 @needs_compiler

@@ -24,7 +24,7 @@ PROMPTS = [prompt_of(length) for length in (1, 16, 37)]
 COUNT = 5
 #: each way to store matrices, to add biases, and to place norms and experts; those that the kernels take
 KINDS = ("gemma3", "gpt2", "opt with norms behind", "gpt-neox", "phi3", "qwen2", "qwen2-moe", "mixtral")
-ON_KERNELS = ("gemma3", "gpt2", "gpt-neox", "phi3", "qwen2")
+ON_KERNELS = ("gemma3", "gpt2", "gpt-neox", "phi3", "qwen2", "qwen2-moe", "mixtral")
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from dsengine.architecture import Activation, Architecture, AttentionRule
 from dsengine.native.library import Library, padded
-from dsengine.native.packing import LINEARS, NORMS, Packed
-from dsengine.native.structs import CBatch, CDraw, CLayer, CModel, CPool, CShape, Reduce
+from dsengine.native.packing import EXPERT, LINEARS, NORMS, Packed
+from dsengine.native.structs import CBatch, CDraw, CExpert, CExperts, CLayer, CModel, CPool, CShape, Reduce
 from dsengine.parallel import WHOLE, Part, Peers
 from dsengine.pool import KvPool
 from dsengine.rope import inverse_frequencies
@@ -37,10 +37,9 @@ def obstacle(arch: Architecture, part: Part = WHOLE) -> str | None:
     names = arch.names
     scales = {(plan.rule.scale, plan.rule.softcap) for plan in arch.plan}
     sizes = {plan.rope.fraction for plan in arch.plan if plan.rope is not None}
-    inner = [piece.stop - piece.start for piece in part.pieces(arch.mlp.size)]
+    inner = [_length(piece) for size in _inner_sizes(arch) for piece in part.pieces(size)]
     odd = [size for size in (arch.hidden_size, *inner, arch.head_dim) if size % 2]
     problems = (
-        (any(plan.sparse for plan in arch.plan), "a mixture of experts"),
         (bool(names.project_in or names.project_out), "a projected embedding"),
         (bool(names.attention_outer or names.mlp_outer), "norms behind the residual"),
         (not (names.attention_before and names.mlp_before and names.final_norm), "layers without a norm"),
@@ -69,6 +68,7 @@ class NativeDecoder:
         arch, part = share.arch, share.part
         self._weights = weights
         self._kept: list[Tensor] = []
+        self._mixtures: list[object] = []
         self._ropes: dict[Rope, tuple[int, int]] = {}
         self._max_len = max_len
         self._widths = tuple(_length(piece) for piece in part.pieces(arch.vocab_size))
@@ -150,7 +150,7 @@ class NativeDecoder:
         return CModel(
             layers=len(layers),
             hidden=arch.hidden_size,
-            mlp=_length(part.piece(arch.mlp.size)),
+            mlp=max(_length(part.piece(size)) for size in _inner_sizes(arch)),
             vocab=self._vocab,
             rotary=rotary,
             activation=_ACTIVATIONS.index(arch.mlp.activation),
@@ -173,7 +173,26 @@ class NativeDecoder:
         cos, sin = (None, None) if plan.rope is None else self._rotation(plan.rope, arch.head_dim)
         norms = {name: weights.norm(f"{index}.{name}") for name in NORMS}
         linears = {name: weights.linear(f"{index}.{name}") for name in LINEARS}
-        return CLayer(**norms, **linears, cos=cos, sin=sin, window=plan.rule.window or 0)
+        experts = self._mixture(index, arch) if plan.sparse else None
+        return CLayer(**norms, **linears, cos=cos, sin=sin, experts=experts, window=plan.rule.window or 0)
+
+    def _mixture(self, index: int, arch: Architecture) -> int:
+        """The address of a layer's experts."""
+        weights, experts = self._weights, arch.experts
+        assert experts is not None  # a plan with sparse layers comes with experts
+        numbers = range(experts.count)
+        each = (CExpert * experts.count)(*(_expert(weights, f"{index}.expert.{number}") for number in numbers))
+        mixture = CExperts(
+            router=weights.linear(f"{index}.router"),
+            shared_gate=weights.linear(f"{index}.shared_gate"),
+            shared=_expert(weights, f"{index}.shared"),
+            each=ctypes.addressof(each),
+            count=experts.count,
+            per_token=experts.per_token,
+            renormalise=experts.renormalise,
+        )
+        self._mixtures += each, mixture
+        return ctypes.addressof(mixture)
 
     def _rotation(self, rope: Rope, head_dim: int) -> tuple[int, int]:
         """Addresses of cosines and sines ``[max_len, turned / 2]``."""
@@ -188,6 +207,18 @@ class NativeDecoder:
         """The address of ``values`` in float32, kept as long as this object."""
         self._kept.append(values.float().contiguous())
         return self._kept[-1].data_ptr()
+
+
+def _inner_sizes(arch: Architecture) -> list[int]:
+    """Of the networks that layers have, or that their experts are."""
+    sizes = [arch.mlp.size] if not all(plan.sparse for plan in arch.plan) else []
+    if any(plan.sparse for plan in arch.plan) and arch.experts is not None:
+        sizes += [size for size in (arch.experts.size, arch.experts.shared_size) if size]
+    return sizes
+
+
+def _expert(weights: Packed, name: str) -> CExpert:
+    return CExpert(**{part: weights.linear(f"{name}.{part}") for part in EXPERT})
 
 
 def _shape(arch: Architecture, part: Part, rule: AttentionRule) -> CShape:

@@ -21,11 +21,11 @@ struct Session {
 
 extern "C" {
 
-// Sizes of Norm, Linear, Layer, Model, Batch, Pool, Draw: Python refuses to go on where its own differ.
+// Sizes of Norm, Linear, Layer, Model, Batch, Pool, Draw, Expert, Experts: Python refuses to go on where its own differ.
 void ds_sizes(int32_t* sizes) {
   sizes[0] = sizeof(Norm), sizes[1] = sizeof(Linear), sizes[2] = sizeof(Layer);
   sizes[3] = sizeof(Model), sizes[4] = sizeof(Batch), sizes[5] = sizeof(Pool);
-  sizes[6] = sizeof(Draw);
+  sizes[6] = sizeof(Draw), sizes[7] = sizeof(Expert), sizes[8] = sizeof(Experts);
 }
 
 void ds_pack(const void* weights, int32_t out, int32_t in, void* panels) {

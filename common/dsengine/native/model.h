@@ -10,11 +10,27 @@ struct Norm {
   const float* bias;    // null: root mean square norm, otherwise LayerNorm
 };
 
+struct Expert {
+  Linear gate, up, down;
+};
+
+// A mixture of experts in the place of an MLP.
+struct Experts {
+  Linear router;
+  Linear shared_gate;  // panels null: no expert that all rows go to
+  Expert shared;
+  const Expert* each;
+  int32_t count, per_token;
+  int32_t renormalise;  // the weights of a row's experts add up to one
+  int32_t reserved;
+};
+
 struct Layer {
   Norm before_attention, after_attention, before_mlp, after_mlp, q_norm, k_norm;
   Linear qkv, attention_out, gate, up, down;  // gate.panels null: plain MLP
   const float* cos;                           // [positions][rotary / 2], or null: no rotary embedding in this layer
   const float* sin;
+  const Experts* experts;  // null: an MLP
   int32_t window;  // 0: full attention
   int32_t reserved;
 };

@@ -1,7 +1,8 @@
 """The weights of one rank in the form that the kernels read: pieces with names, in this process or in a file.
 
-A layer's pieces are named ``INDEX.PART``, such as ``3.qkv``; biases ``NAME.bias``. Matrices lie in panels
-(product.h), those in int8 with their scales (int8.h); norms and biases in float32, biases padded to whole panels.
+A layer's pieces are named ``INDEX.PART``, such as ``3.qkv`` or ``3.expert.0.gate``; biases ``NAME.bias``. Matrices
+lie in panels (product.h), those in int8 with their scales (int8.h); norms and biases in float32, biases padded to
+whole panels.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from dsengine.int8 import GROUP, before, quantise
 from dsengine.linear import Cut
-from dsengine.mlp import GatedMlp, Mlp
+from dsengine.mlp import GatedMlp, MixtureOfExperts
 from dsengine.native.arena import Arena
 from dsengine.native.library import Library, int8_nbytes, padded
 from dsengine.native.packed_file import Mapped, Writer
@@ -25,7 +26,8 @@ from dsengine.parts import Parts
 
 #: pieces of a layer
 NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "q_norm", "k_norm")
-LINEARS = ("qkv", "attention_out", "gate", "up", "down")
+EXPERT = ("gate", "up", "down")
+LINEARS = ("qkv", "attention_out", *EXPERT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,23 +188,35 @@ class Packing:
         self._mlp(index, prefix)
 
     def _mlp(self, index: int, prefix: str) -> None:
-        """gate, where there is one, up and down."""
-        mlp = self._parts.mlp(prefix, sparse=False)
-        assert isinstance(mlp, Mlp | GatedMlp)
-        self._linear(f"{index}.down", mlp.down)
-        if isinstance(mlp, Mlp):
+        mlp = self._parts.mlp(prefix, self._parts.arch.plan[index].sparse)
+        if isinstance(mlp, MixtureOfExperts):
+            self._experts(str(index), mlp)
+        elif isinstance(mlp, GatedMlp):
+            self._gated(str(index), mlp)
+        else:
+            self._linear(f"{index}.down", mlp.down)
             self._linear(f"{index}.up", mlp.up)
-            return
+
+    def _experts(self, name: str, mixture: MixtureOfExperts) -> None:
+        self._linear(f"{name}.router", mixture.router, exact=True)
+        for number, expert in enumerate(mixture.experts):
+            self._gated(f"{name}.expert.{number}", expert)
+        if mixture.shared is not None:
+            self._linear(f"{name}.shared_gate", mixture.shared.gate, exact=True)
+            self._gated(f"{name}.shared", mixture.shared.mlp)
+
+    def _gated(self, name: str, mlp: GatedMlp) -> None:
+        self._linear(f"{name}.down", mlp.down)
         both = mlp.gate_up
         assert isinstance(both, RawLinear)
         biases = (None, None) if both.bias is None else both.bias.chunk(2)
-        for name, weight, bias in zip(("gate", "up"), both.weight.chunk(2), biases, strict=True):
-            self._linear(f"{index}.{name}", RawLinear(weight, bias))
+        for which, weight, bias in zip(("gate", "up"), both.weight.chunk(2), biases, strict=True):
+            self._linear(f"{name}.{which}", RawLinear(weight, bias))
 
-    def _linear(self, name: str, raw: object) -> None:
+    def _linear(self, name: str, raw: object, *, exact: bool = False) -> None:
         assert isinstance(raw, RawLinear)
         (rows, columns), weight = raw.weight.shape, raw.weight
-        if self._int8:
+        if self._int8 and not exact:
             (q, scale), first_group = quantise(weight, raw.cut), GROUP - before(raw.cut)
             panels = self._shelf.room(int8_nbytes(q, scale), torch.uint8)
             self._library.pack_int8(q, scale, first_group, panels)

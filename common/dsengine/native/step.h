@@ -4,35 +4,10 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 
-#include "int8.h"
-#include "rows.h"
+#include "feed.h"
 
 namespace ds {
-
-// Memory that only grows, on a cache line; not cleared.
-template <class T>
-class Buffer {
- public:
-  T* reserve(size_t count) {
-    if (count > size_) {
-      memory_.reset(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
-      if (!memory_) throw std::bad_alloc();
-      size_ = count;
-      std::memset(static_cast<void*>(memory_.get()), 0, count * sizeof(T));
-    }
-    return memory_.get();
-  }
-  T* get() const { return memory_.get(); }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> memory_;
-  size_t size_ = 0;
-};
 
 // Query rows of one sequence, for some KV heads. `chunk` -1: all chunks one after the other; else that one of
 // `chunks`, its states in the slots from `slot` on, one for each head.
@@ -49,10 +24,10 @@ class Step {
   Step(const Model& model, Team& team)
       : m_(model),
         team_(team),
+        feed_(model, team),
         qkv_width_(padded((model.shape.heads + 2 * model.shape.kv_heads) * model.shape.head_dim)),
         q_width_(padded(model.shape.heads * model.shape.head_dim)),
         hidden_width_(padded(model.hidden)),
-        mlp_width_(padded(model.mlp)),
         head_width_(padded(model.shape.head_dim)),
         group_(model.shape.heads / model.shape.kv_heads) {}
 
@@ -68,7 +43,8 @@ class Step {
     size_t rows = b_->rows;
     hidden_.reserve(rows * hidden_width_), extra_.reserve(rows * hidden_width_);
     normed_.reserve(rows * hidden_width_), qkv_.reserve(rows * qkv_width_);
-    q_.reserve(rows * q_width_), mixed_.reserve(rows * q_width_), mlp_.reserve(rows * mlp_width_);
+    q_.reserve(rows * q_width_), mixed_.reserve(rows * q_width_);
+    feed_.reserve(b_->rows);
     sequence_of_.resize(rows), positions_.resize(rows), tasks_.clear(), merges_.clear();
     int row = 0, slots = 0;
     const int heads = heads_of_task();
@@ -155,7 +131,7 @@ class Step {
   }
 
   void embed() {
-    rows(b_->rows, [&](int row) {
+    share_rows(team_, b_->rows, [&](int row) {
       const weight* from = static_cast<const weight*>(m_.embedding) + static_cast<size_t>(b_->tokens[row]) * m_.hidden;
       float* to = hidden_.get() + row * hidden_width_;
       for (int i = 0; i < m_.hidden; ++i) to[i] = E::one(from[i]) * m_.embedding_scale;
@@ -167,31 +143,23 @@ class Step {
 
   // Between the stages of a pipeline rows lie close.
   void take() {
-    rows(b_->rows, [&](int row) {
+    share_rows(team_, b_->rows, [&](int row) {
       std::memcpy(hidden_.get() + row * hidden_width_, b_->hidden_in + static_cast<size_t>(row) * m_.hidden,
                   m_.hidden * sizeof(float));
     });
   }
 
   void give() {
-    rows(b_->rows, [&](int row) {
+    share_rows(team_, b_->rows, [&](int row) {
       std::memcpy(b_->hidden_out + static_cast<size_t>(row) * m_.hidden, hidden_.get() + row * hidden_width_,
                   m_.hidden * sizeof(float));
-    });
-  }
-
-  template <class Body>
-  void rows(int count, Body body) {
-    int piece = count / (team_.count() * 4);
-    team_.share(count, piece < 1 ? 1 : piece > 32 ? 32 : piece, [&](int begin, int end) {
-      for (int row = begin; row < end; ++row) body(row);
     });
   }
 
   // `besides(row)` is done for each row.
   template <class Besides>
   void norm_rows(const Norm& norm, Besides besides) {
-    rows(b_->rows, [&](int row) {
+    share_rows(team_, b_->rows, [&](int row) {
       besides(row);
       active* to = normed_.get() + row * hidden_width_;
       normalise(hidden_.get() + row * hidden_width_, m_.hidden, norm, m_.eps,
@@ -207,9 +175,14 @@ class Step {
       float* at = to + row * hidden_width_ + column;
       store(at, apart ? y : load(at) + y);
     });
-    if (!apart) return;
+    if (apart) join_extra(after);
+  }
+
+  // What has come together in `extra_` joins the residual stream.
+  void join_extra(const Norm& after) {
+    float* to = extra_.get();
     if (m_.reduce) team_.share(1, 1, [&](int, int) { m_.reduce(to, static_cast<int64_t>(b_->rows) * hidden_width_); });
-    rows(b_->rows, [&](int row) {
+    share_rows(team_, b_->rows, [&](int row) {
       float* at = hidden_.get() + row * hidden_width_;
       const float* come = extra_.get() + row * hidden_width_;
       auto add = [&](int i, int n, vf y) { store_some(at + i, load_some(at + i, n) + y, n); };
@@ -222,7 +195,7 @@ class Step {
     norm_rows(l.before_attention, [&](int row) { expect(index, row); });
     multiply<E>(team_, b_->rows, normed_.get(), hidden_width_, l.qkv,
                [&](int row, int column, vf y) { store(qkv_.get() + row * qkv_width_ + column, y); });
-    rows(b_->rows, [&](int row) { place(index, l, row); });
+    share_rows(team_, b_->rows, [&](int row) { place(index, l, row); });
     team_.share(static_cast<int>(tasks_.size()), 1, [&](int task, int) { attend(index, l, tasks_[task]); });
     ask_for(index + 1);
     if (!merges_.empty())
@@ -235,16 +208,12 @@ class Step {
 
   void mlp(const Layer& l) {
     if (!m_.parallel) norm_rows(l.before_mlp, [](int) {});
-    auto keep = [&](int row, int column, vf y) { E::activate(mlp_.get() + row * mlp_width_ + column, y); };
-    if (l.gate.panels)
-      multiply_gated<E>(team_, b_->rows, normed_.get(), hidden_width_, l.gate, l.up,
-                       [&](int row, int column, vf gate, vf up) {
-                         keep(row, column, activation(m_.activation, gate) * up);
-                       });
-    else
-      multiply<E>(team_, b_->rows, normed_.get(), hidden_width_, l.up,
-                 [&](int row, int column, vf y) { keep(row, column, activation(m_.activation, y)); });
-    join(l.down, mlp_.get(), mlp_width_, l.after_mlp);
+    if (l.experts) {
+      feed_.experts(*l.experts, b_->rows, normed_.get(), hidden_width_, extra_.get());
+      return join_extra(l.after_mlp);
+    }
+    feed_.inner(b_->rows, normed_.get(), hidden_width_, l.gate, l.up);
+    join(l.down, feed_.made(), feed_.width(), l.after_mlp);
   }
 
   // Ask for the lines that `place` will write to: nobody has them in a cache.
@@ -386,12 +355,13 @@ class Step {
 
   const Model m_;
   Team& team_;
-  const size_t qkv_width_, q_width_, hidden_width_, mlp_width_, head_width_;
+  Feed<E> feed_;
+  const size_t qkv_width_, q_width_, hidden_width_, head_width_;
   const int group_;
   const Batch* b_ = nullptr;
   const Pool* pool_ = nullptr;
   Buffer<float> hidden_, extra_, qkv_, highest_, total_, out_;
-  Buffer<active> normed_, q_, mixed_, mlp_;
+  Buffer<active> normed_, q_, mixed_;
   std::vector<int32_t> sequence_of_, positions_;
   std::vector<Task> tasks_, merges_;
 };

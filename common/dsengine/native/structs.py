@@ -48,8 +48,30 @@ class CPool(Structure):
     _fields_ = (("base", c_void_p), ("block_nbytes", c_int64), ("block_size", c_int32))
 
 
+class CExpert(Structure):
+    """A gated MLP."""
+
+    _fields_ = (("gate", CLinear), ("up", CLinear), ("down", CLinear))
+
+
+class CExperts(Structure):
+    """A mixture of them; ``shared_gate.panels`` null: no expert that all rows go to."""
+
+    _fields_ = (
+        ("router", CLinear),
+        ("shared_gate", CLinear),
+        ("shared", CExpert),
+        ("each", c_void_p),
+        ("count", c_int32),
+        ("per_token", c_int32),
+        ("renormalise", c_int32),
+        ("reserved", c_int32),
+    )
+
+
 class CLayer(Structure):
-    """One layer; ``gate.panels`` null: a plain MLP; ``cos`` null: no rotary embedding; ``window`` 0: none."""
+    """One layer; ``gate.panels`` null: a plain MLP; ``cos`` null: no rotary embedding; ``experts`` null: an MLP;
+    ``window`` 0: none."""
 
     _fields_ = (
         ("before_attention", CNorm),
@@ -65,6 +87,7 @@ class CLayer(Structure):
         ("down", CLinear),
         ("cos", c_void_p),
         ("sin", c_void_p),
+        ("experts", c_void_p),
         ("window", c_int32),
         ("reserved", c_int32),
     )
@@ -148,4 +171,4 @@ class CDraw(Structure):
 
 
 #: in the order of ``ds_sizes``
-ALL: tuple[type[Structure], ...] = (CNorm, CLinear, CLayer, CModel, CBatch, CPool, CDraw)
+ALL: tuple[type[Structure], ...] = (CNorm, CLinear, CLayer, CModel, CBatch, CPool, CDraw, CExpert, CExperts)

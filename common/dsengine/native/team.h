@@ -108,4 +108,13 @@ class Team {
   alignas(64) std::atomic<int> next_[2] = {};
 };
 
+// body(row) for each of `count` rows, some at a time.
+template <class Body>
+void share_rows(Team& team, int count, Body body) {
+  const int piece = count / (team.count() * 4);
+  team.share(count, piece < 1 ? 1 : piece > 32 ? 32 : piece, [&](int begin, int end) {
+    for (int row = begin; row < end; ++row) body(row);
+  });
+}
+
 }  // namespace ds
