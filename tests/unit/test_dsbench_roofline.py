@@ -12,7 +12,6 @@ from dsbench.points import Measured, Point
 from dsbench.roofline import Kernels, Work, kernels, matrix_elements
 from dsengine.architecture import Architecture
 from dsengine.families import load_architecture
-from dswire.errors import UnsupportedModel
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -36,7 +35,7 @@ def arch(tmp_path: Path) -> Architecture:
 
 
 def test_matrix_elements(arch: Architecture) -> None:
-    assert matrix_elements(arch) == (3 * LAYER, 800)
+    assert matrix_elements(arch, 7) == (3 * LAYER, 3 * LAYER)
 
 
 def test_a_decode_step_reads_all_weights_once_and_each_cache(arch: Architecture) -> None:
@@ -66,11 +65,18 @@ def test_kernels_that_take_turns_have_their_limits_added_up() -> None:
     assert both.whole.seconds(machine) == 13
 
 
-def test_experts_have_no_roofline(tmp_path: Path) -> None:
+def test_of_experts_those_are_read_that_tokens_go_to(tmp_path: Path) -> None:
+    def work(**changes: object) -> Work:
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
+        return kernels(load_architecture(tmp_path), Point("decode", "float32", 1, batch, 1)).layers
+
     mixtral = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG | mixtral))
-    with pytest.raises(UnsupportedModel, match="MixtralForCausalLM"):
-        kernels(load_architecture(tmp_path), Point("decode", "float32", 1, 1, 1))
+    inner, layers, hidden = 16, 3, 8
+    # 4 (1 - 1/2^n) experts are met by n tokens, of which each multiplies with two; and all by the router
+    for batch, met in ((1, 2.0), (2, 3.0), (60, 4.0)):
+        dense, mixture = work(), work(**mixtral)
+        assert mixture.nbytes - dense.nbytes == pytest.approx(4 * layers * hidden * (4 + 3 * inner * (met - 1)))
+        assert mixture.flops - dense.flops == 2 * batch * layers * hidden * (4 + 3 * inner)
 
 
 @pytest.mark.parametrize(("phase", "tokens"), [("decode", 4.0), ("prefill", 60.0)])

@@ -7,8 +7,10 @@ With ``W`` elements in the weight matrices that a token meets, of ``i`` bytes ea
     prefill  bytes = i W + c T L 2 K D        flops = 2 T (W - V h) + 2 V h + 2 T² L H D   T tokens
     seconds = max(bytes / bandwidth, flops / peak)
 
-A prefill makes one row of logits. Embeddings looked up, norms and softmax count as nothing. Bandwidth and peak are
-what this machine does in the same rounds, at the same number of threads: :mod:`dsbench.systems.machine`.
+Of a mixture of experts, a step reads those that its tokens go to, as many as there are on average where all are
+equally liked, and a token multiplies with its own. A prefill makes one row of logits. Embeddings looked up, norms
+and softmax count as nothing. Bandwidth and peak are what this machine does in the same rounds, at the same number
+of threads: :mod:`dsbench.systems.machine`.
 
 That limit takes memory and arithmetic of a whole step to be at work side by side. But each kernel of a step needs
 what the one before it made, and where products are bound by arithmetic and attention by memory the two wait for
@@ -29,7 +31,6 @@ from dsbench.points import Point
 from dsengine.architecture import Architecture
 from dskv.layout import ITEM_NBYTES
 from dstopology.modelfacts import INT8_ITEM_NBYTES
-from dswire.errors import UnsupportedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +48,19 @@ class Work:
         return Work(self.nbytes + other.nbytes, self.flops + other.flops)
 
 
-def matrix_elements(arch: Architecture) -> tuple[int, int]:
-    """Elements of all layers' matrices, and of the output head. Raises :class:`UnsupportedModel` for experts."""
-    if arch.experts is not None:
-        raise UnsupportedModel(f"the roofline of {arch.name} is not known: which experts are read is chance")
-    qkv = (arch.heads + 2 * arch.kv_heads) * arch.head_dim
-    mlp = (3 if arch.mlp.gated else 2) * arch.mlp.size
-    layer = arch.hidden_size * (qkv + arch.heads * arch.head_dim + mlp)
-    return arch.layers * layer, arch.vocab_size * arch.embedding_size
+def matrix_elements(arch: Architecture, tokens: int) -> tuple[float, float]:
+    """Elements of all layers' matrices: those that ``tokens`` tokens have read, and those that each multiplies."""
+    attention = arch.hidden_size * arch.head_dim * (2 * arch.heads + 2 * arch.kv_heads)
+    dense = (3 if arch.mlp.gated else 2) * arch.hidden_size * arch.mlp.size
+    sparse = sum(plan.sparse for plan in arch.plan)
+    same = arch.layers * attention + (arch.layers - sparse) * dense
+    if arch.experts is None:
+        return same, same
+    experts = arch.experts
+    every = arch.hidden_size * (experts.count + 3 * experts.shared_size + bool(experts.shared_size))
+    each = 3 * arch.hidden_size * experts.size
+    met = experts.count * (1 - (1 - experts.per_token / experts.count) ** tokens)
+    return same + sparse * (every + met * each), same + sparse * (every + experts.per_token * each)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +85,17 @@ class Kernels:
 
 def kernels(arch: Architecture, point: Point) -> Kernels:
     """Bytes and operations of one step at ``point``."""
-    layers, head = matrix_elements(arch)
+    rows = point.batch if point.phase == "decode" else point.context
+    read, used = matrix_elements(arch, rows)
+    head = arch.vocab_size * arch.embedding_size
     item = INT8_ITEM_NBYTES if point.dtype == "int8" else ITEM_NBYTES[point.dtype]
     kept = ITEM_NBYTES["bfloat16" if point.dtype == "int8" else point.dtype]
     cached = arch.layers * 2 * arch.kv_heads * arch.head_dim
     scores = arch.layers * arch.heads * arch.head_dim
-    decode = point.phase == "decode"
     keys = point.batch * point.context
-    pairs = 4 * keys if decode else 2 * point.context**2
+    pairs = 4 * keys if point.phase == "decode" else 2 * point.context**2
     return Kernels(
-        layers=Work(item * layers, 2 * (point.batch if decode else point.context) * layers),
+        layers=Work(item * read, 2 * rows * used),
         attention=Work(kept * keys * cached, pairs * scores),
         head=Work(item * head, 2 * point.batch * head),
     )
