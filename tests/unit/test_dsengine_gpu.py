@@ -204,8 +204,9 @@ for capability in (80, 90):
     for item, tile in (("bf16", 64), ("fp16", 64), ("fp32", 32)):
         pool = {"BLOCK_STRIDE": 1 << 16, "BLOCK_SIZE": 16}
         make("store_rows", item, capability, HEADS=4, HEADS_PADDED=4, DIM=128, DIM_PADDED=128, **pool)
-        for tokens, queries, parts, window in ((1, 16, 8, 0), (16, 64, 1, 0), (1, 16, 1, 4096)):
-            task = {"TOKENS": tokens, "QUERIES": queries, "PARTS": parts, "WINDOW": window, "SOFTCAP": 0.0}
+        tasks = (1, 16, 8, 0, 0.0), (16, 64, 1, 0, 0.0), (1, 16, 1, 4096, 30.0)
+        for tokens, queries, parts, window, cap in tasks:
+            task = {"TOKENS": tokens, "QUERIES": queries, "PARTS": parts, "WINDOW": window, "SOFTCAP": cap}
             made = make("attend_rows", item, capability, TILE=tile, **pool, **SAME, **task)
             # an Ada GPU gives a program 99 KiB; and keys come while those before them are worked on
             print(made.metadata.shared, "cp.async" in made.asm["ptx"])
