@@ -53,6 +53,22 @@ def test_load_is_sent_counted_logged_and_replayed() -> None:
         assert again.returncode != 0, "it still runs"
 
 
+def test_a_load_that_is_never_answered_ends_with_a_status_of_its_own() -> None:
+    with tempfile.TemporaryDirectory(prefix="ds-") as name:
+        directory = Path(name)
+        (directory / "t.yaml").write_text(YAML % free_ports())
+        command = ["-m", "dsbench", "serve", "-f", "t.yaml", "--start", "--workload", "fixed:90,30", "--rate", "20"]
+        # far less than one step takes
+        command += ["--duration", "0.5", "--warmup", "0", "--request-timeout", "0.0001", "--json"]
+        env = {**os.environ, "DS_RUN_DIR": str(directory / "run"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *command], cwd=directory, env=env, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 5, done.stderr
+        told = json.loads(done.stdout)
+        assert told["finished"] == 0 < told["requests"] == sum(told["errors"].values())
+
+
 def test_nothing_stays_of_many_requests_some_of_which_are_left() -> None:
     with tempfile.TemporaryDirectory(prefix="ds-") as name:
         directory = Path(name)

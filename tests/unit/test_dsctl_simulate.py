@@ -107,6 +107,13 @@ def test_failed_requests_are_told_and_have_no_times(run: Run) -> None:
     assert "1 request failed: prompt_too_long" in out
 
 
+def test_a_run_without_an_answer_ends_with_a_status_of_its_own(run: Run) -> None:
+    # no pool is so large
+    status, out, _ = run("--json", "--workload", "fixed:100000,11", "--rate", "1", "--requests", "2")
+    assert (status, json.loads(out)["finished"]) == (5, 0)
+    assert run("--workload", "fixed:100000,11", "--rates", "1,2", "--requests", "2")[0] == 5
+
+
 def test_a_file_with_arrivals_is_replayed_and_traced(run: Run, tmp_path: Path) -> None:
     (tmp_path / "w.csv").write_text("at_s,prompt_tokens,output_tokens\n0,32,3\n0.5,32,2\n")
     trace = tmp_path / "trace.json"

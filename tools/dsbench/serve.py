@@ -32,6 +32,10 @@ from dstopology.resolved import Slo
 from dswire.errors import BadInput
 
 
+#: exit status when not one request that counts was answered
+UNANSWERED = 5
+
+
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """One run against one system."""
@@ -85,11 +89,11 @@ def command(
     request_timeout: float,
     log: Path | None,
     as_json: bool,
-) -> None:
+) -> int:
     """Send a workload at its own pace, and measure TTFT, TPOT and how many requests meet both objectives.
 
     Requests go out at their times whatever became of those before, and their times run from there. The log can be
-    replayed: `dsctl simulate --workload LOG`.
+    replayed: `dsctl simulate --workload LOG`. The exit status is 5 when no request that counts was answered.
 
     \b
     dsbench serve -f T.yaml --start --rate 2 --duration 60 --goodput "ttft:250 tpot:60"
@@ -118,6 +122,7 @@ def command(
         click.echo(json.dumps(data(served, measurement.slo), indent=2))
     else:
         show(output(), served, measurement.slo)
+    return 0 if served.finished else UNANSWERED
 
 
 def measure(measurement: Measurement, console: Console, timeout_s: float = 10.0) -> tuple[Served, Sent]:

@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from dssim.failure import Failure
     from dssim.rates import AtRate
     from dssim.records import Record, Run
+    from dssim.statistics import Summary
     from dssim.wish import Wish
     from dssim.workload import Arrival
     from dstopology.resolved import Slo, Topology
 
+#: exit status when not one request was answered
+UNANSWERED = 5
 _SLO = re.compile(r"(ttft|tpot):([0-9]+(?:\.[0-9]+)?)")
 
 
@@ -74,11 +77,11 @@ def command(
     as_json: bool,
     plot: Path | None,
     trace: Path | None,
-) -> None:
+) -> int:
     """Simulate a topology under a workload: TTFT, TPOT, and how many requests meet both objectives.
 
     The schedulers are the servers' own; only the time of steps and transfers is modelled, by --profile. KV sizes
-    are those of the topology's model, which must be on this host.
+    are those of the topology's model, which must be on this host. The exit status is 5 when no request is answered.
 
     \b
     dsctl simulate -f T.yaml --workload sharegpt --rate 2 --slo ttft:250,tpot:100
@@ -89,6 +92,7 @@ def command(
     from dssim import failure
     from dssim import plot as plots
     from dssim import rates as sweep
+    from dssim.statistics import summarize
     from dssim.wish import Wish, make
     from dstopology.load import find, load
     from dswire.errors import BadInput
@@ -108,7 +112,7 @@ def command(
             plots.save_rates(runs, objectives, plot, title)
             wrote(plot)
         _show_rates(runs, objectives, simulator.about, as_json)
-        return
+        return 0 if any(one.summary.finished for one in runs) else UNANSWERED
     arrivals = make(Wish(workload, rate, requests, arrival, cv, seed))
     with _progress(len(arrivals)) as advance:
         inside = plot is not None or trace is not None
@@ -117,7 +121,9 @@ def command(
     if plot is not None:
         plots.save(run, objectives, plot, title if rate is None else f"{title}, {rate:g} requests/s")
         wrote(plot)
-    _show(run, objectives, topology, simulator.about, as_json)
+    summary = summarize(run.records, objectives, run.simulated_s)
+    _show(run, summary, objectives, topology, simulator.about, as_json)
+    return 0 if summary.finished else UNANSWERED
 
 
 def parse_slo(text: str | None, default: Slo) -> Slo:
@@ -209,11 +215,9 @@ def _write_trace(run: Run, path: Path | None) -> None:
     wrote(path)
 
 
-def _show(run: Run, slo: Slo, topology: Topology, about: str, as_json: bool) -> None:
+def _show(run: Run, summary: Summary, slo: Slo, topology: Topology, about: str, as_json: bool) -> None:
     from dsctl import simulated
-    from dssim.statistics import summarize
 
-    summary = summarize(run.records, slo, run.simulated_s)
     if as_json:
         click.echo(json.dumps({"times": about} | simulated.data(run, summary, slo), indent=2))
     else:
