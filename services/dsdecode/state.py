@@ -4,7 +4,8 @@ Admission is first come first served: the head takes its blocks, then its KV is 
 read here. Every sequence whose KV is there takes part in the next step; prompts are read in the room that is left
 in it, so that no token waits for a long prompt; so is what an earlier attempt made beyond KV that was kept. When
 the running ones cannot all grow, the youngest give way: they are handed back to the router and prefilled again with
-their output, so nothing is lost and the oldest always goes on. Blocks are given back in one place, ``_drop``.
+their output, so nothing is lost and the oldest always goes on. Nobody is let in then before a step has ended, or
+what was freed for the old would go to the new. Blocks are given back in one place, ``_drop``.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class DecodeState(InstanceState):
         self._pulls = Pulls(config.node, self.pool.block_size, self.links, lambda action: self._out.append(action))
         #: when the leases of wanted handles are extended next
         self._extend_at: float | None = None
+        #: some gave way since a step ended last
+        self._short = False
 
     def validate(self) -> None:
         """Blocks and phases agree."""
@@ -124,6 +127,8 @@ class DecodeState(InstanceState):
 
     def _next_in(self) -> Sequence | None:
         """The first of those that wait, if there is room for it."""
+        if self._short and self.steps:
+            return None
         for one in self._phases[Phase.WAITING].values():
             if one.handles and not self.links.relay.joined:
                 # those whose prompts are read here need no relay
@@ -251,6 +256,7 @@ class DecodeState(InstanceState):
                 # those that are in a step may end with it
                 return []
             victim = idle.pop()
+            self._short = True
             missing -= victim.position >= victim.room
             self._out.append(Send(ROUTER, worker.Preempted(victim.key)))
             if victim.life.phase is Phase.RUNNING:
@@ -268,13 +274,14 @@ class DecodeState(InstanceState):
 
     def repeat(self) -> int:
         """Steps until one ends or blocks run short; whoever finds no room now finds none before."""
-        if not self.config.repeats or self.config.stages > 1 or self._next_in() is not None:
+        if not self.config.repeats or self.config.stages > 1 or self._short or self._next_in() is not None:
             return 1
         if self._phases[Phase.PREFILLING] or self._phases[Phase.DOOMED]:
             return 1
         return steps_alike(self._phases[Phase.RUNNING].values(), self.pool)
 
     def _stepped(self, step: Stepped) -> None:
+        self._short = False
         tokens: list[worker.TokenMade] = []
         for made in step.made:
             one = self.sequences[made.key]

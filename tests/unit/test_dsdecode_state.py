@@ -123,6 +123,25 @@ def test_the_youngest_is_preempted_when_blocks_run_out() -> None:
     assert desk.phase(old) is Phase.RUNNING
 
 
+def test_what_was_freed_for_the_old_goes_to_nobody_new_before_a_step_has_ended() -> None:
+    desk = Desk(blocks=6).joined()
+    old = desk.running("old", 4, max_tokens=16)
+    young = desk.running("young", 10, max_tokens=10)
+    new = desk.work("new", 4)
+    desk.step(old)
+    for _ in range(8):
+        desk.step(*[key for key in (old, young) if desk.phase(key) is Phase.RUNNING])
+        if desk.told("router", worker.Preempted):
+            break
+    assert desk.phase(young) is None
+    assert desk.state.pool.free == 3
+    # whatever comes meanwhile
+    desk.feed(Tick(desk.now))
+    assert desk.phase(new) is Phase.WAITING
+    desk.step(old)
+    assert desk.phase(new) is Phase.PULLING
+
+
 # several steps under way
 
 
