@@ -75,6 +75,19 @@ def bursts(count: int, seed: int) -> list[Arrival]:
     return arrivals(gaps("gamma", 30.0, random, 3.0), histogram("humaneval", random), count)
 
 
+def conversations(count: int, seed: int) -> list[Arrival]:
+    """Prompts that begin with one of a few texts, or alone; some answers outgrow small pools."""
+    random = Random(seed)
+    begins = [tuple(random.randrange(50) for _ in range(2)) for _ in range(4)]
+    made, at_s = [], 0.0
+    for _ in range(count):
+        at_s += random.expovariate(random.choice([5.0, 30.0, 200.0]))
+        hashes = (*random.choice(begins)[: random.randrange(3)], random.randrange(10**6))
+        length = random.choice([random.randrange(1, 300), len(hashes) * 512 - random.randrange(512)])
+        made.append(Arrival(at_s, length, random.choice([1, 2, 30, 100, 300]), hashes))
+    return made
+
+
 @pytest.mark.parametrize("transfers", [FlatTransfer(), SLOW], ids=["quick", "slow"])
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_records_are_those_of_the_machines(desk: Desk, name: str, transfers: FlatTransfer) -> None:
@@ -85,6 +98,35 @@ def test_records_are_those_of_the_machines(desk: Desk, name: str, transfers: Fla
     assert fast.records == slow.records
     assert fast.seen.busy_s == slow.seen.busy_s
     assert (fast.begun_s, fast.simulated_s) == (slow.begun_s, slow.simulated_s)
+
+
+@pytest.mark.parametrize("kept", ["true", "false"])
+@pytest.mark.parametrize("name", [name for name, text in TOPOLOGIES.items() if "kv: {blocks: 1500}" in text])
+def test_they_are_theirs_where_blocks_fall_short_and_prompts_begin_alike(desk: Desk, name: str, kept: str) -> None:
+    pool = f"kv: {{blocks: 120, prefix_cache: {kept}}}"
+    topology, asked = load(desk, TOPOLOGIES[name].replace("kv: {blocks: 1500}", pool)), conversations(80, len(name))
+    fast = run(topology, LAYOUT, lambda instance: TIMES, SLOW, asked)
+    slow = System(topology, LAYOUT, lambda instance: TIMES, SLOW).run(asked)
+    assert fast is not None
+    assert fast.records == slow.records
+    assert fast.seen.busy_s == slow.seen.busy_s
+    assert fast.seen.preemptions == slow.seen.preemptions
+
+
+def test_what_was_preempted_is_found_again_in_the_pools(desk: Desk) -> None:
+    found = []
+    for kept in ("true", "false"):
+        topology = load(desk, f"kv: {{blocks: 128, prefix_cache: {kept}}}")
+        asked = arrivals(gaps("constant", 1000.0, Random(0)), fixed(64, 300), 16)
+        fast = run(topology, LAYOUT, lambda instance: TIMES, SLOW, asked)
+        slow = System(topology, LAYOUT, lambda instance: TIMES, SLOW).run(asked)
+        assert fast is not None
+        assert fast.records == slow.records
+        assert fast.seen.preemptions == slow.seen.preemptions > 10
+        assert all(one.ledger is not None and one.output_tokens == 300 for one in fast.records)
+        found.append(fast.seen.busy_s["prefill-0"])
+    # the prompts of those that are read again are still there
+    assert found[0] < found[1]
 
 
 @pytest.mark.parametrize("name", ["3p2d", "colocated", "pipelines"])
@@ -120,14 +162,12 @@ def test_events_of_one_time_keep_their_order(desk: Desk) -> None:
 @pytest.mark.parametrize(
     ("text", "asked"),
     [
-        ("kv: {blocks: 128}", arrivals(gaps("constant", 1000.0, Random(0)), fixed(16, 300), 16)),
-        ("kv: {blocks: 1500}", [Arrival(0.0, 600, 2, (1, 2))]),
         ("kv: {blocks: 64}", [Arrival(0.0, 1000, 25)]),
         ("kv: {blocks: 64}\nrouter: {max_deadline_s: 1}", [Arrival(0.0, 10, 900)]),
         ("kv: {blocks: 64}\nrelay: {lease_s: 2}\ndecode: {max_queue: 1}", [Arrival(0.0, 10, 200)] * 2),
         ("kv: {blocks: 64}\nrelay: {keep: 1MiB}", [Arrival(0.0, 10, 20)]),
     ],
-    ids=["short of blocks", "prompts alike", "no room", "deadline", "lease", "KV is kept"],
+    ids=["no room", "deadline", "lease", "KV is kept"],
 )
 def test_what_is_out_of_the_ordinary_is_left_to_the_machines(desk: Desk, text: str, asked: list[Arrival]) -> None:
     assert run(load(desk, text), LAYOUT, lambda instance: TIMES, FlatTransfer(), asked) is None

@@ -31,7 +31,6 @@ from dstopology.load import find, load
 from dstopology.resolved import Slo
 from dswire.errors import BadInput
 
-
 #: exit status when not one request that counts was answered
 UNANSWERED = 5
 

@@ -16,12 +16,21 @@ _OWN = 2**52
 VOCABULARY = 2**53
 
 
+def own(number: int) -> int:
+    """The token of what no other request's prompt has."""
+    return _OWN + number
+
+
+def hashed(one: int) -> int:
+    """The token of what a hash stands for; 0 is as good as any other, but answers are made of 1."""
+    return 2 + one % (_OWN - 2)
+
+
 def prompt(number: int, arrival: Arrival) -> tuple[int, ...]:
     """Tokens of a workload's request with that number."""
     length = arrival.prompt_tokens
     if not arrival.hashes:
-        return (_OWN + number,) * length
-    # 0 is as good a token as any other, but answers are made of 1
-    parts = [(2 + one % (_OWN - 2),) * HASHED_TOKENS for one in arrival.hashes]
+        return (own(number),) * length
+    parts = [(hashed(one),) * HASHED_TOKENS for one in arrival.hashes]
     known = tuple(chain.from_iterable(parts))[:length]
-    return known + (_OWN + number,) * (length - len(known))
+    return known + (own(number),) * (length - len(known))

@@ -7,12 +7,10 @@
 namespace express {
 
 struct Instances : World {
-    // order in which requests came to decode instances
-    std::vector<int64_t> seen;
     int64_t arrived = 0;
 
     void work(int64_t number) {
-        Request &r = requests[number];
+        Attempt &r = attempts[size_t(number)];
         int who = r.decode >= 0 ? r.decode : r.prefill;
         Instance &one = instances[who];
         if (who < set.prefills) {
@@ -22,7 +20,7 @@ struct Instances : World {
             if (!r.pulls) r.arrived = now;
             // a decode instance that has it will soon say that it wants it, and again before a lease has passed
             else if (now - r.sealed > set.lease_s / 2) outcome = PAST_LEASE;
-            seen[number] = arrived++;
+            r.came = arrived++;
             r.phase_since = now;
             one.waiting.push_back(number);
             admit(one);
@@ -70,7 +68,7 @@ struct Instances : World {
         return true;
     }
 
-    void read(Request &r, int64_t number, int64_t count, std::vector<Run> &runs) {
+    void read(Attempt &r, int64_t number, int64_t count, std::vector<Run> &runs) {
         if (r.queued < 0) r.queued = now - r.arrived;
         runs.push_back({number, r.done, r.done + count, true});
         r.done += count;
@@ -80,8 +78,13 @@ struct Instances : World {
     void next_steps(int who) {
         Instance &one = instances[who];
         while (int64_t(one.steps.size()) < one.set.stages && outcome == DONE)
-            if (!launch(who, who < set.prefills ? next_prefill(one) : next_decode(one))) return;
+            if (!launch(who, who < set.prefills ? next_prefill(one) : next_decode(one))) break;
+        // the machine would let them in with whatever comes next, a heartbeat even
+        if (one.gave_way && one.steps.empty() && !one.waiting.empty() && outcome == DONE) outcome = BEYOND;
     }
+
+    // what may be known of a prompt; the instance begins with it
+    const Digest *begins(const Instance &one, const Attempt &r) { return one.pool.keeps ? chain(r, r.prompt - 1) : nullptr; }
 
     // prefill instances
 
@@ -89,15 +92,19 @@ struct Instances : World {
         std::vector<Run> runs;
         int64_t room = one.set.max_batch_tokens;
         for (int64_t number : one.reading) {
-            Request &r = requests[number];
+            Attempt &r = attempts[size_t(number)];
             if (r.in_step) continue;
-            int64_t left = r.prompt - r.done;
+            bool begun = r.there.count > 0;
+            const Digest *begin = begun ? nullptr : begins(one, r);
+            int64_t found = one.pool.known(begin, begun ? 0 : sought(r));
+            int64_t left = r.prompt - r.done - found * set.block_size;
             int64_t count = left <= room ? left : left <= one.set.max_batch_tokens ? 0 : room;
             if (int64_t(runs.size()) == one.set.max_batch || !count) break;
-            if (!r.blocks) {
+            if (!begun) {
                 int64_t wanted = blocks_for(r.prompt);
-                if (wanted > one.free) break;
-                one.free -= r.blocks = wanted;
+                if (one.pool.cost(wanted, begin, found) > one.pool.free()) break;
+                one.pool.take(r.there, wanted, begin, found);
+                r.done = found * set.block_size;
             }
             room -= count;
             read(r, number, count, runs);
@@ -110,23 +117,24 @@ struct Instances : World {
         Step step = std::move(one.steps.front());
         one.steps.pop_front();
         for (const Run &run : step.runs) {
-            Request &r = requests[run.request];
+            Attempt &r = attempts[size_t(run.attempt)];
             r.in_step = false;
             if (run.end < r.prompt) continue;
-            one.reading.erase(std::find(one.reading.begin(), one.reading.end(), run.request));
-            tell_prefilled(r, run.request, one);
+            one.reading.erase(std::find(one.reading.begin(), one.reading.end(), run.attempt));
+            if (one.pool.keeps) one.pool.remember(r.there, chain(r, r.prompt), r.prompt / set.block_size);
+            tell_prefilled(r, run.attempt, one);
             if (r.output == 1) {
-                one.free += r.blocks;
+                one.pool.give(r.there);
             } else {
-                one.copies_end = std::max(now, one.copies_end) + over(r.blocks, one.set.seal_bytes_per_s);
-                at(one.copies_end, SEALED, run.request);
+                one.copies_end = std::max(now, one.copies_end) + over(r.there.count, one.set.seal_bytes_per_s);
+                at(one.copies_end, SEALED, run.attempt);
             }
         }
         next_steps(who);
     }
 
     // the relay of the owner's node has been asked, and the KV was offered to it
-    void grant(Request &r, int64_t number) {
+    void grant(Attempt &r, int64_t number) {
         if (direct(r)) return at(now + set.relay_s, GRANT, number);
         double &link = links[size_t(instances[r.prefill].set.node)];
         r.streamed = link = std::max(now, link) + over(blocks_for(r.prompt), set.network_bytes_per_s);
@@ -137,7 +145,7 @@ struct Instances : World {
         return bytes_per_s ? double(blocks * set.block_nbytes) / bytes_per_s : 0.0;
     }
 
-    void tell_prefilled(Request &r, int64_t number, Instance &one) {
+    void tell_prefilled(Attempt &r, int64_t number, Instance &one) {
         r.told_queue = r.queued;
         r.told_prefill = now - r.arrived - r.queued;
         at(now + one.set.router_s, PREFILLED, number);
@@ -146,13 +154,18 @@ struct Instances : World {
     // decode instances
 
     void admit(Instance &one) {
+        if (one.gave_way && !one.steps.empty()) return;
         while (!one.waiting.empty()) {
             int64_t number = one.waiting.front();
-            Request &r = requests[number];
+            Attempt &r = attempts[size_t(number)];
             if (one.inside >= one.set.max_batch || (r.pulls && one.pulling >= 8)) return;
             int64_t wanted = blocks_for(r.prompt + 1);
-            if (wanted + one.inside > one.free && (one.inside || wanted > one.free)) return;
-            one.free -= r.blocks = wanted;
+            const Digest *begin = r.pulls ? nullptr : begins(one, r);
+            int64_t found = one.pool.known(begin, r.pulls ? 0 : sought(r));
+            int64_t cost = one.pool.cost(wanted, begin, found), free = one.pool.free();
+            if (cost + one.inside > free && (one.inside || cost > free)) return;
+            one.pool.take(r.here, wanted, begin, found);
+            r.done = found * set.block_size;
             one.waiting.pop_front();
             one.inside += 1;
             if (r.pulls) {
@@ -167,36 +180,70 @@ struct Instances : World {
         }
     }
 
-    std::vector<Run> next_decode(Instance &one) {
+    // whether it misses a block for its next token
+    bool misses(const Attempt &r) const { return blocks_for(r.prompt + r.made) > r.here.count; }
+
+    // Makes the youngest give way where blocks are too few; false where those that are in a step may end with it.
+    bool make_room(Instance &one) {
         int64_t missing = 0, idle = 0;
         for (int64_t number : one.running) {
-            Request &r = requests[number];
-            if (r.in_step) continue;
-            missing += std::max<int64_t>(0, blocks_for(r.prompt + r.made) - r.blocks), idle += 1;
+            const Attempt &r = attempts[size_t(number)];
+            if (!r.in_step) missing += misses(r), idle += 1;
         }
-        if (missing > one.free) {
-            outcome = SHORT_OF_BLOCKS;
-            return {};
+        if (missing <= one.pool.free()) return true;
+        for (int64_t number : one.reading) idle += !attempts[size_t(number)].in_step;
+        for (; missing > one.pool.free(); idle--) {
+            if (idle == 1 && !one.steps.empty()) return false;
+            missing -= give_way(one);
         }
+        return true;
+    }
+
+    // The youngest that is in no step goes back to the router; whether it missed a block.
+    bool give_way(Instance &one) {
+        auto is_idle = [&](int64_t number) { return !attempts[size_t(number)].in_step; };
+        auto made = std::find_if(one.running.rbegin(), one.running.rend(), is_idle);
+        auto read = std::find_if(one.reading.rbegin(), one.reading.rend(), is_idle);
+        bool runs = read == one.reading.rend() ||
+                    (made != one.running.rend() && attempts[size_t(*made)].came > attempts[size_t(*read)].came);
+        int64_t number = runs ? *made : *read;
+        Attempt &r = attempts[size_t(number)];
+        bool missed = runs && misses(r);
+        at(now + one.set.router_s, PREEMPTED, number);
+        if (runs && one.pool.keeps) {
+            int64_t known = r.prompt + r.made - 1;
+            one.pool.remember(r.here, chain(r, known), known / set.block_size);
+        }
+        leave(one, r);
+        if (runs) one.running.erase(std::next(made).base());
+        else one.reading.erase(std::next(read).base());
+        one.gave_way = true;
+        preemptions += 1;
+        // what they keep of it matters from now on
+        if (blind) outcome = SHORT_OF_BLOCKS;
+        return missed;
+    }
+
+    std::vector<Run> next_decode(Instance &one) {
+        if (!make_room(one)) return {};
         bool reads = false;
-        for (int64_t number : one.reading) reads |= !requests[number].in_step;
+        for (int64_t number : one.reading) reads |= !attempts[size_t(number)].in_step;
         std::vector<Run> runs;
         int64_t share = (int64_t(one.running.size()) + one.set.stages - 1) / one.set.stages;
         if (!(one.set.prefill_priority && reads)) {
             for (int64_t number : one.running) {
-                Request &r = requests[number];
+                Attempt &r = attempts[size_t(number)];
                 if (r.in_step) continue;
                 if (int64_t(runs.size()) == share) break;
                 if (r.fresh) r.queue = now - r.phase_since;
                 r.in_step = true;
-                int64_t more = std::max<int64_t>(0, blocks_for(r.prompt + r.made) - r.blocks);
-                r.blocks += more, one.free -= more;
+                if (misses(r)) one.pool.take(r.here, 1);
                 runs.push_back({number, r.prompt + r.made - 1, r.prompt + r.made, false});
             }
         }
         int64_t room = std::max(one.set.max_batch_tokens - int64_t(runs.size()), set.block_size);
         for (int64_t number : one.reading) {
-            Request &r = requests[number];
+            Attempt &r = attempts[size_t(number)];
             if (r.in_step) continue;
             if (!room) break;
             int64_t count = std::min(r.prompt - r.done, room);
@@ -210,28 +257,34 @@ struct Instances : World {
         Instance &one = instances[who];
         Step step = std::move(one.steps.front());
         one.steps.pop_front();
+        one.gave_way = false;
         std::vector<int64_t> tokens;
         bool over = false;
         for (const Run &run : step.runs) {
-            Request &r = requests[run.request];
+            Attempt &r = attempts[size_t(run.attempt)];
             r.in_step = false;
             if (run.reads) {
                 if (run.end < r.prompt) continue;
                 r.made = 1;
-                tell_prefilled(r, run.request, one);
-                one.reading.erase(std::find(one.reading.begin(), one.reading.end(), run.request));
+                tell_prefilled(r, run.attempt, one);
+                one.reading.erase(std::find(one.reading.begin(), one.reading.end(), run.attempt));
+                if (one.pool.keeps) one.pool.remember(r.here, chain(r, r.prompt), r.prompt / set.block_size);
                 if (r.output == 1) leave(one, r);
-                else join(one, run.request);
+                else join(one, run.attempt);
                 continue;
             }
             if (r.fresh) r.first_step = step.seconds;
             r.fresh = false;
             r.made += 1;
-            tokens.push_back(run.request);
-            if (r.made == r.output) leave(one, r), over = true;
+            tokens.push_back(run.attempt);
+            if (r.made < r.output) continue;
+            int64_t known = r.prompt + r.made - 1;
+            if (one.pool.keeps) one.pool.remember(r.here, chain(r, known), known / set.block_size);
+            leave(one, r);
+            over = true;
         }
         if (over)
-            std::erase_if(one.running, [&](int64_t n) { return requests[n].made == requests[n].output; });
+            std::erase_if(one.running, [&](int64_t n) { return attempts[size_t(n)].made == attempts[size_t(n)].output; });
         if (!tokens.empty()) {
             told[who].push_back(std::move(tokens));
             at(now + one.set.router_s, STEPPED, who);
@@ -240,26 +293,25 @@ struct Instances : World {
         next_steps(who);
     }
 
-    void leave(Instance &one, Request &r) {
-        one.free += r.blocks;
+    void leave(Instance &one, Attempt &r) {
+        one.pool.give(r.here);
         one.inside -= 1;
     }
 
     // its KV is there; sequences decode in the order in which they came
     void join(Instance &one, int64_t number) {
-        requests[number].phase_since = now;
-        requests[number].done = 0;
+        attempts[size_t(number)].phase_since = now;
         auto place = std::upper_bound(one.running.begin(), one.running.end(), number,
-                                      [&](int64_t a, int64_t b) { return seen[a] < seen[b]; });
+                                      [&](int64_t a, int64_t b) { return attempts[size_t(a)].came < attempts[size_t(b)].came; });
         one.running.insert(place, number);
     }
 
-    void copy(Request &r, int64_t number, Instance &one) {
+    void copy(Attempt &r, int64_t number, Instance &one) {
         one.copies_end = std::max(now, one.copies_end) + over(blocks_for(r.prompt), one.set.copy_bytes_per_s);
         at(one.copies_end, COPIED, number);
     }
 
-    void granted(Request &r, int64_t number) {
+    void granted(Attempt &r, int64_t number) {
         Instance &one = instances[r.decode];
         r.granted = true;
         if (r.copied) at(now + set.relay_s, PULLED, number);
@@ -269,7 +321,7 @@ struct Instances : World {
         next_steps(r.decode);
     }
 
-    void copied(Request &r, int64_t number) {
+    void copied(Attempt &r, int64_t number) {
         Instance &one = instances[r.decode];
         r.transfer = now - r.phase_since;
         one.pulling -= 1;

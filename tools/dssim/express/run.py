@@ -1,7 +1,8 @@
 """Simulation without messages, compiled: a hundred times as fast as the machines, and with the same results.
 
 It is for systems in which nothing out of the ordinary happens: :func:`run` says None for what it cannot do, and the
-machines are to be asked then. It tells what became of requests and how busy instances were, but of nothing inside.
+machines are to be asked then. It tells what became of requests, how busy instances were, and how many sequences
+gave way, but of nothing inside.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from dssim.express.structs import (
     ResultStruct,
     SettingsStruct,
 )
+from dssim.prompts import hashed, own
 from dssim.records import Observations, Record, Run
 from dssim.system import System
 from dssim.times import FlatTransfer, Linear, LinearTimes, StepTimes, SummedTimes, Sums, TransferTimes
-from dssim.workload import Arrival
+from dssim.workload import HASHED_TOKENS, Arrival
 from dstopology.resolved import LOCAL, Instance, Topology
 from dswire.messages.client import Ledger
 
 _ENDLESS = 2**62
+#: an outcome, as in world.h
+_SHORT_OF_BLOCKS = 1
 
 
 def run(
@@ -41,8 +45,8 @@ def run(
 ) -> Run | None:
     """The run that :class:`System` would make of the same arguments, but for what was seen inside.
 
-    None where something in them is beyond it, where KV blocks ran short, a request or the way to its KV took longer
-    than any may, and where there is no C++ compiler.
+    None where something in them is beyond it, where a request or the way to its KV took longer than any may, and
+    where there is no C++ compiler.
     """
     instances = (*topology.role("prefill"), *topology.role("decode"))
     each = [one for one in map(times, instances) if isinstance(one, LinearTimes | SummedTimes)]
@@ -55,20 +59,26 @@ def run(
     begun_s = System(topology, layout, times, transfers).begin()
     settings = _settings(topology, layout, transfers, len(arrivals), begun_s)
     structs = _instances(topology, layout, instances, transfers, each)
-    wanted = (ArrivalStruct * len(arrivals))()
-    for number, one in enumerate(arrivals):
-        wanted[number] = ArrivalStruct(one.at_s, one.prompt_tokens, one.output_tokens)
-    results, asked = (ResultStruct * len(arrivals))(), _Asked(each)
-    busy, happenings = (ctypes.c_double * len(each))(), ctypes.c_int64()
-    outcome = simulate(
-        ctypes.byref(settings), structs, wanted, Ask(asked.seconds), results, busy, ctypes.byref(happenings)
-    )
-    asked.raise_any()
+    wanted, hashes = _wanted(arrivals)
+    busy, happenings, preemptions = (ctypes.c_double * len(each))(), ctypes.c_int64(), ctypes.c_int64()
+    counts = ctypes.byref(happenings), ctypes.byref(preemptions)
+    # what pools keep of prompts that differ matters only once a sequence is read again, and takes time
+    for keeps in (False, True) if not len(hashes) else (True,):
+        settings.keeps = keeps
+        results, asked = (ResultStruct * len(arrivals))(), _Asked(each)
+        outcome = simulate(
+            ctypes.byref(settings), structs, wanted, hashes, Ask(asked.seconds), results, busy, *counts
+        )
+        asked.raise_any()
+        if outcome != _SHORT_OF_BLOCKS:
+            break
     if outcome:
         return None
     records = _records(arrivals, results, begun_s)
     ended_s = max((one.at_s + one.total_s for one in records), default=0.0)
-    seen = Observations(busy_s={one.name: s for one, s in zip(instances, busy, strict=True) if s})
+    seen = Observations(
+        busy_s={one.name: s for one, s in zip(instances, busy, strict=True) if s}, preemptions=preemptions.value
+    )
     wall_s, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
     return Run(records, ended_s, begun_s, wall_s, cpu_s, happenings.value, seen, {})
 
@@ -97,8 +107,8 @@ class _Asked:
 
 
 def _ordinary(topology: Topology, layout: KvLayout, arrivals: Sequence[Arrival]) -> bool:
-    """Whether KV goes one way within nodes and can leave them, in equal blocks; no relay keeps any; prompts differ,
-    and each fits."""
+    """Whether KV goes one way within nodes and can leave them, in equal blocks; no relay keeps any; and each prompt
+    fits."""
     if topology.relays and (len(_within(topology)) > 1 or not all(_reached(topology))):
         return False
     if any(one.keep_nbytes for one in topology.relays):
@@ -113,7 +123,7 @@ def _ordinary(topology: Topology, layout: KvLayout, arrivals: Sequence[Arrival])
             return False
     blocks = min(_blocks(one, layout) for one in topology.instances)
     room = min(topology.model.max_model_len, blocks * layout.block_size)
-    return all(not one.hashes and one.prompt_tokens + one.output_tokens <= room for one in arrivals)
+    return all(one.prompt_tokens + one.output_tokens <= room for one in arrivals)
 
 
 def _within(topology: Topology) -> set[str]:
@@ -162,6 +172,7 @@ def _settings(
         block_nbytes=layout.block_nbytes,
         early=any(one.verify for one in topology.relays),
         direct=_within(topology) <= set(LOCAL),
+        hashed_tokens=HASHED_TOKENS,
         begun_s=begun_s,
         client_s=transfers.message_s(False),
         relay_s=transfers.message_s(True),
@@ -187,6 +198,7 @@ def _instances(
         struct.blocks, struct.rank, struct.stages = _blocks(one, layout), ranks[one.name], one.pp
         struct.max_batch, struct.max_batch_tokens = one.max_batch, one.max_batch_tokens
         struct.prefill_priority, struct.node = one.prefill_priority, nodes.index(one.node)
+        struct.keeps = one.prefix_cache
         struct.group = next(number for number, names in enumerate(groups) if one.name in names)
         struct.router_s = transfers.message_s(one.node == topology.router.node)
         struct.seal_bytes_per_s = transfers.seal_bytes_per_s
@@ -196,6 +208,15 @@ def _instances(
         else:
             struct.asks = True
     return made
+
+
+def _wanted(arrivals: Sequence[Arrival]) -> tuple[ctypes.Array[ArrivalStruct], ctypes.Array[ctypes.c_int64]]:
+    """The requests, and the tokens that the hashes of all of them stand for, one behind the other."""
+    wanted = (ArrivalStruct * len(arrivals))()
+    for number, one in enumerate(arrivals):
+        wanted[number] = ArrivalStruct(one.at_s, one.prompt_tokens, one.output_tokens, own(number), len(one.hashes))
+    tokens = [hashed(one) for each in arrivals for one in each.hashes]
+    return wanted, (ctypes.c_int64 * len(tokens))(*tokens)
 
 
 def _linear_times(struct: InstanceStruct, times: LinearTimes) -> None:

@@ -1,6 +1,7 @@
 // A simulated system without its messages: the same waits, steps and copies at the same times as in system.py, where
 // every process runs its real machine. What the machines do is written down here a second time, and tests hold the
-// two against each other. What is not: pools that run short, deadlines, failures, KV that prompts share; a run that comes upon one of the first two, or nearly loses a handle, says so and is worth nothing.
+// two against each other. What is not: deadlines, failures, KV that goes in parts or is kept by relays; a run that
+// comes upon a deadline, or nearly loses a handle, says so and is worth nothing.
 //
 // Order: events of one time happen in the order in which they were scheduled, as in kernel.py, and every handler
 // schedules in the order of the machine's actions.
@@ -13,7 +14,6 @@ struct Simulation : Router {
     int64_t happenings = 0;
 
     void run() {
-        for (int64_t i = 0; i < set.requests; i++) requests[i].prompt = arrivals[i].prompt, requests[i].output = arrivals[i].output;
         if (set.requests) at(set.begun_s + arrivals[0].at_s, SUBMIT, 0);
         while (ended < set.requests && outcome == DONE && !heap.empty()) {
             Event event = heap.top();
@@ -28,10 +28,10 @@ struct Simulation : Router {
         int64_t who = event.who;
         if (event.kind == STEP_END) return who < set.prefills ? prefill_step_end(int(who)) : decode_step_end(int(who));
         if (event.kind == STEPPED) return stepped(int(who));
-        Request &r = requests[who];
+        if (event.kind == SUBMIT) return submit(who);
+        if (event.kind == ARRIVE) return arrive(who);
+        Attempt &r = attempts[size_t(who)];
         switch (event.kind) {
-        case SUBMIT: return submit(who);
-        case ARRIVE: return arrive(who);
         case WORK: return work(who);
         case PREFILLED: return prefilled(who);
         case SEALED:
@@ -51,26 +51,38 @@ struct Simulation : Router {
         case TICKET: return at(now + set.relay_s, GRANT, who);
         case GRANT: return granted(r, who);
         case COPIED: return copied(r, who);
-        case PULLED: return direct(r) ? at(now + set.relay_s, RELEASE, who) : at(now + relays_s(r), FETCHED, who);
-        case FETCHED: return at(now + set.relay_s, RELEASE, who);
-        case RELEASE: instances[r.prefill].free += blocks_for(r.prompt); return next_steps(r.prefill);
+        case PULLED:
+            if (!direct(r)) return at(now + relays_s(r), FETCHED, who);
+            [[fallthrough]];
+        case FETCHED: r.released = true; return at(now + set.relay_s, RELEASE, who);
+        case RELEASE: instances[r.prefill].pool.give(r.there); return next_steps(r.prefill);
+        case PREEMPTED: return preempted(who);
+        case ABORT:
+            // else its relay would be told to withdraw the KV
+            if (!r.released) outcome = BEYOND;
+            return;
         default: return;
         }
     }
 };
 }
 
-extern "C" int64_t simulate(const Settings *set, const InstanceSettings *each, const Arrival *arrivals, Ask ask, Result *results,
-                            double *busy_s, int64_t *happenings) {
+extern "C" int64_t simulate(const Settings *set, const InstanceSettings *each, const Arrival *arrivals, const int64_t *hashes,
+                            Ask ask, Result *results, double *busy_s, int64_t *happenings, int64_t *preemptions) {
     express::Simulation one;
     one.set = *set, one.ask = ask, one.arrivals = arrivals, one.results = results, one.now = set->begun_s;
     one.requests.resize(size_t(set->requests));
-    one.seen.resize(size_t(set->requests));
+    for (int64_t i = 0; i < set->requests; i++) {
+        one.requests[size_t(i)] = {hashes, arrivals[i].hashes, arrivals[i].own, arrivals[i].prompt, {}};
+        hashes += arrivals[i].hashes;
+    }
     one.unplaced.resize(size_t(set->groups));
     for (int64_t i = 0; i < set->prefills + set->decodes; i++) {
         express::Instance made;
         made.set = each[i];
-        made.free = each[i].blocks;
+        made.pool = express::Pool(each[i].blocks, each[i].keeps && set->keeps);
+        made.index.most = made.pool.keeps ? each[i].blocks : 0;
+        one.blind |= each[i].keeps && !set->keeps;
         made.stage_free.assign(size_t(each[i].stages), 0.0);
         one.instances.push_back(std::move(made));
         one.told.emplace_back();
@@ -79,5 +91,6 @@ extern "C" int64_t simulate(const Settings *set, const InstanceSettings *each, c
     one.run();
     for (size_t i = 0; i < one.instances.size(); i++) busy_s[i] = one.instances[i].busy;
     *happenings = one.happenings;
+    *preemptions = one.preemptions;
     return one.outcome;
 }

@@ -17,6 +17,7 @@ LEDGER = (
     "first_step_s",
     "decode_wire_s",
     "decode_s",
+    "retry_s",
     "ttft_s",
     "total_s",
 )
@@ -33,7 +34,7 @@ class InstanceStruct(Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("blocks", "max_batch", "max_batch_tokens", "stages")),
-        *((name, c_int64) for name in ("prefill_priority", "asks", "rank", "node", "group")),
+        *((name, c_int64) for name in ("prefill_priority", "keeps", "asks", "rank", "node", "group")),
         *((name, c_double) for name in ("router_s", "seal_bytes_per_s", "copy_bytes_per_s")),
         *((name, LinearStruct) for name in ("prefill", "decode", "decode_large")),
         ("large_batch", c_int64),
@@ -46,7 +47,7 @@ class SettingsStruct(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("prefills", "decodes", "groups", "requests", "max_requests")),
         *((name, c_int64) for name in ("prefill_queue", "decode_queue", "local_below", "threshold_limits")),
-        *((name, c_int64) for name in ("block_size", "block_nbytes", "early", "direct")),
+        *((name, c_int64) for name in ("block_size", "block_nbytes", "early", "direct", "hashed_tokens", "keeps")),
         *((name, c_double) for name in ("begun_s", "client_s", "relay_s", "max_deadline_s", "lease_s")),
         *((name, c_double) for name in ("affinity", "network_bytes_per_s")),
     ]
@@ -59,7 +60,7 @@ Ask = CFUNCTYPE(c_double, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64)
 class ArrivalStruct(Structure):
     """A request that is to come."""
 
-    _fields_ = [("at_s", c_double), ("prompt", c_int64), ("output", c_int64)]
+    _fields_ = [("at_s", c_double), *((name, c_int64) for name in ("prompt", "output", "own", "hashes"))]
 
 
 class ResultStruct(Structure):
