@@ -13,6 +13,26 @@ from dsplan.planner import Planner
 from support.plans import question
 
 
+def test_whoever_is_done_first_takes_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = Planner(question())
+    names = ("high", "low", "colocated")
+    apart = branches.run(planner, names, 1)
+    here: list[str] = []
+    part = planner.part
+
+    def noted(name: str) -> branches.Part:
+        here.append(name)
+        return part(name)
+
+    monkeypatch.setattr(branches, "WORTHWHILE", 1)
+    monkeypatch.setattr(planner, "part", noted)
+    assert branches.run(planner, names, 2) == apart
+    # a process takes longer to start than these take to be searched
+    assert here[0] == "colocated"
+    assert "high" not in here
+    assert branches.run(planner, names, 9) == apart
+
+
 def test_an_interrupted_search_ends_the_processes_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     planner = Planner(question())
     before = set(multiprocessing.active_children())

@@ -1,15 +1,17 @@
 """The searches of one question beside each other, each in a process of its own.
 
 They share nothing but what has been found once, so that apart they find the same as together, some of it twice. The
-last, which tends to be the longest, stays in this process and tells its progress.
+last, which tends to be the longest, stays in this process and tells its progress; whoever is done takes the next.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from dsplan.planner import Planner
 
 #: parallelisms below which a search takes no longer than a process takes to start
-WORTHWHILE = 8
+WORTHWHILE = 6
 
 
 @dataclass(slots=True)
@@ -50,15 +52,50 @@ def run(planner: Planner, names: Sequence[str], processes: int) -> list[Part]:
     before = set(multiprocessing.active_children())
     # not forked: the bar of a terminal is drawn by a thread
     with ProcessPoolExecutor(beside, mp_context=multiprocessing.get_context("spawn")) as pool:
+        shared, own = _Shared(names, pool, planner.question), {}
         try:
-            others = [pool.submit(_part, planner.question, name) for name in names[:-1]]
-            last = planner.part(names[-1])
-            return [*(other.result() for other in others), last]
+            for _ in range(beside):
+                shared.submit()
+            while (name := shared.take()) is not None:
+                own[name] = planner.part(name)
+            return [own[name] if name in own else shared.submitted[name].result() for name in names]
         except BaseException:
             # Ctrl-C too: nobody waits for the other parts, of which each process would go on with its next one
+            shared.take_all()
             for process in set(multiprocessing.active_children()) - before:
                 process.terminate()
             raise
+
+
+class _Shared:
+    """Names that nobody has begun with. Processes take the first ones, this one the last."""
+
+    def __init__(self, names: Sequence[str], pool: ProcessPoolExecutor, question: Question) -> None:
+        self.submitted: dict[str, Future[Part]] = {}
+        self._left = deque(names)
+        self._pool = pool
+        self._question = question
+        self._lock = threading.Lock()
+
+    def submit(self, done: Future[Part] | None = None) -> None:
+        """Have a process begin with the next; when it has ended, it gets another."""
+        with self._lock:
+            # the last one is begun here
+            if len(self._left) < (1 if done else 2):
+                return
+            name = self._left.popleft()
+            self.submitted[name] = future = self._pool.submit(_part, self._question, name)
+        future.add_done_callback(self.submit)
+
+    def take(self) -> str | None:
+        """The next for this process."""
+        with self._lock:
+            return self._left.pop() if self._left else None
+
+    def take_all(self) -> None:
+        """Nobody begins with any more."""
+        with self._lock:
+            self._left.clear()
 
 
 def _part(question: Question, name: str) -> Part:
