@@ -11,7 +11,7 @@ from dskv.layout import KvLayout
 from dsplan.latency import Steps
 from dsplan.linear import LinearInstance
 from dssim.express.build import library
-from dssim.express.run import run
+from dssim.express.run import Goal, run
 from dssim.system import System
 from dssim.times import INSTANT, FlatTransfer, Linear, LinearTimes, Sums
 from dssim.workload import Arrival, arrivals, fixed, gaps, histogram
@@ -139,6 +139,22 @@ def test_times_of_the_planner_are_asked_for(desk: Desk, name: str) -> None:
     fast = run(topology, LAYOUT, times, SLOW, asked)
     assert fast is not None
     assert fast.records == System(topology, LAYOUT, times, SLOW).run(asked).records
+
+
+def test_a_run_is_over_when_its_goal_is_out_of_reach(desk: Desk) -> None:
+    topology, asked = load(desk, TOPOLOGIES["1p1d"]), bursts(200, 3)
+    whole = run(topology, LAYOUT, lambda instance: TIMES, SLOW, asked)
+    assert whole is not None
+    ttft_s, tpot_s = 0.1, 0.02
+    missed = [one for one in whole.records if one.number >= 20 and (one.ttft_s > ttft_s or one.tpot_s > tpot_s)]
+    assert len(missed) > 50
+    reached = run(topology, LAYOUT, lambda instance: TIMES, SLOW, asked, Goal(ttft_s, tpot_s, 20, len(missed)))
+    assert reached is not None
+    assert reached.records == whole.records
+    cut = run(topology, LAYOUT, lambda instance: TIMES, SLOW, asked, Goal(ttft_s, tpot_s, 20, 30))
+    assert cut is not None
+    # the one too many was the last to end
+    assert cut.records == whole.records[: whole.records.index(missed[30]) + 1]
 
 
 def test_errors_of_times_are_raised(desk: Desk) -> None:

@@ -33,6 +33,23 @@ def test_whoever_is_done_first_takes_the_next(monkeypatch: pytest.MonkeyPatch) -
     assert branches.run(planner, names, 9) == apart
 
 
+def test_what_a_process_did_not_live_to_tell_is_searched_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = Planner(question())
+    names = ("high", "low", "colocated")
+    apart = branches.run(planner, names, 1)
+    part = planner.part
+
+    def killed_beside(name: str) -> branches.Part:
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+        return part(name)
+
+    monkeypatch.setattr(branches, "WORTHWHILE", 1)
+    monkeypatch.setattr(planner, "part", killed_beside)
+    assert branches.run(planner, names, 2) == apart
+
+
 def test_an_interrupted_search_ends_the_processes_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     planner = Planner(question())
     before = set(multiprocessing.active_children())

@@ -158,7 +158,7 @@ def test_a_colocated_replica_does_as_the_simulator_says(tp: int, pp: int, rate: 
         slo=Slo(0.25, 0.1),
     )
     spec = Spec("", Group(Parallel(tp, pp), 0), Group(Parallel(tp, pp), 1), "colocated", budget=2048)
-    _, run = simulated(question, spec, rate, 0, 2000)
+    _, run, _ = simulated(question, spec, rate, 0, 2000)
     served = Oracles(question).units(spec).serve(question.workload.at(rate, 0.0, 2))
     for told, measured in (
         (served.ttft_s, [record.ttft_s for record in run.records]),

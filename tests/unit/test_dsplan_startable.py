@@ -50,7 +50,7 @@ def test_stages_side_by_side_are_written_and_can_be_served(plan: Plan, tmp_path:
     content = document(wide, spec)
     assert content["prefill"]["place"] == [["n0/cuda:0", "n0/cuda:1", "n1/cuda:0", "n1/cuda:1"]]
     assert content["decode"]["place"] == [["n0/cuda:2", "n1/cuda:2"], ["n0/cuda:3", "n1/cuda:3"]]
-    assert "router" not in content
+    assert "node_affinity" not in content["router"]
     (path := tmp_path / "t.yaml").write_text(dumped(content))
     topology = load(path, {"DS_RUN_DIR": str(tmp_path), "DS_SHM_DIR": str(tmp_path), "DS_HOME": str(tmp_path)})
     assert {one.stage_nodes for one in topology.instances} == {("n0", "n1")}
@@ -76,7 +76,7 @@ def test_pairs_side_by_side_are_on_as_many_groups_of_nodes_as_it_takes(plan: Pla
     assert topology.reach == {f"prefill-{n}": {f"decode-{n}"} for n in range(2)}
     assert spec_of(topology) == spec
     assert topology.sources_of("n1") == topology.sources_of("n3") == ()
-    _, run = simulated(wide, spec, 2.0, 40, 40)
+    _, run, _ = simulated(wide, spec, 2.0, 40, 40)
     assert all(not record.error for record in run.records)
 
 

@@ -164,7 +164,7 @@ def ours(model: str, spec: Spec, drawn: Workload, rate: float, requests: int, sl
     device = find_device("a100-80g")
     latency = distserve_latency(model, device.name)
     question = Question(find_model(model), device, latency, 1, spec.devices, drawn, slo)
-    _, run = simulated(question, spec, rate, requests, requests)
+    _, run, _ = simulated(question, spec, rate, requests, requests)
     return _told("this one", rate, [one.ttft_s for one in run.records], [one.tpot_s for one in run.records], slo)
 
 

@@ -106,6 +106,7 @@ def command(
     from dsplan import report as told
     from dsplan import startable
     from dsplan.branches import cores
+    from dsplan.confirm import checked, settled
     from dsplan.goodput import make_workload
     from dsplan.planner import Planner
     from dssim import plot
@@ -120,7 +121,9 @@ def command(
         plan = planner.run(processes=cores())
         given = planner.measured(spec) if spec is not None else None
         startable.tell(plan, tell, cores())
-        runs = _checked(plan, tell) if check else []
+        runs = checked(planner, plan, CHECKED_REQUESTS) if check else []
+        if check and given is not None:
+            given = settled(plan, given, CHECKED_REQUESTS)
         if report is not None:
             _report(planner, plan, runs, given, report)
     if as_json:
@@ -262,13 +265,6 @@ def _given(planner: Planner, path: Path | None) -> Spec | None:
     from dsplan.given import read
 
     return read(path, planner)
-
-
-def _checked(plan: Plan, tell: Progress) -> list[Confirmation]:
-    from dsplan.confirm import checked
-
-    tell("simulating the choice", 0, 1)
-    return checked(plan, CHECKED_REQUESTS)
 
 
 def _report(planner: Planner, plan: Plan, runs: list[Confirmation], given: Placement | None, path: Path) -> None:

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,7 @@ def run(planner: Planner, names: Sequence[str], processes: int) -> list[Part]:
                 shared.submit()
             while (name := shared.take()) is not None:
                 own[name] = planner.part(name)
-            return [own[name] if name in own else shared.submitted[name].result() for name in names]
+            return [own[name] if name in own else shared.result(name) or planner.part(name) for name in names]
         except BaseException:
             # Ctrl-C too: nobody waits for the other parts, of which each process would go on with its next one
             shared.take_all()
@@ -81,7 +82,7 @@ class _Shared:
         """Have a process begin with the next; when it has ended, it gets another."""
         with self._lock:
             # the last one is begun here
-            if len(self._left) < (1 if done else 2):
+            if len(self._left) < (1 if done else 2) or (done and done.exception()):
                 return
             name = self._left.popleft()
             self.submitted[name] = future = self._pool.submit(_part, self._question, name)
@@ -91,6 +92,13 @@ class _Shared:
         """The next for this process."""
         with self._lock:
             return self._left.pop() if self._left else None
+
+    def result(self, name: str) -> Part | None:
+        """Of what was submitted; None where the process did not live to tell it. Raises what the search raised."""
+        try:
+            return self.submitted[name].result()
+        except BrokenProcessPool:
+            return None
 
     def take_all(self) -> None:
         """Nobody begins with any more."""

@@ -1,29 +1,36 @@
-"""The chosen placement in the simulator: the servers' own schedulers, message by message.
+"""The choice, made by the simulator: the servers' own schedulers, message by message.
 
-A run at the goodput that the search found; where too few requests meet their objectives there, a few more below,
-for the highest rate at which enough do. So it is done with the best of another mode, the runner-up, too.
+The search hopes for more than the simulator finds, if anything. So the best by the search is simulated at the
+goodput that it hopes for; where too few requests meet their objectives there, a few more runs below find the
+simulator's own. That goes on with whatever is the best then, until it has been simulated itself: what is hoped of
+the others is no more. The runner-up, the best that does it the other way, together or apart, is found likewise.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsobserve.terminal import digits
-from dsplan.goodput import Goodput
+from dsplan.goodput import LONG, RESIDENCES, WARM_UP, Goodput
 from dsplan.latency import Instance as PlannedInstance
 from dsplan.latency import Steps
 from dsplan.linear import LinearInstance
 from dsplan.memory import BLOCK_TOKENS
 from dsplan.placement import Placement, Plan, Spec
-from dsplan.question import Question
+from dsplan.question import MODES, Question
 from dsplan.topology_file import document, dumped
 from dssim.records import Run
 from dssim.times import StepTimes
 from dstopology.resolved import Instance
 from dswire.errors import DsError
+
+if TYPE_CHECKING:
+    from dsplan.planner import Planner
+    from dssim.express.run import Goal
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,62 +45,127 @@ class Confirmation:
     high: float
 
 
-#: times as many requests are simulated where the simulator is compiled
-COMPILED = 5
 #: halvings of the range between no load and the search's goodput
 HALVINGS = 4
+#: systems that are simulated at most
+MOST_SYSTEMS = 12
 
 
-def checked(plan: Plan, requests: int) -> list[Confirmation]:
-    """The choice at the highest rate that the simulator agrees to, and the best of another mode that it can run;
-    notes say what it thinks, and the goodputs of the plan become the simulator's where those are less."""
-    chosen = plan.chosen
-    found: list[tuple[Placement, Confirmation]] = []
-    refused: dict[str, list[str]] = {}
-    for one in (chosen, *(other for other in plan.placements if other.spec.mode != chosen.spec.mode)):
-        try:
-            runs = confirmations(plan, requests, one)
-        except DsError as error:
-            refused.setdefault(error.message, []).append(one.spec.mode)
-            continue
-        found.append((one, agreed(plan, runs)))
-        if one is not chosen:
-            break
-        if found[0][1].rate < chosen.goodput.rate:
-            plan.notes.append(_less(chosen, runs[0], found[0][1]))
-    for message, modes in refused.items():
-        plan.notes.append(f"not checked in the simulator, mode {' and '.join(dict.fromkeys(modes))}: {message}")
-    if len(found) == 2:
-        worth, rivals = (run.rate * one.worth / one.goodput.rate for one, run in found)
-        if rivals > worth:
-            plan.notes.append(
-                f"by the simulator's own goodputs mode {found[1][0].spec.mode} is {rivals / worth - 1:.0%} ahead: "
-                "the verdict is open"
-            )
-    for one, run in found:
-        _correct(plan, one, run)
+def checked(planner: Planner, plan: Plan, requests: int) -> list[Confirmation]:
+    """Make the choice the simulator's; its runs at its own goodputs of the choice and of the runner-up.
+
+    What is simulated has the simulator's goodput from then on, and notes tell where that changed the choice.
+    ``requests``: of a run on the machines; those of the compiled simulator are as long as those of the search.
+    """
+    check = _Check(planner, plan, requests)
+    first = plan.chosen
+    best = check.best(MODES)
+    runner_up = check.best(_otherwise(plan, best)) if best is not None else None
+    if best is not None and best.spec != first.spec:
+        plan.notes.append(_other(first, check.seen.get(first.spec), best))
+        plan.strict = planner.oracles.goodput(best.spec, attainment=0.99, interval=False)
+    if best is not None:
+        plan.chosen = best
+    if plan.strict.rate > plan.chosen.goodput.rate:
+        own = plan.chosen.goodput.rate
+        plan.strict = Goodput(own, own, own)
+    for message, refused in check.refused.items():
+        plan.notes.append(f"not checked in the simulator, mode {' and '.join(dict.fromkeys(refused))}: {message}")
     plan.placements.sort(key=lambda one: (one is plan.chosen, one.worth), reverse=True)
-    return [run for _, run in found]
+    runs = [check.seen.get(one.spec) for one in (best, runner_up) if one is not None]
+    return [run for run in runs if run is not None]
 
 
-def _correct(plan: Plan, one: Placement, run: Confirmation) -> None:
-    """Where the simulator agrees to less than the search found, that is the goodput; the interval holds both."""
+def _otherwise(plan: Plan, best: Placement) -> set[str]:
+    """Modes of the runner-up: those that disaggregate where the best does not, and the other way round."""
+    together = {"colocated"}
+    others = set(MODES) - together if best.spec.mode in together else together
+    known = {one.spec.mode for one in plan.placements}
+    return others if others & known else known - {best.spec.mode}
+
+
+def settled(plan: Plan, one: Placement, requests: int) -> Placement:
+    """A system with the simulator's goodput, where the simulator can run it and finds any."""
+    try:
+        run = agreed(plan, confirmations(plan, requests, one))
+    except DsError:
+        return one
+    return corrected(one, run) if run.attainment >= plan.question.slo.attainment else one
+
+
+@dataclass(slots=True)
+class _Check:
+    planner: Planner
+    plan: Plan
+    requests: int
+    #: systems that were simulated, with the run at the simulator's own goodput; None where it cannot run one
+    seen: dict[Spec, Confirmation | None] = field(default_factory=dict)
+    #: why -> modes
+    refused: dict[str, list[str]] = field(default_factory=dict)
+
+    def best(self, modes: Collection[str]) -> Placement | None:
+        """The best of these modes by the simulator. What it cannot run is that only where the search chose it."""
+        while True:
+            rivals = [one for one in self.plan.placements if one.spec.mode in modes and self._counts(one)]
+            one = max(rivals, key=lambda one: (self._attains(one.spec), *self.planner.order(one)), default=None)
+            if one is None or one.spec in self.seen:
+                return one
+            self._simulate(one)
+
+    def _counts(self, one: Placement) -> bool:
+        if one.spec not in self.seen:
+            return len(self.seen) < MOST_SYSTEMS
+        return one is self.plan.chosen or self.seen[one.spec] is not None
+
+    def _attains(self, spec: Spec) -> bool:
+        run = self.seen.get(spec)
+        return run is None or run.attainment >= self.plan.question.slo.attainment
+
+    def _simulate(self, one: Placement) -> None:
+        self.planner.progress(f"simulating {one.spec}", len(self.seen), len(self.seen) + 1)
+        try:
+            runs = confirmations(self.plan, self.requests, one)
+        except DsError as error:
+            self.seen[one.spec] = None
+            self.refused.setdefault(error.message, []).append(one.spec.mode)
+            return
+        self.seen[one.spec] = run = agreed(self.plan, runs)
+        told = corrected(one, run) if self._attains(one.spec) else one
+        self.plan.placements = [told if other is one else other for other in self.plan.placements]
+        if one is self.plan.chosen:
+            self.plan.chosen = told
+        if told.spec.mode == "colocated" and len(self.plan.question.kinds) == 1:
+            self._more()
+
+    def _more(self) -> None:
+        """Of mode colocated the search told its best alone: the next joins where it is hoped to do more."""
+        known = {one.spec for one in self.plan.placements}
+        together = [one for one in self.plan.placements if one.spec.mode == "colocated"]
+        best = max((one.per_device.rate for one in together if self._attains(one.spec)), default=0.0)
+        for tried in sorted(self.plan.mixed, key=lambda one: -one.per_device):
+            if tried.per_device <= best:
+                return
+            for one in self.planner.place_colocated(tried, 0):
+                if one.spec not in known and one.goodput.rate > 0:
+                    self.plan.placements.append(one)
+                    return
+
+
+def corrected(one: Placement, run: Confirmation) -> Placement:
+    """With the simulator's goodput, where that is less; the interval holds both."""
     own, hopeful = run.rate, one.goodput
-    if own >= hopeful.rate or run.attainment < plan.question.slo.attainment:
-        return
-    better = replace(one, goodput=Goodput(own, min(hopeful.low, own), hopeful.high))
-    plan.placements = [better if other is one else other for other in plan.placements]
-    if one is plan.chosen:
-        plan.chosen = better
-        if plan.strict.rate > own:
-            plan.strict = Goodput(own, own, own)
+    if own >= hopeful.rate:
+        return replace(one, simulated=True)
+    return replace(one, goodput=Goodput(own, min(hopeful.low, own), hopeful.high), simulated=True)
 
 
-def _less(one: Placement, run: Confirmation, own: Confirmation) -> str:
-    """The simulator finds less than the search did."""
+def _other(first: Placement, run: Confirmation | None, best: Placement) -> str:
+    """The simulator prefers another one."""
+    devices = first.spec.devices
+    hoped, found = digits(first.per_device.rate), "nowhere enough" if run is None else digits(run.rate / devices)
     return (
-        f"the simulator is less hopeful: {run.attainment:.1%} at {digits(run.rate)} requests/s, and its own "
-        f"goodput is about {digits(own.rate)} ({digits(own.rate / one.spec.devices)} a device)"
+        f"the search had put {first.spec} first, with {hoped} requests/s a device; the simulator finds {found} "
+        f"there, and {digits(best.per_device.rate)} with the choice"
     )
 
 
@@ -125,18 +197,25 @@ def confirm(plan: Plan, requests: int, rate: float, one: Placement | None = None
 
     Raises :class:`DsError` for what the simulator or a topology does not know.
     """
-    from dssim.statistics import summarize
-    from dstopology import resolved
+    from dssim.express.run import Goal
+    from dssim.statistics import wilson
 
-    question = plan.question
-    mode, run = simulated(question, (one or plan.chosen).spec, rate, requests, requests * COMPILED)
-    slo = resolved.Slo(question.slo.ttft_s, question.slo.tpot_s, question.slo.attainment)
-    found = summarize(run.records, slo, run.simulated_s).attainment
-    return Confirmation(mode, len(run.records), rate, found.value, found.low, found.high)
+    question, slo = plan.question, plan.question.slo
+    long = len(question.workload.at(rate, RESIDENCES * question.workload.mean_output * slo.tpot_s, LONG))
+    first = int(long * WARM_UP)
+    goal = Goal(slo.ttft_s, slo.tpot_s, first, int((long - first) * (1 - slo.attainment)))
+    mode, run, asked = simulated(question, (one or plan.chosen).spec, rate, requests, long, goal)
+    counted = [record for record in run.records if record.number >= asked * WARM_UP]
+    hits = sum(record.ttft_s <= slo.ttft_s and record.tpot_s <= slo.tpot_s for record in counted)
+    found = wilson(hits, len(counted))
+    return Confirmation(mode, len(counted), rate, found.value, found.low, found.high)
 
 
-def simulated(question: Question, spec: Spec, rate: float, requests: int, compiled: int) -> tuple[str, Run]:
-    """The mode, and the run of the question's first ``requests`` at a rate; of ``compiled`` if the simulator is."""
+def simulated(
+    question: Question, spec: Spec, rate: float, requests: int, compiled: int, goal: Goal | None = None
+) -> tuple[str, Run, int]:
+    """The mode, the run at a rate, and of how many of the question's requests: ``compiled`` if the simulator is,
+    and then only until the ``goal`` is out of reach; else ``requests``."""
     from dskv.layout import KvLayout
     from dssim.express.run import run as express
     from dssim.system import System
@@ -162,7 +241,7 @@ def simulated(question: Question, spec: Spec, rate: float, requests: int, compil
         return steps(hardware.latency.instance(instance.tp, instance.pp))
 
     drawn = [Arrival(at / rate, prompt, output) for at, prompt, output in question.workload.requests]
-    run = express(topology, layout, times, transfer, drawn[:compiled])
-    if run is None:
-        run = System(topology, layout, times, transfer).run(drawn[:requests])
-    return topology.mode, run
+    run = express(topology, layout, times, transfer, drawn[:compiled], goal)
+    if run is not None:
+        return topology.mode, run, compiled
+    return topology.mode, System(topology, layout, times, transfer).run(drawn[:requests]), requests

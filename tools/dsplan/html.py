@@ -82,7 +82,7 @@ def _numeric(cell: str) -> bool:
 
 def _systems(plan: Plan, compared: Placement | None) -> str:
     priced = any(one.price for one in plan.placements)
-    head = ["mode", "system", "devices", "requests/s", "a device", "95%"] + ["cost of 1M tokens"] * priced
+    head = ["mode", "system", "devices", "requests/s", "a device", "95%", "by"] + ["cost of 1M tokens"] * priced
     rows = []
     for one in [*plan.placements, *([compared] if compared else [])]:
         rate, cost = one.per_device, one.cost(plan.question.workload.mean_output)
@@ -93,6 +93,7 @@ def _systems(plan: Plan, compared: Placement | None) -> str:
             digits(one.goodput.rate),
             digits(rate.rate),
             f"{digits(rate.low)} to {digits(rate.high)}",
+            one.by,
         ]
         cells += ["" if cost is None else digits(cost)] * priced
         rows.append((one is plan.chosen, cells))

@@ -72,12 +72,19 @@ class Placement:
     saturated: str
     #: price an hour, where it is known
     price: float | None = None
+    #: whether the goodput is the simulator's; else it is the search's
+    simulated: bool = False
 
     @property
     def per_device(self) -> Goodput:
         """Goodput per device."""
         one, devices = self.goodput, self.spec.devices
         return Goodput(one.rate / devices, one.low / devices, one.high / devices)
+
+    @property
+    def by(self) -> str:
+        """Whose word its goodput is."""
+        return "simulator" if self.simulated else "search"
 
     def cost(self, mean_output: float) -> float | None:
         """Of a million output tokens at the goodput."""

@@ -1,7 +1,8 @@
 """From a question to a placement: runs the searches, sizes the replicas, and compares the best of each mode.
 
 The searches compare candidates by the queueing oracle (:mod:`dsplan.queueing`, :mod:`dsplan.mixed`). What they
-choose is then measured as a whole system, with the joint attainment of both objectives.
+choose is then measured as a whole system, with the joint attainment of both objectives; the simulator has the last
+word (:mod:`dsplan.confirm`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from dsplan.search import (
     space,
 )
 
-ORACLE = "queueing approximation (FCFS prefill recursion, fluid decode; dsplan.queueing), not the simulator"
+ORACLE = "queueing approximation (FCFS prefill recursion, fluid decode; dsplan.queueing)"
 #: replicas added at most so that both objectives hold together
 MOST_GROWTH = 16
 #: times the cluster's devices up to which a rate is planned for
@@ -109,7 +110,7 @@ class Planner:
         low = next((part.low for part in parts if part.low), None)
         if not placements:
             self._explain()
-        placements = _distinct(sorted(placements, key=self._order, reverse=True), question)
+        placements = _distinct(sorted(placements, key=self.order, reverse=True), question)
         chosen = placements[0]
         self._warn(placements)
         strict = self.oracles.goodput(chosen.spec, attainment=0.99, interval=False)
@@ -169,7 +170,7 @@ class Planner:
             remedy="allow more devices, or relax the objectives; one instance of each phase is the least",
         )
 
-    def _order(self, one: Placement) -> tuple[bool, float, int, bool]:
+    def order(self, one: Placement) -> tuple[bool, float, int, bool]:
         """What the cluster holds comes first, then by worth; of equals the simplest mode, then the one whose KV
         stays in nodes."""
         simple = ("conditional", "disaggregated", "colocated").index(one.spec.mode)
@@ -341,10 +342,11 @@ class Planner:
             counted = self._counted("colocated mode", len(candidates), rate)
             tried = pruned(candidates, counted, (cap,), reaches)
             every += tried
-            placements += self._place_colocated(best_of(tried), kind)
+            placements += self.place_colocated(best_of(tried), kind)
         return tuple(every), placements
 
-    def _place_colocated(self, best: Tried | None, kind: int) -> list[Placement]:
+    def place_colocated(self, best: Tried | None, kind: int) -> list[Placement]:
+        """Replicas of an instance that does both, as many as the rate takes or the cluster holds; none of none."""
         if best is None or not isinstance(best.what, Mixed):
             return []
         question, one = self.question, best.what

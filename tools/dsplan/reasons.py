@@ -32,8 +32,7 @@ def verdict(plan: Plan) -> str:
     unit = "for the same money" if chosen.price and rival.price else "a device"
     margin = chosen.worth / rival.worth - 1
     if margin < -EQUAL:
-        behind = f"{-margin:.0%} behind mode {rival.spec.mode}"
-        return f"{advice}, by the search; what the simulator leaves of it is {behind}."
+        return f"{advice}, as the simpler of two that are close: {-margin:.0%} behind mode {rival.spec.mode}."
     if margin < EQUAL:
         return f"{advice}, though mode {rival.spec.mode} is as good within what the search tells apart."
     if not apart(plan, rival):

@@ -94,6 +94,7 @@ def _placement(plan: Plan, one: Placement) -> dict[str, Any]:
         "goodput": one.goodput.rate,
         "goodput_per_device": rate.rate,
         "interval": [rate.low, rate.high],
+        "simulated": one.simulated,
         "cost_per_million_tokens": one.cost(plan.question.workload.mean_output),
     }
 
@@ -128,7 +129,7 @@ def show(plan: Plan, confirmations: Sequence[Confirmation] = (), compared: Place
     for note in plan.notes:
         console.print(f"note: {note}")
     sources = "; ".join(dict.fromkeys(one.latency.source for one in plan.question.kinds))
-    console.print(f"goodput by {ORACLE}; times: {sources}; {plan.search_s:.1f} s of search")
+    console.print(f"candidates by {ORACLE}; times: {sources}; {plan.search_s:.1f} s of search")
 
 
 def confirmed(run: Confirmation) -> str:
@@ -142,7 +143,7 @@ def confirmed(run: Confirmation) -> str:
 
 def _systems(plan: Plan, compared: Placement | None) -> Any:
     priced = any(one.price for one in plan.placements)
-    columns = ["mode", "system", "devices", "requests/s", "a device", "95%"] + ["cost of 1M tokens"] * priced
+    columns = ["mode", "system", "devices", "requests/s", "a device", "95%", "by"] + ["cost of 1M tokens"] * priced
     table = figures(*columns, words=2, title="systems")
     rows = [(one, one is plan.chosen, one.spec.mode) for one in plan.placements]
     if compared is not None:
@@ -150,7 +151,7 @@ def _systems(plan: Plan, compared: Placement | None) -> Any:
     for one, chosen, name in rows:
         rate, cost = one.per_device, one.cost(plan.question.workload.mean_output)
         row = [name, plan.system(one.spec), str(one.spec.devices), digits(one.goodput.rate), digits(rate.rate)]
-        row.append(f"{digits(rate.low)} to {digits(rate.high)}")
+        row += [f"{digits(rate.low)} to {digits(rate.high)}", one.by]
         if priced:
             row.append("" if cost is None else digits(cost))
         table.add_row(*row, style="bold green" if chosen else None)

@@ -18,6 +18,8 @@ from dsplan.shapes import ModelShape
 
 #: affinity by which KV leaves its node only where that has no decode instance with room
 BOUND = 1_000_000.0
+#: requests that the router takes at least; else as many as decode instances hold, and again as many that wait
+LEAST_REQUESTS = 1024
 
 
 def document(question: Question, spec: Spec) -> dict[str, Any]:
@@ -39,11 +41,10 @@ def document(question: Question, spec: Spec) -> dict[str, Any]:
         },
         "mode": spec.mode,
         **({"conditional": {"threshold_tokens": spec.threshold}} if spec.mode == "conditional" else {}),
-        **(
-            {"router": {"node_affinity": BOUND}}
-            if spec.algorithm == "low" and spec.stages == 1 and len(used) > 1
-            else {}
-        ),
+        "router": {
+            "max_requests": max(LEAST_REQUESTS, 2 * spec.decode.replicas * _batch(spec)),
+            **({"node_affinity": BOUND} if spec.algorithm == "low" and spec.stages == 1 and len(used) > 1 else {}),
+        },
         "nodes": [
             {
                 "name": name,
@@ -75,10 +76,15 @@ def _groups(question: Question, spec: Spec, places: dict[str, list[list[str]]], 
         found["prefill"] = {**group, "max_batch_tokens": tokens}
     device = question.kinds[spec.kind].device
     group = _group(question.shape, device, spec.decode, named["decode"])
-    found["decode"] = {**group, "max_batch": MAX_BATCH * spec.decode.parallel.pp}
+    found["decode"] = {**group, "max_batch": _batch(spec)}
     if spec.budget:
         found["decode"]["max_batch_tokens"] = spec.budget
     return found
+
+
+def _batch(spec: Spec) -> int:
+    """Sequences that a decode instance holds."""
+    return MAX_BATCH * spec.decode.parallel.pp
 
 
 def _device(place: str, kind: str) -> str:

@@ -141,7 +141,7 @@ struct Router : Instances {
             Result &result = results[number];
             result.first_s = -1;
             result.total_s = now + set.client_s - result.at_s;
-            result.order = ended++;
+            end(number, false);
         } else {
             live += 1;
             Attempt &r = attempts.emplace_back();
@@ -221,6 +221,12 @@ struct Router : Instances {
         pump();
     }
 
+    void end(int64_t request, bool good) {
+        results[request].order = ended++;
+        missed += !good && request >= set.first;
+        if (missed > set.misses) outcome = OUT_OF_REACH;
+    }
+
     void finish(int64_t number) {
         Attempt &r = attempts[size_t(number)];
         Result &result = results[r.request];
@@ -229,10 +235,11 @@ struct Router : Instances {
         result.stages[TTFT] = r.first_at - begun;
         result.stages[TOTAL] = now - begun;
         result.total_s = now + set.client_s - result.at_s;
-        result.order = ended++;
+        int64_t more = arrivals[r.request].output - 1;
+        end(r.request, result.first_s <= set.ttft_s && (!more || (result.total_s - result.first_s) / double(more) <= set.tpot_s));
         live -= 1;
         requests[size_t(r.request)].chain = {};
-        if (now - begun >= set.max_deadline_s) outcome = PAST_DEADLINE;
+        if (now - begun >= set.max_deadline_s && outcome == DONE) outcome = PAST_DEADLINE;
     }
 };
 }

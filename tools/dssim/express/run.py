@@ -11,6 +11,7 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from dskv.layout import KvLayout
 from dssim.express.build import library
@@ -32,8 +33,17 @@ from dstopology.resolved import LOCAL, Instance, Topology
 from dswire.messages.client import Ledger
 
 _ENDLESS = 2**62
-#: an outcome, as in world.h
-_SHORT_OF_BLOCKS = 1
+#: outcomes, as in world.h
+_DONE, _SHORT_OF_BLOCKS, _OUT_OF_REACH = 0, 1, 5
+
+
+class Goal(NamedTuple):
+    """What a run is for: that all but ``misses`` of the requests from number ``first`` on meet both objectives."""
+
+    ttft_s: float
+    tpot_s: float
+    first: int
+    misses: int
 
 
 def run(
@@ -42,8 +52,10 @@ def run(
     times: Callable[[Instance], StepTimes],
     transfers: TransferTimes,
     arrivals: Sequence[Arrival],
+    goal: Goal | None = None,
 ) -> Run | None:
-    """The run that :class:`System` would make of the same arguments, but for what was seen inside.
+    """The run that :class:`System` would make of the same arguments, but for what was seen inside; with a ``goal``
+    only until that is out of reach.
 
     None where something in them is beyond it, where a request or the way to its KV took longer than any may, and
     where there is no C++ compiler.
@@ -65,6 +77,8 @@ def run(
     # what pools keep of prompts that differ matters only once a sequence is read again, and takes time
     for keeps in (False, True) if not len(hashes) else (True,):
         settings.keeps = keeps
+        if goal is not None:
+            settings.ttft_s, settings.tpot_s, settings.first, settings.misses = goal
         results, asked = (ResultStruct * len(arrivals))(), _Asked(each)
         outcome = simulate(
             ctypes.byref(settings), structs, wanted, hashes, Ask(asked.seconds), results, busy, *counts
@@ -72,7 +86,7 @@ def run(
         asked.raise_any()
         if outcome != _SHORT_OF_BLOCKS:
             break
-    if outcome:
+    if outcome not in (_DONE, _OUT_OF_REACH):
         return None
     records = _records(arrivals, results, begun_s)
     ended_s = max((one.at_s + one.total_s for one in records), default=0.0)
@@ -83,19 +97,22 @@ def run(
     return Run(records, ended_s, begun_s, wall_s, cpu_s, happenings.value, seen, {})
 
 
+def _never(step: Sums) -> float:
+    raise AssertionError(f"{step} is told by a linear form")
+
+
 class _Asked:
     """Answers the compiled code, which knows nothing of exceptions."""
 
     def __init__(self, each: Sequence[LinearTimes | SummedTimes]) -> None:
-        self._each = each
+        # such a type is found out slowly, and not for each step
+        self._each = [one.summed_s if isinstance(one, SummedTimes) else _never for one in each]
         self._error: BaseException | None = None
 
     def seconds(self, instance: int, *sums: int) -> float:
         """Time of a step."""
-        times = self._each[instance]
-        assert isinstance(times, SummedTimes)
         try:
-            return times.summed_s(Sums(*sums))
+            return self._each[instance](Sums(*sums))
         except BaseException as error:  # noqa: BLE001 - it is raised when the compiled code has returned
             self._error = self._error or error
             return 0.0
@@ -180,6 +197,7 @@ def _settings(
         lease_s=min((one.lease_s for one in topology.relays), default=math.inf),
         affinity=topology.router.node_affinity,
         network_bytes_per_s=transfers.network_bytes_per_s,
+        misses=_ENDLESS,
     )
 
 
@@ -236,6 +254,9 @@ def _records(
     made: list[Record | None] = [None] * len(arrivals)
     for number, (asked, one) in enumerate(zip(arrivals, results, strict=True)):
         refused = one.first_s < 0
+        if not one.total_s:
+            # the run was over before
+            continue
         made[one.order] = Record(
             number=number,
             at_s=one.at_s - begun_s,

@@ -37,6 +37,9 @@ struct Settings {
     double begun_s, client_s, relay_s, max_deadline_s, lease_s;
     // what sending KV is worth, in parts of its tokens; of a node's link
     double affinity, network_bytes_per_s;
+    // it is over when more than so many requests, from number ``first`` on, have missed an objective
+    double ttft_s, tpot_s;
+    int64_t first, misses;
 };
 
 struct Arrival {

@@ -49,7 +49,8 @@ class SettingsStruct(Structure):
         *((name, c_int64) for name in ("prefill_queue", "decode_queue", "local_below", "threshold_limits")),
         *((name, c_int64) for name in ("block_size", "block_nbytes", "early", "direct", "hashed_tokens", "keeps")),
         *((name, c_double) for name in ("begun_s", "client_s", "relay_s", "max_deadline_s", "lease_s")),
-        *((name, c_double) for name in ("affinity", "network_bytes_per_s")),
+        *((name, c_double) for name in ("affinity", "network_bytes_per_s", "ttft_s", "tpot_s")),
+        *((name, c_int64) for name in ("first", "misses")),
     ]
 
 

@@ -13,7 +13,7 @@
 namespace express {
 
 // SHORT_OF_BLOCKS: run it again with ``keeps``, since what pools keep matters now; BEYOND: what only the machines know
-enum Outcome { DONE = 0, SHORT_OF_BLOCKS = 1, PAST_DEADLINE = 2, PAST_LEASE = 3, BEYOND = 4 };
+enum Outcome { DONE = 0, SHORT_OF_BLOCKS = 1, PAST_DEADLINE = 2, PAST_LEASE = 3, BEYOND = 4, OUT_OF_REACH = 5 };
 enum Kind { SUBMIT, ARRIVE, WORK, STEP_END, PREFILLED, SEALED, OFFERED, KV_SEALED, PULL, FETCH, TICKET, GRANT, COPIED, PULLED, FETCHED, RELEASE, STEPPED, PREEMPTED, ABORT };
 enum Stage { ROUTER_QUEUE, PREFILL_QUEUE, PREFILL, PREFILL_WIRE, PLACEMENT, WAIT, TRANSFER, QUEUE, FIRST_STEP, WIRE, DECODE, RETRY, TTFT, TOTAL };
 
@@ -91,7 +91,7 @@ struct World {
     double now = 0;
     int64_t serial = 0;
     Outcome outcome = DONE;
-    int64_t preemptions = 0;
+    int64_t preemptions = 0, missed = 0;
     // pools only count blocks, though the system keeps some
     bool blind = false;
 
